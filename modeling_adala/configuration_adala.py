@@ -44,6 +44,13 @@ class AdaLAConfigMixin:
         super().__post_init__(**kwargs)
         self._validate_linear_attention()
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == cls.model_type.removeprefix("adala_"):  # a stock softmax checkpoint
+            config_dict |= {"model_type": cls.model_type, "teacher_name_or_path": str(pretrained_model_name_or_path)}
+        return config_dict, kwargs
+
     def _validate_linear_attention(self) -> None:
         layers = self.num_hidden_layers
         for layer in self.softmax_layers:

@@ -1,7 +1,9 @@
 """The supported families: which AdaLA classes stand for which stock `model_type`, and how their tokens are laid out."""
 
+import inspect
 from dataclasses import dataclass
 
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .configuration_adala import AdaLADinov2Config, AdaLAViTConfig
@@ -63,3 +65,31 @@ def token_groups(config: PretrainedConfig) -> dict[str, slice]:
     if registers:
         groups["registers"] = slice(1, 1 + registers)
     return groups
+
+
+def forward_features(model: PreTrainedModel, pixel_values: Tensor, **kwargs) -> Tensor:
+    """Final features, after the last layer norm, of a stock or an AdaLA model, with or without a head, at any size.
+
+    Args:
+        model (`PreTrainedModel`): The model; of one with a head, the base model runs.
+        pixel_values (`Tensor`): `(batch, channels, height, width)`, sides multiples of the patch.
+
+    Returns:
+        `Tensor`: `last_hidden_state`, `(batch, tokens, hidden_size)`.
+    """
+    return model.base_model(pixel_values, **any_size_kwargs(model, pixel_values), **kwargs).last_hidden_state
+
+
+def any_size_kwargs(model: PreTrainedModel, pixel_values: Tensor) -> dict[str, bool]:
+    """What `forward` needs to take this image size: ViT interpolates its positions only when told, DINOv2 always."""
+    native = model.config.image_size
+    native = (native, native) if isinstance(native, int) else tuple(native)
+    if tuple(pixel_values.shape[-2:]) == native:
+        return {}
+    takes = "interpolate_pos_encoding" in inspect.signature(model.base_model.forward).parameters
+    return {"interpolate_pos_encoding": True} if takes else {}
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The self-attention modules of a stock or an AdaLA model, first layer first."""
+    return [module for module in model.modules() if hasattr(module, "q_proj") and hasattr(module, "o_proj")]

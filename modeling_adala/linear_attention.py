@@ -208,7 +208,7 @@ def linear_attention(
         heads = []
         # A batched product over (batch, heads) would first copy these views, whose two batch strides do not merge.
         for head in range(query.shape[1]):
-            state = torch.bmm(phi_k[:, head].transpose(1, 2), value[:, head].to(dtype)) / count[:, :, 0]
+            state = torch.bmm(phi_k[:, head].transpose(1, 2), value[:, head].to(dtype)) / count
             heads.append(torch.bmm(phi_q[:, head], state))
         denominator = torch.einsum("bhnr,bhr->bnh", phi_q, normalizer) + eps
         output = torch.stack(heads, dim=2) / denominator[..., None]

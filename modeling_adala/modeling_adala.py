@@ -8,6 +8,7 @@ This file travels with the weights (`trust_remote_code`): torch, transformers an
 """
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoBackbone,
@@ -20,14 +21,12 @@ from transformers import (
     Dinov2Model,
     ViTForImageClassification,
     ViTForMaskedImageModeling,
-    ViTImageProcessor,
     ViTModel,
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.models.bit.image_processing_bit import BitImageProcessor
 from transformers.models.dinov2.modeling_dinov2 import (
     Dinov2Attention,
     Dinov2Embeddings,
@@ -35,6 +34,7 @@ from transformers.models.dinov2.modeling_dinov2 import (
     Dinov2Layer,
 )
 from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, ViTLayer, ViTPooler
+from transformers.utils import is_torchvision_available
 
 from .configuration_adala import AdaLADinov2Config, AdaLAViTConfig
 from .linear_attention import FeatureMap, build_feature_map
@@ -259,8 +259,11 @@ for _config, _classes in {
 }.items():
     for _auto, _class in _classes.items():
         _auto.register(_config, _class, exist_ok=True)
-for _config, _processor in {AdaLAViTConfig: ViTImageProcessor, AdaLADinov2Config: BitImageProcessor}.items():
-    AutoImageProcessor.register(_config, image_processor_classes={"pil": _processor}, exist_ok=True)
+for _config, _processor in {AdaLAViTConfig: "ViTImageProcessor", AdaLADinov2Config: "BitImageProcessor"}.items():
+    _processors = {"pil": getattr(transformers, f"{_processor}Pil")}
+    if is_torchvision_available():  # asking for the torchvision one without it prints a warning
+        _processors["torchvision"] = getattr(transformers, _processor)
+    AutoImageProcessor.register(_config, image_processor_classes=_processors, exist_ok=True)
 
 __all__ = [
     "AdaLADinov2Backbone",

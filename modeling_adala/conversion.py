@@ -1,0 +1,200 @@
+"""Teacher to student: the same weights under linear attention, and the proof that nothing else changed."""
+
+import copy
+import logging
+from dataclasses import dataclass
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from .errors import AdaLAError, DataError, UsageError
+from .families import FAMILIES, Family, forward_features, get_family
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Student in softmax mode beside its teacher: the conversion is right if they agree.
+
+    Args:
+        differences (`dict[str, float]`): Largest absolute difference of `last_hidden_state` per image size
+            (`"heightxwidth"`), in float32 on random pixels.
+        tolerance (`float`): What still counts as equal.
+    """
+
+    differences: dict[str, float]
+    tolerance: float = 1e-5
+
+    @property
+    def max_difference(self) -> float:
+        return max(self.differences.values())
+
+    @property
+    def passed(self) -> bool:
+        return self.max_difference < self.tolerance
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{size}: {difference:.1e}" for size, difference in self.differences.items())
+        return f"parity {'passed' if self.passed else 'FAILED'} (softmax mode against teacher, max abs diff {sizes})"
+
+
+def load_teacher(teacher: str | PreTrainedModel, head: str | None = None, **kwargs) -> PreTrainedModel:
+    """Opens a stock softmax model of a supported family, frozen, in float32 and in eval mode.
+
+    Args:
+        teacher (`str` or `PreTrainedModel`): Hub id, local folder, or a model, which is frozen in place.
+        head (`str`, *optional*): `"Model"`, `"ForImageClassification"`, ... Default: what the checkpoint was saved as.
+        kwargs: Passed to `from_pretrained`, such as `revision` or `dtype` (default: float32).
+
+    Raises:
+        UsageError: for an unsupported family, or a student given as a teacher.
+        DataError: where neither a local folder nor the Hub has it.
+    """
+    if isinstance(teacher, str):
+        config = load_config(teacher, **{key: kwargs[key] for key in ("revision",) if key in kwargs})
+        _check_is_stock(config, teacher)
+        stock_class = getattr(transformers, _stock_class_name(config, head))
+        kwargs.setdefault("dtype", torch.float32)
+        teacher = stock_class.from_pretrained(teacher, **kwargs)
+    else:
+        _check_is_stock(teacher.config, type(teacher).__name__)
+    return teacher.eval().requires_grad_(False)
+
+
+def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
+    """`AutoConfig.from_pretrained` with one-line errors.
+
+    Raises:
+        DataError: if nothing is there, or the Hub cannot be reached.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path, **kwargs)
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"model {name_or_path!r} could not be opened: it is no local model folder, and the Hub did not deliver it"
+            f" (offline, or no such id). Pass a folder with a config.json or a reachable Hub id. [{_first_line(error)}]"
+        ) from error
+
+
+def convert(
+    teacher: str | PreTrainedModel,
+    *,
+    head: str | None = None,
+    feature_map: str | None = None,
+    feature_map_kwargs: dict | None = None,
+    softmax_layers: list[int] | None = None,
+    check_parity: bool = True,
+) -> tuple[PreTrainedModel, ParityReport | None]:
+    """Builds the linear-attention student of a softmax teacher: all weights are the teacher's, attention is linear.
+
+    The student is untrained: its features are of little use before stages 1 and 2.
+
+    Args:
+        teacher (`str` or `PreTrainedModel`): Stock softmax model of a supported family.
+        head (`str`, *optional*): `"Model"`, `"ForImageClassification"`, ... Default: the teacher's own.
+        feature_map, feature_map_kwargs, softmax_layers (*optional*): See `AdaLAConfigMixin`.
+        check_parity (`bool`, *optional*, defaults to `True`): Compare the student in softmax mode with the teacher.
+
+    Returns:
+        `tuple[PreTrainedModel, ParityReport or None]`: Student in float32, and the report.
+
+    Raises:
+        UsageError: for an unsupported family or wrong options.
+        AdaLAError: if the student in softmax mode does not equal the teacher.
+
+    Example:
+
+    ```python
+    student, report = convert("facebook/dinov2-small", feature_map="elu", softmax_layers=[-1])
+    print(report)
+    ```
+    """
+    options = {"feature_map": feature_map, "feature_map_kwargs": feature_map_kwargs, "softmax_layers": softmax_layers}
+    options = {key: value for key, value in options.items() if value is not None}
+    if isinstance(teacher, str):  # wrong options should fail before the weights are read
+        config = load_config(teacher)
+        _check_is_stock(config, teacher)
+        student_config(config, **options)
+    model = load_teacher(teacher, head)
+    head = _head_of(type(model).__name__, get_family(model.config.model_type))
+    config = student_config(model.config, **options)
+    student = get_family(config.model_type).classes[head](config)
+    missing, unexpected = student.load_state_dict(model.state_dict(), strict=False)
+    missing = [key for key in missing if ".feature_map." not in key]
+    if missing or unexpected:
+        raise AdaLAError(f"conversion lost weights: missing {missing}, unexpected {unexpected}; please report this.")
+    student.eval()
+    report = parity_report(model, student) if check_parity else None
+    if report is not None:
+        if not report.passed:
+            raise AdaLAError(f"{report}: the student does not carry the teacher's weights; please report this.")
+        logger.info(str(report))
+    return student, report
+
+
+def student_config(teacher_config: PretrainedConfig, **options) -> PretrainedConfig:
+    """The AdaLA configuration of a teacher: every stock field, the linear-attention options and the provenance."""
+    family = get_family(teacher_config.model_type)
+    fields = copy.deepcopy(teacher_config.to_dict())
+    for name in ("model_type", "architectures", "transformers_version", "auto_map", "dtype"):
+        fields.pop(name, None)
+    return family.config_class(
+        **fields,
+        teacher_name_or_path=teacher_config.name_or_path or None,
+        teacher_revision=getattr(teacher_config, "_commit_hash", None),
+        adala_stage="converted",
+        **options,
+    )
+
+
+@torch.no_grad()
+def parity_report(teacher: PreTrainedModel, student: PreTrainedModel) -> ParityReport:
+    """Compares the student in softmax mode with its teacher at the native and at a rectangular size, in float32."""
+    implementation = student.config._attn_implementation
+    student.set_attn_implementation(teacher.config._attn_implementation)
+    config, differences = teacher.config, {}
+    native = config.image_size if not isinstance(config.image_size, int) else (config.image_size,) * 2
+    patch = config.patch_size if not isinstance(config.patch_size, int) else (config.patch_size,) * 2
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for height, width in (tuple(native), (4 * patch[0], 6 * patch[1])):
+            pixels = torch.randn(1, config.num_channels, height, width, generator=generator)
+            outputs = [forward_features(model, pixels.to(model.device, model.dtype)) for model in (teacher, student)]
+            differences[f"{height}x{width}"] = (outputs[0].float() - outputs[1].float()).abs().max().item()
+    finally:
+        student.set_attn_implementation(implementation)
+    return ParityReport(differences)
+
+
+def _check_is_stock(config: PretrainedConfig, name: str) -> None:
+    if config.model_type.startswith("adala_"):
+        raise UsageError(f"teacher {name!r} is a linear-attention student; pass the softmax model it came from.")
+    get_family(config.model_type)
+
+
+def _stock_class_name(config: PretrainedConfig, head: str | None) -> str:
+    family = get_family(config.model_type)
+    prefix = family.classes["Model"].__name__.removeprefix("AdaLA").removesuffix("Model")
+    if head is None:
+        architectures = config.architectures or [f"{prefix}Model"]
+        head = architectures[0].removeprefix(prefix)
+        head = head if head in family.classes else "Model"
+    if head not in family.classes:
+        raise UsageError(f"head={head!r} does not exist for {config.model_type}; choose {', '.join(family.classes)}.")
+    return prefix + head
+
+
+def _head_of(class_name: str, family: Family) -> str:
+    for head, student_class in family.classes.items():
+        if student_class.__name__ == f"AdaLA{class_name}":
+            return head
+    known = [cls.__name__.removeprefix("AdaLA") for family in FAMILIES.values() for cls in family.classes.values()]
+    raise UsageError(f"teacher class {class_name} has no linear counterpart; choose one of {', '.join(known)}.")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

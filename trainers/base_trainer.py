@@ -1,0 +1,203 @@
+"""What the three stage trainers share on top of `transformers.Trainer`: whole checkpoints, named losses, a frozen teacher.
+
+No training loop of our own: every method here overrides one hook of `Trainer`.
+"""
+
+import logging
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from modeling_adala.conversion import load_teacher
+from modeling_adala.errors import DataError, UsageError
+
+from .checkpoints import complete_checkpoints, writing
+from .data import collate_images
+
+logger = logging.getLogger(__name__)
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells the dataset its epoch. accelerate forwards it itself, but not past a batch sampler split over processes."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        dataset = getattr(train_dataloader, "dataset", None)
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(int(state.epoch or 0))
+
+
+class AdaLATrainer(Trainer):
+    """`Trainer` for AdaLA models.
+
+    - A checkpoint appears whole or not at all: it is written beside its final name and renamed.
+    - Loss components reported through `record` are averaged over the logging window and over the processes.
+    - Gradient accumulation averages (the stock check multiplies a custom loss by the number of accumulated batches).
+    """
+
+    # with this left to `Trainer`, a forward that takes **kwargs makes it skip the division by the accumulation steps
+    loss_is_scaled_for_ga = False
+    stage = "supervised"
+
+    def __init__(self, model: PreTrainedModel, args: Any, *, data_collator: Callable | None = None, **kwargs):
+        dataset = kwargs.get("train_dataset")
+        if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
+            raise DataError("train_dataset is empty; check the split and the filters that made it.")
+        super().__init__(model=model, args=args, data_collator=data_collator or collate_images, **kwargs)
+        # a loss that the model normalizes by num_items_in_batch would be divided by the accumulation steps again
+        self.model_accepts_loss_kwargs = False
+        self._components: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self.add_callback(_EpochCallback())
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Keeps one value of a loss component for the next log line, without waiting for the device."""
+        self._components["train" if self.model.training else "eval"][name].append(value.detach().float())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        prefix = "eval_" if mode == "eval" else ""
+        for name, values in self._components[mode].items():
+            mean = self.accelerator.gather(torch.stack(values).mean(dim=0, keepdim=True)).mean().item()
+            logs[prefix + name] = mean
+        self._components[mode].clear()
+        super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `Trainer.train`; `resume_from_checkpoint=True` starts from nothing where there is no whole checkpoint."""
+        if resume_from_checkpoint is True:
+            found = complete_checkpoints(self.args.output_dir)
+            resume_from_checkpoint = str(found[-1]) if found else None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = super()._get_output_dir(trial)
+        name = f"checkpoint-{self.state.global_step}"
+        staging = os.path.join(run_dir, ".writing")
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging_dir = staging
+        try:
+            with writing(os.path.join(run_dir, name), cleanup=staging):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._staging_dir = None
+        self.accelerator.wait_for_everyone()  # other processes write their RNG states
+        if not self.args.should_save:
+            return
+        best = self.state.best_model_checkpoint
+        if best is not None and best.startswith(staging):
+            self.state.best_model_checkpoint = os.path.join(run_dir, os.path.basename(best))
+            self.state.save_to_json(os.path.join(staging, name, "trainer_state.json"))
+        shutil.rmtree(os.path.join(run_dir, name), ignore_errors=True)
+        os.replace(os.path.join(staging, name), os.path.join(run_dir, name))
+        os.rmdir(staging)
+        rotate_checkpoints(
+            output_dir=run_dir,
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+    _staging_dir: str | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging_dir or super()._get_output_dir(trial)
+
+
+class AlignmentTrainer(AdaLATrainer):
+    """Base of stages 1 and 2: a frozen softmax teacher beside the student, and no labels.
+
+    The teacher is an attribute of the trainer and never of the model, so that no checkpoint can contain it.
+
+    Args:
+        model (`PreTrainedModel`): The student.
+        teacher_model (`str` or `PreTrainedModel`): The softmax model it was converted from; frozen here.
+        args: The stage's configuration.
+        kwargs: As for `Trainer`.
+
+    Raises:
+        UsageError: if teacher and student do not belong together.
+    """
+
+    def __init__(self, model: PreTrainedModel, teacher_model: str | PreTrainedModel, args: Any, **kwargs):
+        teacher = load_teacher(teacher_model)
+        check_pair(teacher, model)
+        super().__init__(model=model, args=args, **kwargs)
+        # not through accelerator.prepare_model: that would make evaluate() skip preparing the student
+        self.teacher_model = teacher.to(self.args.device)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        # accelerate's autocast sits on the student's forward, and neither the teacher nor a redirected forward is it
+        return self.accelerator.autocast()
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        # the stock step computes no loss for a model without labels, and would gather all hidden states
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def calibration_batches(self) -> Iterable[Tensor]:
+        """`pixel_values` of the first `calibration_images` training images: the same in every process and on resume."""
+        dataset, count, size = self.train_dataset, self.args.calibration_images, self.args.per_device_train_batch_size
+        examples = [dataset[i] for i in range(min(count, len(dataset)))] if hasattr(dataset, "__getitem__") else None
+        examples = list(islice(iter(dataset), count)) if examples is None else examples
+        for start in range(0, len(examples), size):
+            yield self.data_collator(examples[start : start + size])["pixel_values"].to(self.args.device)
+
+    def run_as_forward(self, model: nn.Module, method: Callable[..., Any], *args: Any) -> Any:
+        """Runs `method(student, *args)` as the forward of the wrapped model, so that DDP's and FSDP's hooks fire.
+
+        Calling into `model.module` directly would skip them: gradients would silently stay unsynchronized.
+        """
+        student = self.accelerator.unwrap_model(model)
+        original = student.__dict__.get("forward")
+
+        def forward(*inputs):
+            restore()
+            return method(student, *inputs)
+
+        def restore():
+            if original is None:
+                student.__dict__.pop("forward", None)
+            else:
+                student.forward = original
+
+        student.forward = forward
+        try:
+            return model(*args)
+        finally:
+            restore()
+
+
+def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Raises `UsageError` unless the student is the linear counterpart of the teacher, layer for layer."""
+    ours, theirs = student.config, teacher.config
+    if ours.model_type != f"adala_{theirs.model_type}":
+        raise UsageError(
+            f"model is of type {ours.model_type!r} and teacher_model of type {theirs.model_type!r}; convert this teacher"
+            f" to get a student of type 'adala_{theirs.model_type}'."
+        )
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_channels"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise UsageError(
+                f"model and teacher_model differ in {name} ({getattr(ours, name)} and {getattr(theirs, name)}); pass"
+                " the teacher that the student was converted from."
+            )
+
+
+def freeze_all_but(model: nn.Module, trainable: Callable[[str], bool]) -> list[str]:
+    """Sets `requires_grad` by parameter name and returns the names that train."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable(name))
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+

@@ -1,0 +1,56 @@
+"""Settings of stage 2."""
+
+from dataclasses import dataclass, field
+
+from modeling_adala.errors import UsageError
+
+from .attention_alignment_config import check_calibration_images
+from .base_config import AdaLATrainingArguments
+
+LOSS_KINDS = ("mse", "cosine")
+
+
+@dataclass
+class FeatureAlignmentConfig(AdaLATrainingArguments):
+    r"""Settings of `FeatureAlignmentTrainer`, on top of `AdaLATrainingArguments`.
+
+    Args:
+        learning_rate (`float`, *optional*, defaults to 1e-4): Peak of the schedule. The paper gives none; measured in
+            docs/experiments.md.
+        max_steps (`int`, *optional*, defaults to 700): Optimizer steps.
+        loss (`str`, *optional*, defaults to `"mse"`): `"mse"` (the paper) or `"cosine"` (cosine and smooth-L1).
+        hidden_states (`list[int]`, *optional*): Blocks, from 0, whose outputs are matched too. Default: none, only the
+            final features (the paper).
+        hidden_states_weight (`float`, *optional*, defaults to 1): Weight of their mean loss beside the final one.
+        cls_weight, register_weight, patch_weight (`float`, *optional*, defaults to 1): Weights of the token groups.
+            Each group counts with its mean, so equal weights favor the class token over a single patch.
+        calibration_images (`int`, *optional*, defaults to 64): Training images on which the teacher's variance is
+            measured, once, before the first step.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
+    max_steps: int = field(default=700, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
+    loss: str = field(default="mse", metadata={"help": f"One of {', '.join(LOSS_KINDS)}."})
+    hidden_states: list[int] = field(
+        default_factory=list, metadata={"help": "Blocks whose outputs are matched besides the final features."}
+    )
+    hidden_states_weight: float = field(default=1.0, metadata={"help": "Weight of those, as a mean over them."})
+    cls_weight: float = field(default=1.0, metadata={"help": "Weight of the class token's mean error."})
+    register_weight: float = field(default=1.0, metadata={"help": "Weight of the registers' mean error."})
+    patch_weight: float = field(default=1.0, metadata={"help": "Weight of the patches' mean error."})
+    calibration_images: int = field(
+        default=64, metadata={"help": "Images on which the teacher's variance is measured before the first step."}
+    )
+
+    def __post_init__(self):
+        check_calibration_images(self.calibration_images)
+        if self.loss not in LOSS_KINDS:
+            raise UsageError(f"loss={self.loss!r} is unknown; choose one of {', '.join(LOSS_KINDS)}.")
+        weights = (self.cls_weight, self.register_weight, self.patch_weight)
+        if min(weights) < 0 or self.cls_weight + self.patch_weight <= 0:
+            raise UsageError(f"token group weights {weights} must be 0 or more, class token and patches not both 0.")
+        super().__post_init__()
+
+    @property
+    def group_weights(self) -> dict[str, float]:
+        return {"cls": self.cls_weight, "registers": self.register_weight, "patches": self.patch_weight}

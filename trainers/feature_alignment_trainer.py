@@ -1,0 +1,98 @@
+"""Stage 2: the whole student learns to give the teacher's final features, on its own forward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modeling_adala.errors import UsageError
+from modeling_adala.families import any_size_kwargs, token_groups
+
+from .base_trainer import AlignmentTrainer, freeze_all_but
+from .feature_alignment_config import FeatureAlignmentConfig
+from .losses import feature_alignment_loss, teacher_variance
+
+# they have no part in the final features; left trainable, DDP would wait for gradients that never come
+UNUSED = (".pooler.", "pooler.", "mask_token")
+
+
+class FeatureAlignmentTrainer(AlignmentTrainer):
+    """Trains the whole student against the frozen teacher's features after the last layer norm.
+
+    Errors of stage 1 pile up over the layers; this stage sees them, because the student runs free on the image (ViT-AdaLA,
+    arXiv 2603.16063, stage 2). A head on the student, if it has one, is left alone.
+
+    Logged: `loss`, and `cls`, `registers`, `patches` (relative errors of the final features), `hidden_<i>` if asked.
+
+    Args:
+        peft_config (`peft.PeftConfig`, *optional*): Train adapters instead of the weights.
+        model, teacher_model, args, kwargs: See `AlignmentTrainer`.
+    """
+
+    stage = "feature-alignment"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher_model: str | PreTrainedModel,
+        args: FeatureAlignmentConfig,
+        *,
+        peft_config: Any | None = None,
+        **kwargs: Any,
+    ):
+        layers = model.config.num_hidden_layers
+        wrong = [layer for layer in args.hidden_states if not -layers <= layer < layers]
+        if wrong:
+            raise UsageError(f"hidden_states={args.hidden_states}: this model has layers 0 to {layers - 1}, not {wrong}.")
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            wrapped = get_peft_model(model, peft_config)
+        else:
+            trained = {id(p) for n, p in model.base_model.named_parameters() if not any(u in n for u in UNUSED)}
+            names = {name for name, parameter in model.named_parameters() if id(parameter) in trained}
+            freeze_all_but(model, names.__contains__)
+            wrapped = model
+        # the pair is checked on the bare student; the trainer then holds what trains
+        super().__init__(model=wrapped, teacher_model=teacher_model, args=args, **kwargs)
+        self.groups = token_groups(model.config)
+        self.layers = sorted(layer % layers for layer in args.hidden_states)
+        self._variances: list[dict[str, Tensor]] | None = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        pixel_values = inputs["pixel_values"]
+        with torch.no_grad():
+            targets = self.features(self.teacher_model, pixel_values)
+        features = self.run_as_forward(model, self.features, pixel_values)
+        losses = [
+            feature_alignment_loss(ours, theirs, self.groups, variances, self.args.group_weights, self.args.loss)
+            for ours, theirs, variances in zip(features, targets, self.variances(), strict=True)
+        ]
+        loss = losses[0]["loss"]
+        for name in self.groups:
+            self.record(name, losses[0][name])
+        if self.layers:
+            extra = torch.stack([component["loss"] for component in losses[1:]])
+            loss = loss + self.args.hidden_states_weight * extra.mean()
+            for layer, value in zip(self.layers, extra, strict=True):
+                self.record(f"hidden_{layer}", value)
+        return (loss, None) if return_outputs else loss
+
+    def features(self, model: PreTrainedModel, pixel_values: Tensor) -> list[Tensor]:
+        """Final features, then the outputs of the chosen blocks, each `(batch, tokens, hidden_size)`."""
+        kwargs = any_size_kwargs(model, pixel_values)
+        outputs = model.base_model(pixel_values, output_hidden_states=bool(self.layers), **kwargs)
+        return [outputs.last_hidden_state, *(outputs.hidden_states[layer + 1] for layer in self.layers)]
+
+    @torch.no_grad()
+    def variances(self) -> list[dict[str, Tensor]]:
+        """Teacher variance per matched tensor and token group, over the calibration images."""
+        if self._variances is None:
+            with self.compute_loss_context_manager():
+                batches = [self.features(self.teacher_model, pixels) for pixels in self.calibration_batches()]
+            self._variances = [
+                {name: teacher_variance(torch.cat(tensors)[:, group]) for name, group in self.groups.items()}
+                for tensors in zip(*batches, strict=True)
+            ]
+        return self._variances

@@ -1,0 +1,246 @@
+"""Turning PIL images into model inputs, with randomness that comes from a NumPy generator and nowhere else.
+
+Torchvision is not needed: the crop and the resize are one call to Pillow, which antialiases, releases the GIL and is as
+fast as anything else on a CPU.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from modeling_adala.errors import UsageError
+
+_TRIES = 10
+# Pillow may first shrink by whole factors, as long as what remains is at least this many times the output.
+_REDUCING_GAP = 2.0
+_MODES = {1: "L", 3: "RGB"}
+
+
+def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    sides = (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if (
+        not isinstance(sides, Sequence)
+        or len(sides) != 2
+        or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    ):
+        raise UsageError(f"{name}={value!r} is not a size: use an integer or a (height, width) pair of integers")
+    return sides[0], sides[1]
+
+
+def check_image_size(image_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Checks that whole patches tile an image.
+
+    Args:
+        image_size: side of a square image, or (height, width), in pixels.
+        patch_size: side of a square patch, or (height, width), in pixels.
+
+    Returns:
+        The image size as (height, width).
+
+    Raises:
+        UsageError: a side is not a positive multiple of the patch; the message names the nearest valid sizes.
+    """
+    size, patch = _pair("image_size", image_size), _pair("patch_size", patch_size)
+    if min(patch) < 1:
+        raise UsageError(f"patch_size={patch_size!r} must be positive")
+    for side, step, name in zip(size, patch, ("height", "width"), strict=True):
+        below = max(side, 0) // step * step
+        if side < 1 or below != side:
+            nearest = f"{below} or {below + step}" if below else f"{step}"
+            raise UsageError(
+                f"image_size={image_size!r}: the {name} {side} is not a positive multiple of the patch size {step}; "
+                f"use {nearest}"
+            )
+    return size
+
+
+def _channels(name: str, values: float | Sequence[float], num_channels: int) -> np.ndarray:
+    array = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    if array.shape not in ((1,), (num_channels,)):
+        raise UsageError(f"{name}={values!r} has {array.size} values for num_channels={num_channels}: give one each")
+    return np.broadcast_to(array, (num_channels,))
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    # Pillow clips these modes to 0..255 instead of scaling them, which turns a 16-bit scan white.
+    pixels = np.asarray(image).astype(np.float32)
+    if image.mode == "F":
+        pixels = pixels * 255 if 0 <= pixels.min() and pixels.max() <= 1 else pixels
+    else:
+        pixels = pixels / 257
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+class ImageTransform:
+    """PIL image of any mode and size -> float32 tensor of shape (C, H, W).
+
+    For evaluation (`train=False`), the largest centered crop of the output's aspect ratio is resized to `image_size`:
+    the same as resizing the shortest edge and cropping the center. For training, a random crop (torchvision's
+    `RandomResizedCrop`) is resized and flipped at random. Pixels are then multiplied by `rescale_factor` and normalized
+    by channel. Alpha is dropped, as the image processors of Transformers do; 16-bit grayscale is scaled to 8 bits.
+
+    Args:
+        image_size: output side or (height, width) in pixels.
+        image_mean: one value, or one per channel, subtracted after rescaling.
+        image_std: one value, or one per channel, divided by after that.
+        rescale_factor: factor for pixels of 0..255.
+        num_channels: 3 for RGB or 1 for grayscale.
+        resample: Pillow's number of a filter; 3 is bicubic.
+        train: whether to augment.
+        crop_scale: range of the crop's share of the image's area.
+        crop_ratio: range of the crop's width / height.
+        horizontal_flip: probability of a flip.
+
+    Raises:
+        UsageError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int],
+        image_mean: float | Sequence[float],
+        image_std: float | Sequence[float],
+        rescale_factor: float = 1 / 255,
+        num_channels: int = 3,
+        resample: int = 3,
+        train: bool = False,
+        crop_scale: tuple[float, float] = (0.5, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        horizontal_flip: float = 0.5,
+    ) -> None:
+        self.image_size = check_image_size(image_size, 1)
+        if num_channels not in _MODES:
+            raise UsageError(f"num_channels={num_channels!r} is not supported: use 3 (RGB) or 1 (grayscale)")
+        if resample not in list(Image.Resampling):
+            raise UsageError(f"resample={resample!r} is not a Pillow filter: use 2 (bilinear), 3 (bicubic) or 1 (Lanczos)")
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise UsageError(f"crop_scale={crop_scale!r} must be two shares of the area with 0 < low <= high <= 1")
+        if not 0 < crop_ratio[0] <= crop_ratio[1]:
+            raise UsageError(f"crop_ratio={crop_ratio!r} must be two aspect ratios with 0 < low <= high")
+        if not 0 <= horizontal_flip <= 1:
+            raise UsageError(f"horizontal_flip={horizontal_flip!r} is not a probability: use a value of 0..1")
+        mean, std = _channels("image_mean", image_mean, num_channels), _channels("image_std", image_std, num_channels)
+        if not (std > 0).all():
+            raise UsageError(f"image_std={image_std!r} must be positive")
+        self.num_channels, self.resample, self.train = num_channels, int(resample), bool(train)
+        self.crop_scale, self.crop_ratio = tuple(crop_scale), tuple(crop_ratio)
+        self.horizontal_flip = horizontal_flip
+        # Rescaling and normalization are one multiplication and one subtraction.
+        self._factor = (rescale_factor / std).astype(np.float32)[:, None, None]
+        self._offset = (mean / std).astype(np.float32)[:, None, None]
+
+    @classmethod
+    def from_processor(
+        cls,
+        image_processor: Any | None,
+        image_size: int | tuple[int, int],
+        num_channels: int = 3,
+        train: bool = False,
+        **overrides: Any,
+    ) -> "ImageTransform":
+        """Builds the transform that normalizes as an image processor of Transformers does.
+
+        Args:
+            image_processor: such as `BitImageProcessor`, or None for pixels of 0..1 without normalization.
+            image_size: output side or (height, width); the processor's own size is not used.
+            num_channels: 3 or 1; with 1, a mean and a standard deviation of three channels are averaged.
+            train: whether to augment.
+            overrides: arguments of the class that win over the processor's.
+
+        Raises:
+            UsageError: as the class does.
+        """
+        options: dict[str, Any] = {"image_mean": 0.0, "image_std": 1.0, "rescale_factor": 1 / 255}
+        if image_processor is not None:
+            if not getattr(image_processor, "do_rescale", True):
+                options["rescale_factor"] = 1.0
+            elif getattr(image_processor, "rescale_factor", None) is not None:
+                options["rescale_factor"] = image_processor.rescale_factor
+            if getattr(image_processor, "do_normalize", True):
+                for name in ("image_mean", "image_std"):
+                    value = getattr(image_processor, name, None)
+                    if value is not None:
+                        options[name] = float(np.mean(value)) if num_channels == 1 else value
+            if getattr(image_processor, "resample", None) is not None:
+                options["resample"] = int(image_processor.resample)
+        return cls(image_size, **{**options, "num_channels": num_channels, "train": train, **overrides})
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
+        """Transforms one image.
+
+        Args:
+            image: of any mode and size.
+            rng: source of the crop and the flip; needed for training, ignored for evaluation.
+
+        Returns:
+            Float32 tensor of shape (C, H, W).
+
+        Raises:
+            UsageError: `rng` is missing in training.
+        """
+        if self.train and rng is None:
+            raise UsageError("rng=None with train=True: pass numpy.random.default_rng(seed), or use train=False")
+        mode = _MODES[self.num_channels]
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = _to_8_bit(image)
+        elif image.mode not in ("L", mode):
+            # Palettes cannot be interpolated, and the other modes only coincide with this order.
+            image = image.convert(mode)
+        box = self._random_box(image.size, rng) if self.train else self._center_box(image.size)
+        height, width = self.image_size
+        gap = _REDUCING_GAP if self.train else None
+        image = image.resize((width, height), self.resample, box=box, reducing_gap=gap)
+        if image.mode != mode:
+            image = image.convert(mode)
+        pixels = np.asarray(image).reshape(height, width, self.num_channels)
+        if self.train and rng.random() < self.horizontal_flip:
+            pixels = pixels[:, ::-1]
+        output = np.empty((self.num_channels, height, width), dtype=np.float32)
+        np.multiply(pixels.transpose(2, 0, 1), self._factor, out=output)
+        output -= self._offset
+        return torch.from_numpy(output)
+
+    def draft_size(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Smallest (width, height) at which a JPEG of `size` may be decoded without blurring any crop.
+
+        None for evaluation, where every pixel counts.
+        """
+        if not self.train:
+            return None
+        (full_width, full_height), (height, width) = size, self.image_size
+        low, high = self.crop_ratio
+        side = math.sqrt(self.crop_scale[0] * full_width * full_height)
+        # The last bound of each is the crop that a panorama gets when no random one fits.
+        crop_width = min(side * math.sqrt(low), full_width, full_height * high)
+        crop_height = min(side / math.sqrt(high), full_height, full_width / low)
+        return (
+            math.ceil(_REDUCING_GAP * width * full_width / crop_width),
+            math.ceil(_REDUCING_GAP * height * full_height / crop_height),
+        )
+
+    def _center_box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        (width, height), (out_height, out_width) = size, self.image_size
+        scale = max(out_width / width, out_height / height)
+        crop_width, crop_height = min(width, out_width / scale), min(height, out_height / scale)
+        left, top = (width - crop_width) / 2, (height - crop_height) / 2
+        return left, top, min(width, left + crop_width), min(height, top + crop_height)
+
+    def _random_box(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
+        width, height = size
+        low, high = self.crop_ratio
+        for _ in range(_TRIES):
+            area = width * height * rng.uniform(*self.crop_scale)
+            ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                left = int(rng.integers(0, width - crop_width + 1))
+                top = int(rng.integers(0, height - crop_height + 1))
+                return left, top, left + crop_width, top + crop_height
+        crop_width = min(width, max(1, round(height * high)))
+        crop_height = min(height, max(1, round(width / low)))
+        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+        return left, top, left + crop_width, top + crop_height
