@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
-# A lower bound without a comment is the release the tests run on: an older one may work, nobody has looked.
+# A lower bound without a comment is a recent release, not a known limit: older ones may work, nobody has looked.
 REQUIRED = [
     # The first whose torch.load is safe by default; Trainer refuses to resume a run below it.
     "torch>=2.6",
@@ -15,9 +15,7 @@ REQUIRED = [
     # Both are younger than any promise of stability, so a new major release needs a look first.
     "transformers>=5.23,<6",
     "accelerate>=1.15",
-    # 5 returns whole columns lazily, which keeps a data set of images out of memory.
     "datasets>=5.2",
-
     "evaluate>=0.4.6",
     "huggingface_hub>=2.4",
     "matplotlib>=3.9",

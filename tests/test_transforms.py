@@ -116,7 +116,9 @@ def test_from_processor_averages_channels_for_grayscale():
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I", "F"])
 def test_every_mode_is_converted(mode, channels, train):
     white = {"CMYK": (0, 0, 0, 0), "YCbCr": (255, 128, 128), "HSV": (0, 0, 255), "I;16": 65535, "I": 65535, "F": 1.0}
-    default = {1: 255, 2: (255, 255), 3: (255, 255, 255), 4: (255, 255, 255, 255)}[len(Image.new(mode, (1, 1)).getbands())]
+    default = {1: 255, 2: (255, 255), 3: (255, 255, 255), 4: (255, 255, 255, 255)}[
+        len(Image.new(mode, (1, 1)).getbands())
+    ]
     if mode in ("P", "PA"):
         image = Image.new("RGB", (9, 7), "white").convert("P").convert(mode)
     else:

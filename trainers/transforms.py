@@ -1,7 +1,6 @@
 """Turning PIL images into model inputs, with randomness that comes from a NumPy generator and nowhere else.
 
-Torchvision is not needed: the crop and the resize are one call to Pillow, which antialiases, releases the GIL and is as
-fast as anything else on a CPU.
+Torchvision is not needed: the crop and the resize are one call to Pillow, which antialiases.
 """
 
 import math
@@ -67,9 +66,9 @@ def _channels(name: str, values: float | Sequence[float], num_channels: int) -> 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     # Pillow clips these modes to 0..255 instead of scaling them, which turns a 16-bit scan white.
-    pixels = np.asarray(image).astype(np.float32)
+    pixels: np.ndarray = np.asarray(image).astype(np.float32)
     if image.mode == "F":
-        pixels = pixels * 255 if 0 <= pixels.min() and pixels.max() <= 1 else pixels
+        pixels = pixels * 255 if pixels.min() >= 0 and pixels.max() <= 1 else pixels
     else:
         pixels = pixels / 257
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
@@ -80,8 +79,9 @@ class ImageTransform:
 
     For evaluation (`train=False`), the largest centered crop of the output's aspect ratio is resized to `image_size`:
     the same as resizing the shortest edge and cropping the center. For training, a random crop (torchvision's
-    `RandomResizedCrop`) is resized and flipped at random. Pixels are then multiplied by `rescale_factor` and normalized
-    by channel. Alpha is dropped, as the image processors of Transformers do; 16-bit grayscale is scaled to 8 bits.
+    `RandomResizedCrop`) is resized and flipped at random. Pixels are then multiplied by `rescale_factor` and
+    normalized by channel. Alpha is dropped, as the image processors of Transformers do; 16-bit grayscale is scaled to
+    8 bits.
 
     Args:
         image_size: output side or (height, width) in pixels.
@@ -116,7 +116,9 @@ class ImageTransform:
         if num_channels not in _MODES:
             raise UsageError(f"num_channels={num_channels!r} is not supported: use 3 (RGB) or 1 (grayscale)")
         if resample not in list(Image.Resampling):
-            raise UsageError(f"resample={resample!r} is not a Pillow filter: use 2 (bilinear), 3 (bicubic) or 1 (Lanczos)")
+            raise UsageError(
+                f"resample={resample!r} is not a Pillow filter: use 2 (bilinear), 3 (bicubic) or 1 (Lanczos)"
+            )
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise UsageError(f"crop_scale={crop_scale!r} must be two shares of the area with 0 < low <= high <= 1")
         if not 0 < crop_ratio[0] <= crop_ratio[1]:
@@ -182,7 +184,9 @@ class ImageTransform:
         Raises:
             UsageError: `rng` is missing in training.
         """
-        if self.train and rng is None:
+        if not self.train:
+            rng = None
+        elif rng is None:
             raise UsageError("rng=None with train=True: pass numpy.random.default_rng(seed), or use train=False")
         mode = _MODES[self.num_channels]
         if image.mode == "F" or image.mode.startswith("I"):
@@ -190,14 +194,14 @@ class ImageTransform:
         elif image.mode not in ("L", mode):
             # Palettes cannot be interpolated, and the other modes only coincide with this order.
             image = image.convert(mode)
-        box = self._random_box(image.size, rng) if self.train else self._center_box(image.size)
+        box = self._center_box(image.size) if rng is None else self._random_box(image.size, rng)
         height, width = self.image_size
         gap = _REDUCING_GAP if self.train else None
         image = image.resize((width, height), self.resample, box=box, reducing_gap=gap)
         if image.mode != mode:
             image = image.convert(mode)
         pixels = np.asarray(image).reshape(height, width, self.num_channels)
-        if self.train and rng.random() < self.horizontal_flip:
+        if rng is not None and rng.random() < self.horizontal_flip:
             pixels = pixels[:, ::-1]
         output = np.empty((self.num_channels, height, width), dtype=np.float32)
         np.multiply(pixels.transpose(2, 0, 1), self._factor, out=output)
@@ -233,7 +237,7 @@ class ImageTransform:
         width, height = size
         low, high = self.crop_ratio
         for _ in range(_TRIES):
-            area = width * height * rng.uniform(*self.crop_scale)
+            area = width * height * rng.uniform(self.crop_scale[0], self.crop_scale[1])
             ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
             crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < crop_width <= width and 0 < crop_height <= height:

@@ -48,9 +48,9 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "vit-digits", help="written here")
-    parser.add_argument("--epochs", type=int, default=36, help="epochs in total")
-    parser.add_argument("--coarse_epochs", type=int, default=26, help="how many of them, the first, at 14 x 14 pixels")
-    parser.add_argument("--batch_size", type=int, default=64, help="images per step")
+    parser.add_argument("--epochs", type=int, default=32, help="epochs in total")
+    parser.add_argument("--coarse_epochs", type=int, default=25, help="how many of them, the first, at 14 x 14 pixels")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per step")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak of the cosine schedule")
     parser.add_argument("--weight_decay", type=float, default=0.05, help="AdamW weight decay")
     parser.add_argument("--hidden_size", type=int, default=128, help="width of the ViT")

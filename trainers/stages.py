@@ -1,0 +1,167 @@
+"""One stage from start to end: build its trainer, train or resume, leave a loadable checkpoint."""
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from modeling_adala.conversion import load_config
+from modeling_adala.errors import UsageError
+
+from .attention_alignment_config import AttentionAlignmentConfig
+from .attention_alignment_trainer import AttentionAlignmentTrainer
+from .base_config import AdaLATrainingArguments
+from .base_trainer import AdaLATrainer
+from .callbacks import CompactProgressCallback, MetricsFileCallback
+from .checkpoints import complete_checkpoints, whole_directory
+from .feature_alignment_config import FeatureAlignmentConfig
+from .feature_alignment_trainer import FeatureAlignmentTrainer
+from .supervised_config import SupervisedConfig
+from .supervised_trainer import SupervisedTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the stage table."""
+
+    number: int
+    name: str
+    config_class: type[AdaLATrainingArguments]
+    trainer_class: type[AdaLATrainer]
+
+    @property
+    def directory(self) -> str:
+        return f"{self.number}-{self.name}"
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(1, "attention-alignment", AttentionAlignmentConfig, AttentionAlignmentTrainer),
+        Stage(2, "feature-alignment", FeatureAlignmentConfig, FeatureAlignmentTrainer),
+        Stage(3, "supervised", SupervisedConfig, SupervisedTrainer),
+    )
+}
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a finished stage reports: its checkpoint, wall time in seconds and steps of this process, last metrics."""
+
+    directory: Path
+    model: PreTrainedModel
+    seconds: float
+    steps: int
+    resumed_from_step: int
+    metrics: dict[str, float]
+
+
+def checkpoints_directory(stage_directory: Path) -> Path:
+    """Where the resumable checkpoints of a stage are kept while it runs, so that its own folder appears whole."""
+    return stage_directory.parent / "checkpoints" / stage_directory.name
+
+
+def run_stage(
+    stage: Stage,
+    model: PreTrainedModel,
+    args: AdaLATrainingArguments,
+    *,
+    image_processor: Any | None = None,
+    metrics_file: str | Path | None = None,
+    **trainer_kwargs: Any,
+) -> StageResult:
+    """Runs one stage, or goes on where a killed run of it stopped, and writes the stage folder.
+
+    Args:
+        stage (`Stage`): One of `STAGES`.
+        model (`PreTrainedModel`): The student (stage 3: a classifier).
+        args (`AdaLATrainingArguments`): The stage's settings; `output_dir` is the stage folder.
+        image_processor (*optional*): Saved beside the model.
+        metrics_file (*optional*): A `metrics.jsonl` to append to. Default: beside the stage folder.
+        trainer_kwargs: For the stage's trainer, such as `teacher_model`, `train_dataset`, `eval_dataset`.
+
+    Raises:
+        CheckpointError: if the result cannot be written; checkpoints to go on from are kept then.
+    """
+    directory = Path(args.output_dir)
+    work = checkpoints_directory(directory)
+    args.output_dir = str(work)
+    trainer = stage.trainer_class(model=model, args=args, **trainer_kwargs)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if not args.disable_tqdm:
+        trainer.add_callback(CompactProgressCallback(f"stage {stage.number}, {stage.name}"))
+    trainer.add_callback(MetricsFileCallback(metrics_file or directory.parent / "metrics.jsonl", stage.name))
+
+    found = complete_checkpoints(work)
+    resumed = int(found[-1].name.rsplit("-", 1)[1]) if found else 0
+    if resumed:
+        logger.warning("stage %d, %s: going on from step %d", stage.number, stage.name, resumed)
+    start = time.perf_counter()
+    output = trainer.train(resume_from_checkpoint=True)
+    seconds = time.perf_counter() - start
+
+    student = _finished_student(trainer, stage)
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if student is trainer.model else None
+    if trainer.is_world_process_zero():
+        with whole_directory(directory) as staging:
+            student.save_pretrained(staging, state_dict=state_dict)
+            if image_processor is not None:
+                image_processor.save_pretrained(staging)
+        shutil.rmtree(work, ignore_errors=True)
+        if work.parent.is_dir() and not any(work.parent.iterdir()):
+            work.parent.rmdir()
+    trainer.accelerator.wait_for_everyone()
+    return StageResult(directory, student, seconds, output.global_step - resumed, resumed, output.metrics)
+
+
+def load_classifier(name_or_path: str, labels: list[str], **kwargs: Any) -> PreTrainedModel:
+    """Opens a linear or softmax checkpoint as an image classifier with these classes; a fitting head is kept.
+
+    Raises:
+        DataError: if nothing is there.
+        UsageError: if its architecture has no classifier.
+    """
+    config = load_config(name_or_path)
+    id2label = dict(enumerate(labels))
+    keeps_head = [config.id2label.get(index) for index in range(len(config.id2label))] == labels
+    if not keeps_head:
+        kwargs |= {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
+    try:
+        return AutoModelForImageClassification.from_pretrained(
+            name_or_path, dtype="float32", ignore_mismatched_sizes=True, **kwargs
+        )
+    except ValueError as error:
+        raise UsageError(f"model {name_or_path!r} cannot be opened for image classification: {error}.") from error
+
+
+def check_stage_directory(path: str, expected: tuple[str, ...], purpose: str) -> None:
+    """Refuses a student that does not come out of the stage before.
+
+    Raises:
+        UsageError: naming the stage that is recorded in it and those that fit.
+        DataError: if nothing is there.
+    """
+    found = getattr(load_config(path), "adala_stage", None)
+    if found not in expected:
+        raise UsageError(
+            f"{path!r} was left by {'stage ' + repr(found) if found else 'no AdaLA stage'}; {purpose} starts from"
+            f" {' or '.join(repr(name) for name in expected)}. Pass that folder."
+        )
+
+
+def _finished_student(trainer: AdaLATrainer, stage: Stage) -> PreTrainedModel:
+    student = trainer.model
+    if hasattr(student, "merge_and_unload"):
+        student = student.merge_and_unload()
+    student.requires_grad_(True)
+    if student.config.model_type.startswith("adala_"):
+        student.config.adala_stage = stage.name
+    return student
