@@ -52,7 +52,7 @@ def read_readme() -> str:
 setup(
     name="vit-adala",
     version=read_version(),
-    description="Turn pretrained softmax Vision Transformers into linear-attention ones, on Hugging Face Transformers.",
+    description="Turn pretrained softmax Vision Transformers into linear-attention ones.",
     long_description=read_readme(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

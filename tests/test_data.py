@@ -250,9 +250,11 @@ def test_fingerprint_follows_the_content(tmp_path, folder):
     first = fingerprint(load_images(folder))
     assert len(first) == 16 and first == fingerprint(load_images(tmp_path / "copy"))
     assert first != fingerprint(load_images(folder, "train[:-1]"))
+    (tmp_path / "copy" / "cat" / "000.png").write_bytes(encoded(1))
+    assert first != fingerprint(load_images(tmp_path / "copy"))
     memory = in_memory()
     assert fingerprint(memory) == fingerprint(load_images(memory)) == fingerprint(in_memory())
-    reordered = memory.select([1, *range(1, ROWS)])
+    reordered = memory.select([2, *range(1, ROWS)])
     assert fingerprint(reordered) != fingerprint(memory)
     stream = fingerprint(memory.to_iterable_dataset())
     assert stream == fingerprint(in_memory().to_iterable_dataset()) != fingerprint(reordered.to_iterable_dataset())
@@ -331,6 +333,13 @@ def test_broken_image_is_replaced_and_reported_once(folder, how, workers, caplog
     if workers == 0:
         assert [record.message.split(": ")[0] for record in caplog.records] == [f"skipped {path}"]
         assert "object at 0x" not in caplog.text
+
+
+def test_replacement_is_cropped_anew(folder):
+    break_file(folder / "cat" / "000.png", "garbage")
+    images = ImageDataset(load_images(folder), training())
+    assert not torch.equal(images[0]["pixel_values"], images[1]["pixel_values"])
+    assert torch.equal(images[0]["pixel_values"], images[0]["pixel_values"])
 
 
 def test_broken_row_of_a_parquet_is_named_by_its_number(caplog):

@@ -25,6 +25,7 @@ def writing(destination: str | os.PathLike, cleanup: str | os.PathLike) -> Itera
         if not _is_io_error(error):
             raise
         shutil.rmtree(cleanup, ignore_errors=True)
+        Path(cleanup).unlink(missing_ok=True)
         full = isinstance(error, OSError) and error.errno in _DISK_FULL or "No space left" in str(error)
         remedy = "free some space" if full else "check the path and its permissions"
         reason = "the disk is full" if full else str(error).splitlines()[0]
@@ -49,6 +50,19 @@ def whole_directory(destination: str | os.PathLike) -> Iterator[Path]:
         yield staging
         if destination.exists():
             shutil.rmtree(destination)
+        os.replace(staging, destination)
+
+
+def whole_file(destination: str | os.PathLike, text: str) -> None:
+    """Writes a text file that is either the old one or the new one, whatever happens.
+
+    Raises:
+        CheckpointError: see `writing`.
+    """
+    destination = Path(destination)
+    staging = destination.with_name(f".{destination.name}.writing")
+    with writing(destination, cleanup=staging):
+        staging.write_text(text)
         os.replace(staging, destination)
 
 

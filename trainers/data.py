@@ -40,8 +40,8 @@ class BrokenImagesError(DataError):
     """More images are broken than `max_broken_fraction` allows."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader worker's error is rebuilt from its traceback, whose last line is the message.
-        super().__init__(message.strip().splitlines()[-1].split(f"{type(self).__name__}: ")[-1])
+        # PyTorch rebuilds a DataLoader worker's error from its whole traceback, which ends with the message.
+        super().__init__(message.strip().split(f"{type(self).__name__}: ")[-1])
 
 
 class _Unreadable(Exception):

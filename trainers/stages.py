@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from modeling_adala.conversion import load_config
 from modeling_adala.errors import UsageError
+from modeling_adala.families import get_family
 
 from .attention_alignment_config import AttentionAlignmentConfig
 from .attention_alignment_trainer import AttentionAlignmentTrainer
@@ -122,6 +124,21 @@ def run_stage(
     return StageResult(directory, student, seconds, output.global_step - resumed, resumed, output.metrics)
 
 
+def load_student(name_or_path: str) -> PreTrainedModel:
+    """Opens an AdaLA checkpoint as the class it was saved as, in float32.
+
+    Raises:
+        DataError: if nothing is there.
+        UsageError: if it is no AdaLA checkpoint.
+    """
+    config = load_config(name_or_path)
+    if not config.model_type.startswith("adala_"):
+        raise UsageError(f"model {name_or_path!r} is of type {config.model_type!r}, no AdaLA checkpoint; convert it first.")
+    classes = {cls.__name__: cls for cls in get_family(config.model_type).classes.values()}
+    student_class = classes[(config.architectures or [next(iter(classes))])[0]]
+    return student_class.from_pretrained(name_or_path, dtype=torch.float32)
+
+
 def load_classifier(name_or_path: str, labels: list[str], **kwargs: Any) -> PreTrainedModel:
     """Opens a linear or softmax checkpoint as an image classifier with these classes; a fitting head is kept.
 
@@ -136,7 +153,7 @@ def load_classifier(name_or_path: str, labels: list[str], **kwargs: Any) -> PreT
         kwargs |= {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
     try:
         return AutoModelForImageClassification.from_pretrained(
-            name_or_path, dtype="float32", ignore_mismatched_sizes=True, **kwargs
+            name_or_path, dtype=torch.float32, ignore_mismatched_sizes=True, **kwargs
         )
     except ValueError as error:
         raise UsageError(f"model {name_or_path!r} cannot be opened for image classification: {error}.") from error

@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import platform
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ class AugmentingCollator:
 
 
 def random_affine(images: torch.Tensor, degrees: float = 12.0, shift: float = 2.0, zoom: float = 0.12) -> torch.Tensor:
-    """Rotate, shift (in pixels), zoom and shear every image of a `(batch, 1, height, width)` tensor by its own draw."""
+    """Rotate, shift (in pixels), zoom and shear each image of a `(batch, 1, height, width)` tensor by its own draw."""
     count = len(images)
 
     def uniform(limit: float) -> torch.Tensor:
@@ -213,9 +212,7 @@ def main() -> None:
         },
     }
     (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    sys.stdout.write(
-        f"{args.output_dir}: {accuracy:.1%} of 1,000 held-out digits, {size / 1e6:.1f} MB, trained in {seconds:.0f} s\n"
-    )
+    print(f"{args.output_dir}: {accuracy:.1%} of 1,000 held-out digits, {size / 1e6:.1f} MB, {seconds:.0f} s to train")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,278 @@
+"""All stages in order, resumable at any point, with a manifest of facts and a report at the end."""
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from transformers import AutoImageProcessor, PreTrainedModel, set_seed
+
+from modeling_adala import __version__
+from modeling_adala.conversion import convert, load_config, load_teacher, student_config
+from modeling_adala.errors import UsageError
+
+from .base_config import has_fast_bf16
+from .callbacks import append_metrics, read_metrics
+from .checkpoints import whole_file
+from .comparison import Comparison
+from .data import fingerprint
+from .data_config import DataModule
+from .recipe_config import RecipeConfig
+from .report import write_report
+from .stages import STAGES, Stage, StageResult, checkpoints_directory, load_classifier, load_student, run_stage
+
+logger = logging.getLogger(__name__)
+
+
+def run_recipe(config: RecipeConfig, *, from_stage: int | None = None) -> Path:
+    """Runs the stages of a recipe, or goes on where a killed run of it stopped.
+
+    Args:
+        config (`RecipeConfig`): What to run.
+        from_stage (`int`, *optional*): Throw away what stage 1, 2 or 3 and those after it left, and run them again.
+
+    Returns:
+        `Path`: the report, `output_dir/report.md`.
+
+    Raises:
+        UsageError: for settings that do not fit, or an `output_dir` that holds a different run.
+        DataError, CheckpointError: see there. What finished before stays, and the same command goes on.
+    """
+    return _Run(config, from_stage).run()
+
+
+class _Run:
+    """The state of one call of `run_recipe`."""
+
+    def __init__(self, config: RecipeConfig, from_stage: int | None):
+        self.config, self.out = config, Path(config.output_dir)
+        self.main = PartialState().is_main_process
+        self.stages = [STAGES[name] for name in config.stages]
+        student_config(load_config(config.teacher), **config.feature_options)  # before any time is spent
+        self._claim_output_dir(from_stage)
+        self.image_processor = load_image_processor(config.teacher)
+        self.teacher = load_teacher(config.teacher)
+        supervised = "supervised" in config.stages
+        self.data = DataModule(config, self.teacher.config, self.image_processor, require_labels=supervised)
+        device = PartialState().device
+        self.comparison = Comparison(
+            self.teacher.to(device), self.data, knn_images=config.knn_images, eval_images=config.eval_images
+        )
+        self.manifest = self._open_manifest()
+
+    def run(self) -> Path:
+        student = self._evaluate_before_training()
+        for stage in self.stages:
+            directory = self.out / stage.directory
+            if directory.is_dir():
+                logger.warning("stage %d, %s: finished before, in %s", stage.number, stage.name, directory)
+                student = load_student(str(directory))
+                self._finish(stage, None, student)
+                continue
+            student = self._run_stage(stage, student).model
+        if self.config.control:
+            self._run_control()
+        if self.main:
+            return write_report(self.out, self.comparison, self.config)
+        return self.out / "report.md"
+
+    def _evaluate_before_training(self) -> PreTrainedModel:
+        set_seed(self.config.seed)
+        student, parity = convert(copy.deepcopy(self.teacher).cpu(), **self.config.feature_options)
+        student.config.teacher_name_or_path = self.config.teacher
+        if "parity" not in self.manifest:
+            self._record(parity=parity.differences)
+        if "teacher" not in self._evaluated() and self.main:
+            head = self.comparison.classifier_accuracy(self.teacher)
+            self._evaluate("teacher", None, {} if head is None else {"head_accuracy": head})
+            self._evaluate("swapped", student)
+        return student
+
+    def _run_stage(self, stage: Stage, student: PreTrainedModel) -> StageResult:
+        args = self.config.stage_arguments(stage)
+        kwargs: dict[str, Any] = {"train_dataset": self.data.train_dataset(self.config.seed)}
+        if stage.name == "supervised":
+            set_seed(self.config.seed)
+            source = self._last_directory(stage)
+            if source is not None:
+                student = load_classifier(source, self.data.labels)
+            kwargs["eval_dataset"] = self.data.eval_dataset(self.config.eval_images)
+        else:
+            kwargs["teacher_model"] = self.teacher
+        result = run_stage(
+            stage,
+            student,
+            args,
+            image_processor=self.image_processor,
+            metrics_file=self.out / "metrics.jsonl",
+            **kwargs,
+        )
+        self._finish(stage, result, result.model, summary=kwargs["train_dataset"].summary())
+        return result
+
+    def _finish(self, stage: Stage, result: StageResult | None, student: PreTrainedModel, summary: str = "") -> None:
+        """Records a stage, also one whose process was killed between its checkpoint and this line."""
+        facts = self.manifest["stages"].get(stage.name, {})
+        if result is not None:
+            facts = {
+                "seconds": round(result.seconds, 1),
+                "steps": result.steps,
+                "resumed_from_step": result.resumed_from_step,
+                "images": summary,
+                "settings": _changed_settings(self.config, stage),
+            }
+        self._record(stages={**self.manifest["stages"], stage.name: facts})
+        if self.main and stage.name not in self._evaluated():
+            self._evaluate(stage.name, student)
+        PartialState().wait_for_everyone()
+
+    def _run_control(self) -> None:
+        """Stage 2 alone for the wall time of stages 1 and 2, from the same start: what stage 1 is worth."""
+        if "control" in self._evaluated() or "feature-alignment" not in self.manifest["stages"]:
+            return
+        first, second = (
+            self.manifest["stages"].get(n, {}) for n in ("attention-alignment", "feature-alignment")
+        )
+        stage = STAGES["feature-alignment"]
+        args = self.config.stage_arguments(stage)
+        extra = first.get("seconds", 0.0) * second["steps"] / second["seconds"]
+        args.max_steps = round(second["steps"] + extra)
+        args.output_dir = str(self.out / "control-feature-alignment")
+        set_seed(self.config.seed)
+        student, _ = convert(copy.deepcopy(self.teacher).cpu(), check_parity=False, **self.config.feature_options)
+        result = run_stage(
+            stage,
+            student,
+            args,
+            image_processor=self.image_processor,
+            metrics_file=self.out / "metrics-control.jsonl",
+            teacher_model=self.teacher,
+            train_dataset=self.data.train_dataset(self.config.seed),
+        )
+        self._record(control={"seconds": round(result.seconds, 1), "steps": result.steps})
+        if self.main:
+            self._evaluate("control", result.model)
+
+    def _evaluate(self, row: str, student: PreTrainedModel | None, values: dict[str, Any] | None = None) -> None:
+        start = time.perf_counter()
+        values = self.comparison(student) if student is not None else values or {}
+        append_metrics(self.out / "metrics.jsonl", {"evaluation": row, **values})
+        logger.info("evaluated %s in %.0f s", row, time.perf_counter() - start)
+
+    def _evaluated(self) -> set[str]:
+        return {line["evaluation"] for line in read_metrics(self.out / "metrics.jsonl") if "evaluation" in line}
+
+    def _last_directory(self, stage: Stage) -> str | None:
+        before = [self.out / s.directory for s in self.stages if s.number < stage.number]
+        return str(before[-1]) if before else None
+
+    def _claim_output_dir(self, from_stage: int | None) -> None:
+        """Takes `output_dir` for this run: new, or left by the same settings."""
+        settings = yaml.safe_load(self.config.to_yaml())
+        file = self.out / "config.yaml"
+        if self.main and file.is_file():
+            found = yaml.safe_load(file.read_text())
+            changed = [name for name in settings if found.get(name) != settings[name]]
+            numbers = {name.replace("-", "_"): stage.number for name, stage in STAGES.items()}
+            late = {"stages": 9, "control": 9, **numbers}
+            still_valid = from_stage is not None and all(late.get(name, 0) >= from_stage for name in changed)
+            grown = changed == ["stages"] and settings["stages"][: len(found["stages"])] == found["stages"]
+            if changed and not still_valid and not grown and changed != ["control"]:
+                name = changed[0]
+                raise UsageError(
+                    f"output_dir={str(self.out)!r} holds a run with {name}={found.get(name)!r}, not {settings[name]!r};"
+                    " pass another output_dir, or --from-stage to run the stages that it changes again."
+                )
+        if self.main:
+            if from_stage is not None:
+                self._forget_from(from_stage)
+            self.out.mkdir(parents=True, exist_ok=True)
+            whole_file(file, self.config.to_yaml())
+        PartialState().wait_for_everyone()
+
+    def _forget_from(self, number: int) -> None:
+        if number not in {stage.number for stage in self.stages}:
+            raise UsageError(f"from_stage={number} is none of this run's stages {[s.number for s in self.stages]}.")
+        for stage in self.stages:
+            directory = self.out / stage.directory
+            if stage.number < number and not directory.is_dir():
+                raise UsageError(f"from_stage={number} needs {directory}, which is not there; start at {stage.number}.")
+        forgotten = [stage for stage in STAGES.values() if stage.number >= number]
+        for stage in forgotten:
+            for directory in (self.out / stage.directory, checkpoints_directory(self.out / stage.directory)):
+                shutil.rmtree(directory, ignore_errors=True)
+        names = {stage.name for stage in forgotten}
+        lines = read_metrics(self.out / "metrics.jsonl")
+        kept = [line for line in lines if line.get("stage") not in names and line.get("evaluation") not in names]
+        if lines:
+            whole_file(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    def _open_manifest(self) -> dict[str, Any]:
+        path = self.out / "manifest.json"
+        if path.is_file():
+            return json.loads(path.read_text())
+        manifest = {
+            "teacher": self.config.teacher,
+            "teacher_revision": getattr(self.teacher.config, "_commit_hash", None),
+            "teacher_sha256": _hash_weights(self.teacher),
+            "dataset": str(self.config.dataset),
+            "data_fingerprint": fingerprint(self.data.raw_train),
+            "versions": {"vit-adala": __version__, "python": platform.python_version()}
+            | {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
+            "machine": describe_machine(),
+            "bf16": has_fast_bf16(),
+            "stages": {},
+        }
+        self.manifest = manifest
+        self._record()
+        return manifest
+
+    def _record(self, **facts: Any) -> None:
+        self.manifest |= facts
+        if self.main:
+            whole_file(self.out / "manifest.json", json.dumps(self.manifest, indent=2) + "\n")
+
+
+def load_image_processor(name_or_path: str) -> Any | None:
+    """The checkpoint's image processor, or `None`, with a warning, where it has none."""
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_path, backend="pil")
+    except (OSError, ValueError) as error:
+        logger.warning("%s has no image processor (%s): pixels are fed as 0..1", name_or_path, str(error).split("\n")[0])
+        return None
+
+
+def describe_machine() -> str:
+    """Device and cores in a few words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def _hash_weights(model: PreTrainedModel) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _changed_settings(config: RecipeConfig, stage: Stage) -> dict[str, Any]:
+    args = config.stage_arguments(stage)
+    names = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "weight_decay", "bf16")
+    return {name: getattr(args, name) for name in names} | getattr(config, stage.name.replace("-", "_"))

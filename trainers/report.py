@@ -1,0 +1,281 @@
+"""`report.md` and its pictures: how good the student is, and where it is not."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modeling_adala.conversion import convert
+from modeling_adala.families import forward_features, token_groups
+
+from .callbacks import read_metrics
+from .checkpoints import whole_file
+from .comparison import Comparison
+from .recipe_config import RecipeConfig
+from .stages import STAGES, load_student
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROWS = {
+    "teacher": "teacher (softmax)",
+    "swapped": "swapped, untrained",
+    "attention-alignment": "stage 1",
+    "feature-alignment": "stage 2",
+    "supervised": "stage 3",
+    "control": "stage 2 alone, same wall time",
+}
+# heading, key of the student's figure, key of the teacher's, format
+COLUMNS = (
+    ("accuracy", "head_accuracy", "head_accuracy", "{:.1%}"),
+    ("k-NN", "student_knn_accuracy", "teacher_knn_accuracy", "{:.1%}"),
+    ("linear probe", "student_linear_probe_accuracy", "teacher_linear_probe_accuracy", "{:.1%}"),
+    ("cosine CLS", "cls_cosine", None, "{:.4f}"),
+    ("cosine mean patch", "patch_mean_cosine", None, "{:.4f}"),
+    ("feature error", "relative_error", None, "{:.3f}"),
+)
+
+
+def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Path:
+    """Draws the plots, writes `report.md` from the recorded figures, and prints its table.
+
+    Args:
+        out (`Path`): The run's folder, with `manifest.json` and `metrics.jsonl`.
+        comparison (`Comparison`): The teacher and the evaluation images.
+        config (`RecipeConfig`): The run's settings.
+
+    Returns:
+        `Path`: the report.
+    """
+    manifest = json.loads((out / "manifest.json").read_text())
+    lines = read_metrics(out / "metrics.jsonl")
+    evaluations = {line["evaluation"]: line for line in lines if "evaluation" in line}
+    table = summary_table(evaluations, manifest)
+    pictures = {}
+    for name, title, draw in (
+        ("alignment.png", "Stage 1: error of each block's attention over the steps", draw_alignment),
+        ("blocks.png", "Error after each block, student running free", draw_blocks),
+    ):
+        if draw(out / name, lines, evaluations):
+            pictures[name] = title
+    if comparison.eval_loader is not None:
+        draw_features(out / "features.png", comparison, _students(out, comparison, config))
+        pictures["features.png"] = "Patch features as PCA colors, one basis (the teacher's) for all"
+    speed = measure_speed(comparison.teacher, _students(out, comparison, config)["last"])
+    draw_speed(out / "speed.png", speed)
+    pictures["speed.png"] = f"Forward pass over resolution, batch 1, on {manifest['machine']}"
+    whole_file(out / "report.md", _render(table, manifest, pictures, speed, config))
+    _print(table)
+    return out / "report.md"
+
+
+def summary_table(evaluations: dict[str, dict], manifest: dict[str, Any]) -> list[list[str]]:
+    """Heading and one row per model, as text; columns without any figure are left out."""
+    columns = []
+    for heading, key, teacher_key, form in COLUMNS:
+        values = []
+        for row in (name for name in ROWS if name in evaluations):
+            found = evaluations[row].get(key)
+            if row == "teacher":
+                others = [line[teacher_key] for line in evaluations.values() if teacher_key in line]
+                found = evaluations[row].get(key, others[0] if others else None) if teacher_key else None
+            values.append("" if found is None else form.format(found))
+        if any(values):
+            columns.append([heading, *values])
+    seconds = {**manifest["stages"], "control": manifest.get("control", {})}
+    names = [name for name in ROWS if name in evaluations]
+    times = [f"{seconds[name]['seconds']:.0f} s" if seconds.get(name, {}).get("seconds") else "" for name in names]
+    columns = [["", *(ROWS[name] for name in names)], *columns, ["training time", *times]]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def draw_alignment(path: Path, lines: list[dict], evaluations: dict[str, dict]) -> bool:
+    """Heat map of stage 1, block by step. False where there is nothing to draw."""
+    logs = [line for line in lines if line.get("stage") == "attention-alignment" and "loss" in line]
+    if not logs:
+        return False
+    blocks = sorted({int(key[6:]) for line in logs for key in line if key.startswith("block_")})
+    errors = np.array([[line.get(f"block_{block}", np.nan) for line in logs] for block in blocks])
+    figure, axes = plt.subplots(figsize=(7, 0.28 * len(blocks) + 1.4))
+    mesh = axes.pcolormesh([line["step"] for line in logs], blocks, errors, shading="nearest", vmin=0, vmax=1)
+    axes.set(xlabel="step", ylabel="block", yticks=blocks)
+    figure.colorbar(mesh, label="relative error (1 = no better than a constant)")
+    return _save(figure, path)
+
+
+def draw_blocks(path: Path, lines: list[dict], evaluations: dict[str, dict]) -> bool:
+    """Relative error after each block, one curve per stage. False where there is nothing to draw."""
+    curves = {name: line["block_errors"] for name, line in evaluations.items() if line.get("block_errors")}
+    if not curves:
+        return False
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    for name in (name for name in ROWS if name in curves):
+        axes.plot(range(len(curves[name])), curves[name], marker="o", markersize=3, label=ROWS[name])
+    axes.set(xlabel="block", ylabel="relative error of the patch tokens", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, path)
+
+
+@torch.no_grad()
+def draw_features(path: Path, comparison: Comparison, students: dict[str, PreTrainedModel], images: int = 4) -> None:
+    """Images, and the first three principal components of their patch features as colors."""
+    pixels = next(iter(comparison.eval_loader))["pixel_values"][:images].to(comparison.teacher.device)
+    models = {"teacher": comparison.teacher, **{name: model for name, model in students.items() if name != "last"}}
+    patches = token_groups(comparison.teacher.config)["patches"]
+    features = {name: forward_features(model.eval(), pixels)[:, patches].float().cpu() for name, model in models.items()}
+    mean, basis = _principal_components(features["teacher"].flatten(0, 1))
+    low, high = _limits((features["teacher"].flatten(0, 1) - mean) @ basis)
+    grid = _grid(comparison.teacher, pixels)
+    figure, axes = plt.subplots(len(pixels), len(models) + 1, figsize=(1.7 * (len(models) + 1), 1.8 * len(pixels)))
+    for row, image in enumerate(pixels.cpu()):
+        axes[row, 0].imshow(_displayable(image), cmap="gray")
+        for column, (name, values) in enumerate(features.items(), start=1):
+            colors = (((values[row] - mean) @ basis - low) / (high - low)).clamp(0, 1)
+            axes[row, column].imshow(colors.reshape(*grid, 3).numpy())
+            if row == 0:
+                axes[row, column].set_title(ROWS.get(name, name).split(",")[0], fontsize=9)
+    for axis in axes.flat:
+        axis.axis("off")
+    _save(figure, path)
+
+
+@torch.no_grad()
+def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: float = 20.0) -> list[dict[str, float]]:
+    """Seconds per image of teacher (SDPA) and student over growing sizes, batch 1, in turns, as long as time allows."""
+    teacher, student = teacher.eval(), student.eval()
+    config, rows, start = teacher.config, [], time.perf_counter()
+    patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+    for side in (8, 16, 32, 48, 64, 96, 128):
+        pixels = torch.randn(1, config.num_channels, side * patch, side * patch, device=teacher.device)
+        times: dict[str, list[float]] = {"teacher": [], "student": []}
+        for repeat in range(4):  # the first is the warm-up
+            for name, model in (("teacher", teacher), ("student", student)):
+                begin = time.perf_counter()
+                with torch.autocast(pixels.device.type, torch.bfloat16):
+                    forward_features(model, pixels)
+                if pixels.is_cuda:
+                    torch.cuda.synchronize()
+                if repeat:
+                    times[name].append(time.perf_counter() - begin)
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        rows.append({"size": side * patch, "tokens": side * side + 1, **medians})
+        elapsed = time.perf_counter() - start
+        if elapsed + 16 * 4 * medians["teacher"] > budget:  # attention quadruples the tokens and squares their cost
+            break
+    return rows
+
+
+def draw_speed(path: Path, speed: list[dict[str, float]]) -> None:
+    """Time per image over resolution, teacher and student."""
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    for name, label in (("teacher", "teacher (softmax, SDPA)"), ("student", "student (linear)")):
+        axes.loglog([row["size"] for row in speed], [1000 * row[name] for row in speed], marker="o", label=label)
+    axes.set(xlabel="image side in pixels", ylabel="ms per image, batch 1")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    _save(figure, path)
+
+
+def _render(
+    table: list[list[str]], manifest: dict, pictures: dict[str, str], speed: list[dict], config: RecipeConfig
+) -> str:
+    teacher_revision = f" at {manifest['teacher_revision']}" if manifest["teacher_revision"] else ""
+    parity = ", ".join(f"{size}: {value:.1e}" for size, value in manifest["parity"].items())
+    stages = []
+    for name, facts in manifest["stages"].items():
+        if facts:
+            resumed = f", resumed from step {facts['resumed_from_step']}" if facts["resumed_from_step"] else ""
+            stages.append(
+                f"- Stage {STAGES[name].number}, {name}: {facts['steps']} steps in {facts['seconds']:.0f} s{resumed};"
+                f" {facts['images']}; `{json.dumps(facts['settings'])}`"
+            )
+    rows = [f"| {row['size']:.0f} | {row['tokens']:.0f} | {1000 * row['teacher']:.1f} | {1000 * row['student']:.1f} "
+            f"| {row['teacher'] / row['student']:.2f} |" for row in speed]  # fmt: skip
+    return "\n".join(
+        [
+            f"# {manifest['teacher']} made linear",
+            "",
+            *_markdown(table),
+            "",
+            "Figures are of each model's own forward pass on the evaluation images. Feature error is"
+            " ‖student - teacher‖ / ‖teacher‖ over all tokens of the final features.",
+            "",
+            f"- Teacher: `{manifest['teacher']}`{teacher_revision}, weights {manifest['teacher_sha256'][:12]}",
+            f"- Data: `{manifest['dataset']}`, fingerprint {manifest['data_fingerprint']}",
+            f"- Student: `{json.dumps(config.feature_options)}` (empty: defaults); conversion parity {parity}",
+            *stages,
+            f"- Machine: {manifest['machine']}; bf16 autocast {'on' if manifest['bf16'] else 'off'};"
+            f" {', '.join(f'{name} {number}' for name, number in manifest['versions'].items())}",
+            "",
+            *(line for name, title in pictures.items() for line in (f"## {title}", "", f"![{title}]({name})", "")),
+            "| side | tokens | teacher ms | student ms | teacher / student |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            "Below 1 in the last column, linear attention is slower than softmax at that size.",
+            "",
+        ]
+    )
+
+
+def _markdown(table: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return [lines[0], "|" + "---|" * len(table[0]), *lines[1:]]
+
+
+def _print(rows: list[list[str]]) -> None:
+    table = Table()
+    for index, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=index == 0)
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _students(out: Path, comparison: Comparison, config: RecipeConfig) -> dict[str, PreTrainedModel]:
+    """The student as it came out of each stage, and the last one once more under `"last"`."""
+    device = comparison.teacher.device
+    students = {}
+    for stage in STAGES.values():
+        if (out / stage.directory).is_dir():
+            students[stage.name] = load_student(str(out / stage.directory)).to(device)
+    if not students:
+        students["swapped"], _ = convert(comparison.teacher, check_parity=False, **config.feature_options)
+    return {**students, "last": list(students.values())[-1]}
+
+
+def _principal_components(rows: Tensor) -> tuple[Tensor, Tensor]:
+    mean = rows.mean(dim=0)
+    _, _, basis = torch.pca_lowrank(rows - mean, q=6, center=False, niter=4)
+    return mean, basis[:, :3]
+
+
+def _limits(values: Tensor) -> tuple[Tensor, Tensor]:
+    return values.quantile(0.02, dim=0), values.quantile(0.98, dim=0)
+
+
+def _grid(model: PreTrainedModel, pixels: Tensor) -> tuple[int, int]:
+    patch = model.config.patch_size
+    patch = (patch, patch) if isinstance(patch, int) else patch
+    return pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1]
+
+
+def _displayable(image: Tensor) -> np.ndarray:
+    image = (image - image.amin()) / (image.amax() - image.amin()).clamp(min=1e-6)
+    return image.permute(1, 2, 0).squeeze(-1).numpy()
+
+
+def _save(figure: Any, path: Path) -> bool:
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    return True

@@ -1,0 +1,132 @@
+"""Parsers made from the dataclasses, with two levels of help: our own fields, and all of them."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from modeling_adala.errors import UsageError
+
+# inherited from TrainingArguments, but what people look for first
+COMMON = {
+    "output_dir",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "optim",
+    "bf16",
+    "seed",
+    "save_steps",
+    "eval_strategy",
+    "dataloader_num_workers",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=100)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # a bare % in an inherited help text would crash argparse
+        text = (super()._get_help_string(action) or "").replace("%(default)s", "\0")
+        return text.replace("%", "%%").replace("\0", "%(default)s")
+
+
+class CommandParser(HfArgumentParser):
+    """`HfArgumentParser` that raises `UsageError` and hides inherited options unless `--help-all` is given."""
+
+    def __init__(self, command: str, description: str, types: Sequence[type], example: str):
+        super().__init__(
+            types,
+            prog=f"vit-adala {command}",
+            description=description,
+            epilog=f"example: {example}",
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--help-all", action="store_true", help="show the options inherited from Trainer too")
+
+    def error(self, message: str):
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+    def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
+        """One object per dataclass. `--help` and `--help-all` print and exit.
+
+        Raises:
+            UsageError: for an unknown option or a value that does not fit.
+        """
+        if "--help-all" in arguments:
+            self.print_help()
+            raise SystemExit(0)
+        if "-h" in arguments or "--help" in arguments:
+            hidden = {field.name for field in dataclasses.fields(TrainingArguments)} - COMMON
+            for action in self._actions:
+                if action.dest in hidden or action.dest.removeprefix("no_") in hidden:
+                    action.help = argparse.SUPPRESS
+            self.print_help()
+            raise SystemExit(0)
+        try:
+            *parsed, _ = self.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
+        except UsageError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{error}; see {self.prog} --help") from error
+        return tuple(parsed)
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["a=1", "b.c=x"]` as `{"a": 1, "b": {"c": "x"}}`, values read as YAML.
+
+    Raises:
+        UsageError: for a pair without `=`.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--set {pair!r} must be NAME=VALUE, such as feature_alignment.max_steps=500.")
+        *path, last = name.split(".")
+        target = settings
+        for part in path:
+            target = target.setdefault(part, {})
+        target[last] = yaml.safe_load(value)
+        if isinstance(target[last], str):  # YAML 1.1 takes 1e-4 for text
+            try:
+                target[last] = float(value)
+            except ValueError:
+                pass
+    return settings
+
+
+def read_json_dict(name: str, text: str) -> dict[str, Any]:
+    """A JSON object from the command line.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(f"--{name} {text!r} must be a JSON object such as '{{\"scale\": 0.5}}'.")
+    return value
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """Results go to stdout, everything else to stderr."""
+    json.dump(values, sys.stdout, indent=2, sort_keys=True)
+    print()

@@ -1,0 +1,99 @@
+"""`vit-adala`: parse, run, one line per error. Exit codes: 0 done, 1 it failed, 2 wrong usage."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "run": "all stages from a recipe or from flags, resumable, with a report",
+    "align": "stage 1, attention alignment: a softmax teacher gives an aligned student",
+    "distill": "stage 2, feature alignment: an aligned (or freshly converted) student learns the teacher's features",
+    "finetune": "stage 3, labels: train a classifier on a linear or a softmax checkpoint",
+    "evaluate": "teacher beside student: k-NN, linear probe, cosine and error of the features",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): Arguments without the program's name. Default: the process's own.
+
+    Returns:
+        `int`: the exit code.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from modeling_adala import __version__
+
+        print(f"vit-adala {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"vit-adala: {argv[0]!r} is no command; choose from {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    command, arguments = argv[0], argv[1:]
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    _quiet_libraries()
+    from modeling_adala.errors import AdaLAError
+
+    from . import commands
+
+    try:
+        getattr(commands, command)(arguments)
+    except AdaLAError as error:
+        if debug:
+            raise
+        print(f"vit-adala {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except argparse.ArgumentError as error:
+        print(f"vit-adala {command}: {error}; see vit-adala {command} --help.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"vit-adala {command}: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if debug:
+            raise
+        print(f"vit-adala {command}: {' '.join(str(error).split())} (--debug shows where)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: vit-adala COMMAND [options]",
+            "",
+            "Turns a pretrained softmax Vision Transformer into a linear-attention one, in three stages.",
+            "",
+            *lines,
+            "",
+            "vit-adala COMMAND --help shows a command's own options, --help-all those of transformers.Trainer too.",
+            "--debug shows the traceback of an error.",
+        ]
+    )
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and our own lines stay; per-file bars and advice meant for library authors go."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import logging
+    import warnings
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("trainers").setLevel(logging.INFO)
+    logging.getLogger("modeling_adala").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
