@@ -105,27 +105,27 @@ class DataModule:
         return kind(self.raw_train, self.train_transform, seed=seed, **self._columns_of(self.raw_train))
 
     def eval_dataset(self, limit: int | None = None) -> Dataset | None:
-        """Evaluation images, the first `limit` of them; `None` where there is no split for it."""
+        """Evaluation images, or `limit` of them, spread over the split; `None` where there is no split for it."""
         return None if self.raw_eval is None else self._without_augmentation(self.raw_eval, limit)
 
     def bank_dataset(self, limit: int | None = None) -> Dataset | None:
         """Training images without augmentation, for k-NN and probes, spread over the whole split."""
         if not isinstance(self.raw_train, datasets.Dataset):
             return None
-        return self._without_augmentation(self.raw_train, limit, spread=True)
+        return self._without_augmentation(self.raw_train, limit)
 
     def loader(self, dataset: Dataset | None, batch_size: int = 64) -> DataLoader | None:
         if dataset is None:
             return None
         return DataLoader(dataset, batch_size=batch_size, collate_fn=collate_images)
 
-    def _without_augmentation(self, raw: datasets.Dataset, limit: int | None, spread: bool = False) -> Dataset:
+    def _without_augmentation(self, raw: datasets.Dataset, limit: int | None) -> Dataset:
         dataset = ImageDataset(raw, self.eval_transform, **self._columns_of(raw))
         if limit is None or limit >= len(dataset):
             return dataset
         # many datasets are sorted by class
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit].sort().values
-        return Subset(dataset, chosen.tolist() if spread else range(limit))
+        return Subset(dataset, chosen.tolist())
 
     def _load_eval(self, require_labels: bool) -> datasets.Dataset | None:
         config, columns = self.config, self.columns

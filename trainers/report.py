@@ -38,10 +38,10 @@ ROWS = {
 COLUMNS = (
     ("accuracy", "head_accuracy", "head_accuracy", "{:.1%}"),
     ("k-NN", "student_knn_accuracy", "teacher_knn_accuracy", "{:.1%}"),
-    ("linear probe", "student_linear_probe_accuracy", "teacher_linear_probe_accuracy", "{:.1%}"),
-    ("cosine CLS", "cls_cosine", None, "{:.4f}"),
-    ("cosine mean patch", "patch_mean_cosine", None, "{:.4f}"),
-    ("feature error", "relative_error", None, "{:.3f}"),
+    ("probe", "student_linear_probe_accuracy", "teacher_linear_probe_accuracy", "{:.1%}"),
+    ("cos CLS", "cls_cosine", None, "{:.4f}"),
+    ("cos patches", "patch_mean_cosine", None, "{:.4f}"),
+    ("error", "relative_error", None, "{:.3f}"),
 )
 
 
@@ -94,7 +94,7 @@ def summary_table(evaluations: dict[str, dict], manifest: dict[str, Any]) -> lis
     seconds = {**manifest["stages"], "control": manifest.get("control", {})}
     names = [name for name in ROWS if name in evaluations]
     times = [f"{seconds[name]['seconds']:.0f} s" if seconds.get(name, {}).get("seconds") else "" for name in names]
-    columns = [["", *(ROWS[name] for name in names)], *columns, ["training time", *times]]
+    columns = [["", *(ROWS[name] for name in names)], *columns, ["time", *times]]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -207,7 +207,7 @@ def _render(
             "",
             *_markdown(table),
             "",
-            "Figures are of each model's own forward pass on the evaluation images. Feature error is"
+            "Figures are of each model's own forward pass on the evaluation images. cos patches is that of the mean patch feature, error is"
             " ‖student - teacher‖ / ‖teacher‖ over all tokens of the final features.",
             "",
             f"- Teacher: `{manifest['teacher']}`{teacher_revision}, weights {manifest['teacher_sha256'][:12]}",
@@ -239,7 +239,8 @@ def _print(rows: list[list[str]]) -> None:
         table.add_column(heading, justify="right" if index else "left", no_wrap=index == 0)
     for row in rows[1:]:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    Console(width=max(console.width, 100)).print(table)
 
 
 def _students(out: Path, comparison: Comparison, config: RecipeConfig) -> dict[str, PreTrainedModel]:

@@ -93,6 +93,9 @@ def _quiet_libraries() -> None:
     logging.getLogger("trainers").setLevel(logging.INFO)
     logging.getLogger("modeling_adala").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # those of reading and writing weights, over in an instant
 
 
 if __name__ == "__main__":
