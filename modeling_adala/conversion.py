@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +31,7 @@ class ParityReport:
 
     @property
     def max_difference(self) -> float:
-        return max(self.differences.values())
+        return max(self.differences.values(), key=lambda value: math.inf if math.isnan(value) else value)
 
     @property
     def passed(self) -> bool:
@@ -40,7 +42,7 @@ class ParityReport:
         return f"parity {'passed' if self.passed else 'FAILED'} (softmax mode against teacher, max abs diff {sizes})"
 
 
-def load_teacher(teacher: str | PreTrainedModel, head: str | None = None, **kwargs) -> PreTrainedModel:
+def load_teacher(teacher: str | os.PathLike | PreTrainedModel, head: str | None = None, **kwargs) -> PreTrainedModel:
     """Opens a stock softmax model of a supported family, frozen, in float32 and in eval mode.
 
     Args:
@@ -52,6 +54,7 @@ def load_teacher(teacher: str | PreTrainedModel, head: str | None = None, **kwar
         UsageError: for an unsupported family, or a student given as a teacher.
         DataError: where neither a local folder nor the Hub has it.
     """
+    teacher = os.fspath(teacher) if isinstance(teacher, os.PathLike) else teacher
     if isinstance(teacher, str):
         config = load_config(teacher, **{key: kwargs[key] for key in ("revision",) if key in kwargs})
         _check_is_stock(config, teacher)
@@ -81,7 +84,7 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
 
 
 def convert(
-    teacher: str | PreTrainedModel,
+    teacher: str | os.PathLike | PreTrainedModel,
     *,
     head: str | None = None,
     feature_map: str | None = None,
@@ -115,6 +118,7 @@ def convert(
     """
     options = {"feature_map": feature_map, "feature_map_kwargs": feature_map_kwargs, "softmax_layers": softmax_layers}
     options = {key: value for key, value in options.items() if value is not None}
+    teacher = os.fspath(teacher) if isinstance(teacher, os.PathLike) else teacher
     if isinstance(teacher, str):  # wrong options should fail before the weights are read
         config = load_config(teacher)
         _check_is_stock(config, teacher)
@@ -154,6 +158,7 @@ def student_config(teacher_config: PretrainedConfig, **options) -> PretrainedCon
 @torch.no_grad()
 def parity_report(teacher: PreTrainedModel, student: PreTrainedModel) -> ParityReport:
     """Compares the student in softmax mode with its teacher at the native and at a rectangular size, in float32."""
+    teacher, student = (m if m.dtype == torch.float32 else copy.deepcopy(m).float() for m in (teacher, student))
     implementation = student.config._attn_implementation
     student.set_attn_implementation(teacher.config._attn_implementation)
     config, differences = teacher.config, {}
@@ -163,8 +168,8 @@ def parity_report(teacher: PreTrainedModel, student: PreTrainedModel) -> ParityR
     try:
         for height, width in (tuple(native), (4 * patch[0], 6 * patch[1])):
             pixels = torch.randn(1, config.num_channels, height, width, generator=generator)
-            outputs = [forward_features(model, pixels.to(model.device, model.dtype)) for model in (teacher, student)]
-            differences[f"{height}x{width}"] = (outputs[0].float() - outputs[1].float()).abs().max().item()
+            outputs = [forward_features(model, pixels.to(model.device)) for model in (teacher, student)]
+            differences[f"{height}x{width}"] = (outputs[0] - outputs[1].to(outputs[0].device)).abs().max().item()
     finally:
         student.set_attn_implementation(implementation)
     return ParityReport(differences)

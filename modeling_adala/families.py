@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
 
 from .configuration_adala import AdaLADinov2Config, AdaLAViTConfig
 from .errors import UsageError
@@ -77,7 +78,10 @@ def forward_features(model: PreTrainedModel, pixel_values: Tensor, **kwargs) -> 
     Returns:
         `Tensor`: `last_hidden_state`, `(batch, tokens, hidden_size)`.
     """
-    return model.base_model(pixel_values, **any_size_kwargs(model, pixel_values), **kwargs).last_hidden_state
+    base, kwargs = model.base_model, any_size_kwargs(model, pixel_values) | kwargs
+    if isinstance(base, BackboneMixin):  # its output holds maps of chosen stages only
+        return base.layernorm(base(pixel_values, **kwargs | {"output_hidden_states": True}).hidden_states[-1])
+    return base(pixel_values, **kwargs).last_hidden_state
 
 
 def any_size_kwargs(model: PreTrainedModel, pixel_values: Tensor) -> dict[str, bool]:

@@ -200,19 +200,19 @@ def linear_attention(
         heads, value_dim)` memory, which is how an output projection reads it.
     """
     eps = feature_map.eps if eps is None else eps
+    dtype, input_dtype = _accumulation_dtype(query), query.dtype
     with torch.autocast(query.device.type, enabled=False):
-        dtype = _accumulation_dtype(query)
-        phi_q, phi_k = feature_map(query.to(dtype), key.to(dtype), key_mask)
+        if input_dtype != dtype:
+            # the cast writes new tensors anyway: in the layout that one batched product takes
+            query, key, value = (x.to(dtype, memory_format=torch.contiguous_format) for x in (query, key, value))
+        phi_q, phi_k = feature_map(query, key, key_mask)
         phi_k, count = _mask_keys(phi_k, key_mask)
         normalizer = phi_k.sum(dim=2) / count
-        heads = []
-        # A batched product over (batch, heads) would first copy these views, whose two batch strides do not merge.
-        for head in range(query.shape[1]):
-            state = torch.bmm(phi_k[:, head].transpose(1, 2), value[:, head].to(dtype)) / count
-            heads.append(torch.bmm(phi_q[:, head], state))
-        denominator = torch.einsum("bhnr,bhr->bnh", phi_q, normalizer) + eps
-        output = torch.stack(heads, dim=2) / denominator[..., None]
-    return output.to(query.dtype).transpose(1, 2)
+        state = _matmul(phi_k.transpose(2, 3), value) / count[..., None]
+        # one product gives numerator and normalizer
+        output = _matmul(phi_q, torch.cat((state, normalizer[..., None]), dim=-1))
+        output = output[..., :-1] / (output[..., -1:] + eps)
+    return output.transpose(1, 2).to(input_dtype, memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def linear_attention_reference(
@@ -243,6 +243,18 @@ def attention_weights(
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` over `(batch, heads)` without a copy of either.
+
+    `torch.matmul` would first copy (B, H, N, D) views of (B, N, H, D) memory, whose batch strides do not merge into
+    one. Head by head they do.
+    """
+    if all(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in (a, b)):
+        return torch.matmul(a, b)
+    heads = [torch.bmm(x, y) for x, y in zip(a.unbind(1), b.unbind(1), strict=True)]
+    return torch.stack(heads, dim=2).transpose(1, 2)
 
 
 def _mask_keys(phi_k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:

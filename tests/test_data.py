@@ -96,6 +96,18 @@ def loader(dataset, workers: int = 0, **options) -> DataLoader:
     return DataLoader(dataset, batch_size=16, num_workers=workers, collate_fn=collate_images, **options)
 
 
+def first_error(batches: DataLoader) -> str:
+    """The message of the first `DataError`; reads on, for PyTorch waits 5 s per worker of an unfinished iterator."""
+    iterator, messages = iter(batches), []
+    while True:
+        try:
+            next(iterator)
+        except StopIteration:
+            return messages[0]
+        except BrokenImagesError as error:
+            messages.append(str(error))
+
+
 def pixels(batches) -> torch.Tensor:
     return torch.cat([batch["pixel_values"] for batch in batches])
 
@@ -365,9 +377,7 @@ def test_too_many_broken_images_end_the_run(folder, workers):
     for row in (0, 50):
         break_file(folder / "cat" / f"{row:03d}.png", "garbage")
     images = ImageDataset(dataset, evaluating())
-    with pytest.raises(DataError) as error:
-        list(loader(images, workers))
-    message = str(error.value)
+    message = first_error(loader(images, workers))
     assert message.startswith("2 of 120 images cannot be read, more than max_broken_fraction=0.01; the first: ")
     assert str(folder / "cat" / "000.png") in message and "050.png" in message and "\n" not in message
     allowed = ImageDataset(dataset, evaluating(), max_broken_fraction=0.02)
@@ -378,7 +388,7 @@ def test_nothing_readable_ends_even_when_all_may_be_broken(folder):
     dataset = load_images(folder, "train[:2]")
     for row in (0, 2):
         break_file(folder / "cat" / f"{row:03d}.png", "empty")
-    with pytest.raises(BrokenImagesError, match="2 of 2"):
+    with pytest.raises(DataError, match="2 of 2"):
         ImageDataset(dataset, evaluating(), max_broken_fraction=1.0)[0]
 
 
@@ -507,9 +517,8 @@ def test_stream_drops_broken_images(folder, workers, caplog):
         assert f"skipped {folder / 'cat' / '002.png'}: " in caplog.text
     for row in (10, 20):
         break_file(folder / "cat" / f"{row:03d}.png", "empty")
-    with pytest.raises(BrokenImagesError, match=r"images cannot be read.*002.png") as error:
-        list(loader(stream, workers))
-    assert "\n" not in str(error.value)
+    message = first_error(loader(stream, workers))
+    assert "images cannot be read" in message and "002.png" in message and "\n" not in message
 
 
 # Digits

@@ -1,6 +1,6 @@
 """The operator against its quadratic twin and a hand-written formula: values, gradients, precision, memory, masks."""
 
-import time
+import resource
 from statistics import median
 
 import numpy as np
@@ -72,7 +72,7 @@ token_counts = st.one_of(st.integers(1, 8), st.integers(1, 80), st.integers(1, 1
 
 @pytest.mark.parametrize("name", MAPS)
 @settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     database=None,
@@ -90,13 +90,13 @@ token_counts = st.one_of(st.integers(1, 8), st.integers(1, 80), st.integers(1, 1
 )
 @example(tokens=1, query_tokens=None, dim=64, batch=1, heads=1, mask=None, options={}, seed=0)
 @example(tokens=1, query_tokens=7, dim=72, batch=2, heads=2, mask="first image fully", options={}, seed=0)
-@example(tokens=1000, query_tokens=None, dim=80, batch=1, heads=1, mask=None, options={}, seed=0)
+@example(tokens=1000, query_tokens=1000, dim=80, batch=1, heads=1, mask=None, options={}, seed=0)
 @example(tokens=1000, query_tokens=3, dim=96, batch=2, heads=3, mask="some", options={"center_keys": True}, seed=0)
 def test_values_and_all_gradients_equal_the_quadratic_reference(
     name, tokens, query_tokens, dim, batch, heads, mask, options, seed
 ):
     torch.manual_seed(seed)
-    query = heads_view(batch, heads, query_tokens or tokens, dim)
+    query = heads_view(batch, heads, query_tokens or min(tokens, 100), dim)
     key, value = heads_view(batch, heads, tokens, dim, shift=0.5), heads_view(batch, heads, tokens, dim)
     feature_map = feature_map_of(name, heads, dim, **options)
     key_mask = None
@@ -129,7 +129,8 @@ def test_reference_equals_the_formula_written_out_in_numpy(name, masked):
     query, key = heads_view(batch, heads, query_tokens, dim), heads_view(batch, heads, tokens, dim, shift=0.5)
     value = heads_view(batch, heads, tokens, dim)
     mask = torch.tensor([[True, False, True, True], [True, True, False, False]]) if masked else None
-    output = linear_attention_reference(query, key, value, build_feature_map(name, heads, dim), mask).numpy()
+    feature_map = build_feature_map(name, heads, dim)
+    output = linear_attention_reference(query, key, value, feature_map, mask).detach().numpy()
     assert output.shape == (batch, heads, query_tokens, dim)
     for b, h, i in np.ndindex(batch, heads, query_tokens):
         real = [j for j in range(tokens) if mask is None or mask[b, j]]
@@ -171,9 +172,7 @@ def test_learned_maps_keep_queries_keys_and_heads_apart(name):
 def test_scale_multiplies_queries_and_keys(name):
     query, key, value = (heads_view(1, 2, 20, 16) for _ in range(3))
     scaled = linear_attention(query, key, value, build_feature_map(name, 2, 16, scale=0.3).double())
-    by_hand = linear_attention(
-        query * 0.3, key * 0.3, value, build_feature_map(name, 2, 16, scale=1.0).double(), eps=None
-    )
+    by_hand = linear_attention(query * 0.3, key * 0.3, value, build_feature_map(name, 2, 16, scale=1.0))
     torch.testing.assert_close(scaled, by_hand, rtol=1e-10, atol=1e-10)
 
 
@@ -200,16 +199,16 @@ BOUNDS = {torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
 @pytest.mark.parametrize("factor", [1, 100])
 @pytest.mark.parametrize("name", MAPS)
+@torch.no_grad()
 def test_low_precision_stays_close_to_float64_at_65536_tokens(name, factor):
-    """Keys are offset by 5. Truth is float64 from the same rounded inputs."""
-    exact = [heads_view(1, 1, 65_536, 64) * factor for _ in range(3)]
+    """Keys are offset by 5. Truth is float64 from the same rounded inputs; queries are fewer to save time."""
+    exact = [heads_view(1, 1, tokens, 64, torch.float32) * factor for tokens in (8_192, 65_536, 65_536)]
     exact[1] += 5 * factor
-    errors = {}
+    feature_map, errors = build_feature_map(name, 1, 64), {}
     for dtype in BOUNDS:
         query, key, value = (x.to(dtype) for x in exact)
-        feature_map = feature_map_of(name, 1, 64, randomize=False)
         truth = linear_attention(query.double(), key.double(), value.double(), feature_map)
-        output = linear_attention(query, key, value, feature_map.float())
+        output = linear_attention(query, key, value, feature_map)
         assert output.dtype == dtype
         assert output.isfinite().all()
         errors[dtype] = relative_error(output, truth)
@@ -238,17 +237,18 @@ def test_autocast_changes_nothing(name):
     query, key, value = (heads_view(1, 2, 100, 64, torch.float32) for _ in range(3))
     feature_map = feature_map_of(name, 2, 64).float()
     mask = torch.rand(1, 100) < 0.8
-    outside = [f(query, key, *args, feature_map, mask) for f, args in FUNCTIONS(value)]
+
+    def results() -> list[torch.Tensor]:
+        output = linear_attention(query, key, value, feature_map, mask)
+        return [output, attention_weights(query, key, feature_map, mask)]
+
+    outside = results()
     with torch.autocast("cpu", torch.bfloat16):
         assert (query @ key.transpose(2, 3)).dtype == torch.bfloat16  # autocast is on
-        inside = [f(query, key, *args, feature_map, mask) for f, args in FUNCTIONS(value)]
+        inside = results()
     for a, b in zip(inside, outside):
         assert a.dtype == torch.float32
         assert torch.equal(a, b)
-
-
-def FUNCTIONS(value):
-    return [(linear_attention, (value,)), (attention_weights, ())]
 
 
 # --- memory and time -------------------------------------------------------------------------------------------------
@@ -289,20 +289,25 @@ def test_no_copy_of_query_key_or_value(name):
 
 
 def test_no_copy_inside_the_matrix_products_either():
-    """The profiler also sees what a kernel copies on its own account, below the dispatcher."""
-    batch, heads, tokens, dim = 2, 4, 128, 64
-    query, key, value = (heads_view(batch, heads, tokens, dim, torch.float32) for _ in range(3))
-    feature_map = build_feature_map("elu", heads, dim)
+    """The profiler also sees what a product copies on its own account, below the dispatcher."""
+    query, key, value = (heads_view(2, 4, 128, 64, torch.float32) for _ in range(3))
+    feature_map = build_feature_map("elu", 4, 64)
 
-    def copied(function) -> int:
-        """Largest number of elements that any aten::copy_ moved."""
+    def copied_by_bmm(function) -> list[list[int]]:
         with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
             function()
-        shapes = [event.input_shapes[0] for event in profiler.events() if event.name == "aten::copy_"]
-        return max((int(np.prod(shape)) for shape in shapes), default=0)
+        copies = []
+        for event in profiler.events():
+            parent = event.cpu_parent
+            while event.name == "aten::copy_" and parent is not None:
+                if parent.name == "aten::bmm":
+                    copies.append(event.input_shapes[0])
+                parent = parent.cpu_parent
+        return copies
 
-    assert copied(lambda: torch.matmul(query, key.transpose(2, 3))) >= batch * heads * tokens * dim
-    assert copied(lambda: linear_attention(query, key, value, feature_map)) < batch * tokens * dim
+    every_second = query[:, 0, :, ::2]  # no stride of 1: a product must copy it
+    assert copied_by_bmm(lambda: torch.bmm(every_second, every_second.transpose(1, 2))) != []
+    assert copied_by_bmm(lambda: linear_attention(query, key, value, feature_map)) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -319,16 +324,18 @@ def test_cost_is_linear_in_the_number_of_tokens():
     inputs = {n: [heads_view(1, 6, n, 64, torch.float32) for _ in range(3)] for n in (4_096, 16_384)}
 
     def cpu_seconds(tokens: int) -> float:
-        start = time.process_time()  # of this process alone: a busy machine does not disturb it
+        # User time of this process alone. Wall time depends on who else runs, system time on whether the allocator
+        # has to fetch fresh pages, which it does for large tensors only.
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_utime
         linear_attention(*inputs[tokens], feature_map)
-        return time.process_time() - start
+        return resource.getrusage(resource.RUSAGE_SELF).ru_utime - start
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for _attempt in range(2):
-            times = {n: median(cpu_seconds(n) for _ in range(7)) for n in inputs}
-            ratio = times[16_384] / times[4_096]
+            times = [(cpu_seconds(4_096), cpu_seconds(16_384)) for _ in range(7)]
+            ratio = median(long for _, long in times) / median(short for short, _ in times)
             if ratio < 5:
                 break
     finally:
@@ -443,8 +450,7 @@ def test_an_option_that_the_map_does_not_have_is_named(name, kwargs):
 # --- compiling and exporting -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize(("name", "masked"), [*((name, True) for name in MAPS), ("elu", False)])
 def test_compiles_whole_and_once_for_all_numbers_of_tokens(name, masked):
     torch._dynamo.reset()
     feature_map = build_feature_map(name, 2, 64)

@@ -16,6 +16,7 @@ class AdaLATrainingArguments(TrainingArguments):
     > - `remove_unused_columns=False`: the stock filter would drop the image column of lazily transformed datasets.
     > - `bf16=None`: on where the hardware multiplies bf16 natively (GPU, or CPU with AVX512-BF16 or AMX), else off.
     > - `lr_scheduler_type="cosine"`, `warmup_steps=0.05`: five percent of the steps, then a cosine to zero.
+    > - `per_device_train_batch_size=16`, `per_device_eval_batch_size=64`.
     > - `logging_steps=10`, `logging_first_step=True`.
     > - `save_total_limit=1`: earlier checkpoints of a stage serve to resume it and nothing else.
     > - `save_strategy="steps"`, `save_steps=200`.
@@ -24,6 +25,8 @@ class AdaLATrainingArguments(TrainingArguments):
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Drop dataset columns that the model does not take."}
     )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Images per device and step."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per device at evaluation."})
     bf16: bool | None = field(
         default=None, metadata={"help": "bf16 autocast. Default: on where the hardware has fast bf16 products."}
     )

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -91,12 +92,13 @@ class AdaLATrainer(Trainer):
         finally:
             self._staging_dir = None
         self.accelerator.wait_for_everyone()  # other processes write their RNG states
-        if not self.args.should_save:
-            return
         best = self.state.best_model_checkpoint
         if best is not None and best.startswith(staging):
-            self.state.best_model_checkpoint = os.path.join(run_dir, os.path.basename(best))
-            self.state.save_to_json(os.path.join(staging, name, "trainer_state.json"))
+            self.state.best_model_checkpoint = os.path.join(run_dir, os.path.basename(best))  # in every process
+            if self.args.should_save:
+                self.state.save_to_json(os.path.join(staging, name, "trainer_state.json"))
+        if not self.args.should_save:
+            return
         shutil.rmtree(os.path.join(run_dir, name), ignore_errors=True)
         os.replace(os.path.join(staging, name), os.path.join(run_dir, name))
         os.rmdir(staging)
@@ -105,6 +107,17 @@ class AdaLATrainer(Trainer):
             save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
         )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # A stock model would be written under its family's old names, and resuming or loading the best checkpoint would
+        # silently leave most tensors as they are (see AdaLAMixin.save_pretrained).
+        if not isinstance(self.model, PreTrainedModel):
+            return super()._save(output_dir, state_dict)
+        self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del self.model.save_pretrained
 
     _staging_dir: str | None = None
 
@@ -134,6 +147,14 @@ class AlignmentTrainer(AdaLATrainer):
         # not through accelerator.prepare_model: that would make evaluate() skip preparing the student
         self.teacher_model = teacher.to(self.args.device)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        self.variances()  # now, in epoch 0: on the way, a resumed run would measure the augmentation of a later epoch
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def variances(self) -> list:
+        """What the losses are relative to, measured once on the calibration images."""
+        raise NotImplementedError
+
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
         # accelerate's autocast sits on the student's forward, and neither the teacher nor a redirected forward is it
         return self.accelerator.autocast()
@@ -148,6 +169,8 @@ class AlignmentTrainer(AdaLATrainer):
     def calibration_batches(self) -> Iterable[Tensor]:
         """`pixel_values` of the first `calibration_images` training images: the same in every process and on resume."""
         dataset, count, size = self.train_dataset, self.args.calibration_images, self.args.per_device_train_batch_size
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(0)
         examples = [dataset[i] for i in range(min(count, len(dataset)))] if hasattr(dataset, "__getitem__") else None
         examples = list(islice(iter(dataset), count)) if examples is None else examples
         for start in range(0, len(examples), size):

@@ -1,12 +1,15 @@
 """What a user sees of a run while it goes on, and what is kept of it."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+
+from .checkpoints import whole_file
 
 
 class CompactProgressCallback(ProgressCallback):
@@ -43,7 +46,7 @@ class MetricsFileCallback(TrainerCallback):
             return
         kept = [line for line in read_metrics(self.path) if not self._will_return(line, state.global_step)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        whole_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
@@ -51,7 +54,8 @@ class MetricsFileCallback(TrainerCallback):
             append_metrics(self.path, {"stage": self.stage, "step": state.global_step, "seconds": seconds, **logs})
 
     def _will_return(self, line: dict[str, Any], step: int) -> bool:
-        return line.get("stage") == self.stage and ("step" not in line or line["step"] > step)
+        # the summary of a run that ended, but was killed before its result was written
+        return line.get("stage") == self.stage and (line.get("step", step + 1) > step or "train_runtime" in line)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -67,5 +71,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def append_metrics(path: str | Path, values: dict[str, Any]) -> None:
-    with Path(path).open("a") as file:
-        file.write(json.dumps(values) + "\n")
+    """Adds one line, apart from what a kill may have left of the line before."""
+    with Path(path).open("a+b") as file:
+        torn = False
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write(b"\n" * torn + json.dumps(values).encode() + b"\n")

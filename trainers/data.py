@@ -20,7 +20,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from modeling_adala.errors import DataError, UsageError
-from trainers.digits import DIGITS_NAME, DIGITS_SPLITS, load_digits
+
+from .digits import DIGITS_NAME, DIGITS_SPLITS, load_digits
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ class DataConfig:
     """Where images come from and how they are cut.
 
     Args:
-        dataset (`str`): Hub id, folder of images, folder of parquet files, parquet file, or `"mnist-digits"`.
+        dataset (`str` or a `datasets` object): Hub id, folder of images, folder of parquet files, parquet file, or
+            `"mnist-digits"`.
         train_split (`str`, *optional*, defaults to `"train"`): Slices such as `"train[:500]"` work.
         eval_split (`str`, *optional*): Default: `"test"` or else `"validation"`, whichever exists.
         image_column (`str`, *optional*, defaults to `"image"`)
@@ -30,7 +31,7 @@ class DataConfig:
         horizontal_flip (`float`, *optional*, defaults to 0.5): Probability of a flip in training.
     """
 
-    dataset: Any = field(default=None, metadata={"help": "Hub id, folder of images or parquet files, or mnist-digits."})
+    dataset: str | None = field(default=None, metadata={"help": "Hub id, folder of images or parquet files, or mnist-digits."})
     train_split: str = field(default="train", metadata={"help": "Split to train on; slices work, as in train[:500]."})
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on. Default: test/validation."})
     image_column: str = field(default="image", metadata={"help": "Column of the images."})

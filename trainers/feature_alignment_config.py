@@ -49,6 +49,8 @@ class FeatureAlignmentConfig(AdaLATrainingArguments):
         weights = (self.cls_weight, self.register_weight, self.patch_weight)
         if min(weights) < 0 or self.cls_weight + self.patch_weight <= 0:
             raise UsageError(f"token group weights {weights} must be 0 or more, class token and patches not both 0.")
+        if self.hidden_states_weight < 0:
+            raise UsageError(f"hidden_states_weight={self.hidden_states_weight} is negative; pass 0 or more.")
         super().__post_init__()
 
     @property

@@ -29,7 +29,7 @@ from .data import fingerprint
 from .data_config import DataModule
 from .recipe_config import RecipeConfig
 from .report import write_report
-from .stages import STAGES, Stage, StageResult, checkpoints_directory, load_classifier, load_student, run_stage
+from .stages import STAGES, Stage, StageResult, load_classifier, load_student, remove_checkpoints, run_stage
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,8 @@ class _Run:
             if directory.is_dir():
                 logger.warning("stage %d, %s: finished before, in %s", stage.number, stage.name, directory)
                 student = load_student(str(directory))
+                if self.main:
+                    remove_checkpoints(directory)  # a kill may have come between the two
                 self._finish(stage, None, student)
                 continue
             student = self._run_stage(stage, student).model
@@ -182,7 +184,7 @@ class _Run:
         file = self.out / "config.yaml"
         if self.main and file.is_file():
             found = yaml.safe_load(file.read_text())
-            changed = [name for name in settings if found.get(name) != settings[name]]
+            changed = [name for name in settings if found.get(name) != settings[name] and name != "output_dir"]
             numbers = {name.replace("-", "_"): stage.number for name, stage in STAGES.items()}
             late = {"stages": 9, "control": 9, **numbers}
             still_valid = from_stage is not None and all(late.get(name, 0) >= from_stage for name in changed)
@@ -209,8 +211,8 @@ class _Run:
                 raise UsageError(f"from_stage={number} needs {directory}, which is not there; start at {stage.number}.")
         forgotten = [stage for stage in STAGES.values() if stage.number >= number]
         for stage in forgotten:
-            for directory in (self.out / stage.directory, checkpoints_directory(self.out / stage.directory)):
-                shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(self.out / stage.directory, ignore_errors=True)
+            remove_checkpoints(self.out / stage.directory)
         names = {stage.name for stage in forgotten}
         lines = read_metrics(self.out / "metrics.jsonl")
         kept = [line for line in lines if line.get("stage") not in names and line.get("evaluation") not in names]

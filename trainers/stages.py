@@ -70,6 +70,14 @@ def checkpoints_directory(stage_directory: Path) -> Path:
     return stage_directory.parent / "checkpoints" / stage_directory.name
 
 
+def remove_checkpoints(stage_directory: Path) -> None:
+    """Removes the resumable checkpoints of a stage, and the folder that held them if it was the last."""
+    work = checkpoints_directory(stage_directory)
+    shutil.rmtree(work, ignore_errors=True)
+    if work.parent.is_dir() and not any(work.parent.iterdir()):
+        work.parent.rmdir()
+
+
 def run_stage(
     stage: Stage,
     model: PreTrainedModel,
@@ -117,9 +125,7 @@ def run_stage(
             student.save_pretrained(staging, state_dict=state_dict)
             if image_processor is not None:
                 image_processor.save_pretrained(staging)
-        shutil.rmtree(work, ignore_errors=True)
-        if work.parent.is_dir() and not any(work.parent.iterdir()):
-            work.parent.rmdir()
+        remove_checkpoints(directory)
     trainer.accelerator.wait_for_everyone()
     return StageResult(directory, student, seconds, output.global_step - resumed, resumed, output.metrics)
 

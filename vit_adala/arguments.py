@@ -35,14 +35,26 @@ COMMON = {
 }
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=36, width=100)
+class HelpFormatter(argparse.HelpFormatter):
+    """One spelling per option, in at most 100 columns."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=100)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        name = next((option for option in action.option_strings if "_" not in option), action.option_strings[-1])
+        if action.nargs == 0:
+            return name
+        return f"{name} {'VALUE ...' if action.nargs in ('+', '*') else 'VALUE'}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
         # a bare % in an inherited help text would crash argparse
-        text = (super()._get_help_string(action) or "").replace("%(default)s", "\0")
-        return text.replace("%", "%%").replace("\0", "%(default)s")
+        text = (action.help or "").replace("%", "%%")
+        default = action.default
+        shown = default is not None and default is not argparse.SUPPRESS and default != [] and action.nargs != 0
+        return text + (f" (default: {str(default).replace('%', '%%')})" if shown and "efault" not in text else "")
 
 
 class CommandParser(HfArgumentParser):
@@ -52,9 +64,10 @@ class CommandParser(HfArgumentParser):
         super().__init__(
             types,
             prog=f"vit-adala {command}",
+            usage=f"vit-adala {command} [options]",
             description=description,
             epilog=f"example: {example}",
-            formatter_class=_HelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
         self.add_argument("--help-all", action="store_true", help="show the options inherited from Trainer too")
@@ -68,15 +81,8 @@ class CommandParser(HfArgumentParser):
         Raises:
             UsageError: for an unknown option or a value that does not fit.
         """
-        if "--help-all" in arguments:
-            self.print_help()
-            raise SystemExit(0)
-        if "-h" in arguments or "--help" in arguments:
-            hidden = {field.name for field in dataclasses.fields(TrainingArguments)} - COMMON
-            for action in self._actions:
-                if action.dest in hidden or action.dest.removeprefix("no_") in hidden:
-                    action.help = argparse.SUPPRESS
-            self.print_help()
+        if {"-h", "--help", "--help-all"} & set(arguments):
+            self._show_help(everything="--help-all" in arguments)
             raise SystemExit(0)
         try:
             *parsed, _ = self.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
@@ -85,6 +91,22 @@ class CommandParser(HfArgumentParser):
         except (ValueError, TypeError) as error:
             raise UsageError(f"{error}; see {self.prog} --help") from error
         return tuple(parsed)
+
+
+    def _show_help(self, everything: bool) -> None:
+        inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+        ours, common, rest = [], [], []
+        for action in self._actions:
+            name = action.dest.removeprefix("no_")
+            group = common if name in COMMON else rest if name in inherited else ours
+            group.append(action)
+        self._action_groups.clear()
+        groups = {"options": ours, "training (transformers.TrainingArguments)": common}
+        if everything:
+            groups["training, all the others"] = rest
+        for title, actions in groups.items():
+            self.add_argument_group(title)._group_actions.extend(actions)
+        self.print_help()
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:

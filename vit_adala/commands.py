@@ -23,7 +23,7 @@ from trainers.recipe_config import RecipeConfig
 from trainers.stages import STAGES, check_stage_directory, load_classifier, load_student, run_stage
 from trainers.supervised_config import SupervisedConfig
 
-from .arguments import CommandParser, parse_settings, print_json, read_json_dict
+from .arguments import CommandParser, HelpFormatter, parse_settings, print_json, read_json_dict
 
 
 @dataclass
@@ -76,10 +76,11 @@ def run(arguments: Sequence[str]) -> None:
     """`vit-adala run [RECIPE.yaml] [--teacher T --dataset D ...]`"""
     parser = argparse.ArgumentParser(
         prog="vit-adala run",
+        usage="vit-adala run [RECIPE.yaml] [options]",
         description="Runs all stages. Killed at any point, the same command goes on.",
         epilog="example: vit-adala run --teacher facebook/dinov2-small --dataset uoft-cs/cifar10 --image-size 112"
         " --set feature_alignment.max_steps=2000. Settings win in this order: flags, --set, recipe, default.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=100),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
     )

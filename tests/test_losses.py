@@ -1,0 +1,175 @@
+"""The alignment losses against formulas written by hand in NumPy."""
+
+import numpy as np
+import pytest
+import torch
+
+from trainers.losses import attention_alignment_loss, feature_alignment_loss, teacher_variance
+
+GROUPS = {"cls": slice(0, 1), "registers": slice(1, 3), "patches": slice(3, None)}
+EQUAL = dict.fromkeys(GROUPS, 1.0)
+
+
+def tokens(seed: int, scale: float = 1.0, shape: tuple[int, ...] = (3, 9, 5)) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(shape, generator=generator) + torch.arange(shape[-1]) * scale
+
+
+def group_variances(teacher: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: teacher_variance(teacher[:, group]) for name, group in GROUPS.items()}
+
+
+def smooth_l1(difference: np.ndarray) -> float:
+    size = np.abs(difference)
+    return float(np.where(size < 1, 0.5 * size**2, size - 0.5).mean())
+
+
+def test_teacher_variance_is_that_around_each_channels_own_mean():
+    target = tokens(0, scale=3.0)
+    rows = target.double().numpy().reshape(-1, 5)
+    expected = ((rows - rows.mean(axis=0)) ** 2).mean()
+    assert teacher_variance(target).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_teacher_variance_ignores_offsets_of_channels_and_grows_with_the_square_of_the_scale():
+    target = torch.randn(4, 7, 6)
+    offset = 50 * torch.arange(6.0)
+    assert teacher_variance(target + offset).item() == pytest.approx(teacher_variance(target).item(), rel=1e-3)
+    assert teacher_variance(3 * target).item() == pytest.approx(9 * teacher_variance(target).item(), rel=1e-5)
+
+
+def test_teacher_variance_of_a_constant_target_can_be_divided_by():
+    variance = teacher_variance(torch.full((2, 3, 4), 7.0))
+    assert 0 < variance.item() < 1e-6
+
+
+def test_teacher_variance_is_computed_in_float32_whatever_comes_in():
+    target = 300 * torch.randn(4, 8, 8)  # the squares overflow float16
+    half = teacher_variance(target.half())
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(teacher_variance(target).item(), rel=1e-2)
+
+
+def test_attention_loss_is_the_sum_of_relative_squared_errors():
+    students = [tokens(1), tokens(2, scale=10.0)]
+    teachers = [tokens(3), tokens(4, scale=10.0)]
+    variances = [teacher_variance(teacher) for teacher in teachers]
+    losses = attention_alignment_loss(students, teachers, variances)
+    expected = [
+        ((s.double().numpy() - t.double().numpy()) ** 2).mean() / v.item()
+        for s, t, v in zip(students, teachers, variances)
+    ]
+    assert losses["blocks"].tolist() == pytest.approx(expected, rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(sum(expected), rel=1e-5)
+
+
+def test_attention_loss_weighs_blocks_alike_whatever_their_scale():
+    student, teacher = tokens(1), tokens(2)
+    variance = teacher_variance(teacher)
+    blocks = attention_alignment_loss(
+        [student, 100 * student], [teacher, 100 * teacher], [variance, teacher_variance(100 * teacher)]
+    )["blocks"]
+    assert blocks[1].item() == pytest.approx(blocks[0].item(), rel=1e-4)
+
+
+def test_equal_inputs_have_no_error():
+    teacher = tokens(0)
+    losses = attention_alignment_loss([teacher.clone()], [teacher], [teacher_variance(teacher)])
+    assert losses["loss"].item() == 0
+    for kind in ("mse", "cosine"):
+        losses = feature_alignment_loss(teacher.clone(), teacher, GROUPS, group_variances(teacher), EQUAL, kind)
+        assert {name: value.item() for name, value in losses.items()} == pytest.approx(
+            {"loss": 0, "cls": 0, "registers": 0, "patches": 0}, abs=1e-6
+        )
+
+
+def test_constant_vector_at_the_teachers_mean_has_error_one():
+    teacher = tokens(0, scale=4.0)
+    constant = teacher.mean(dim=(0, 1)).expand_as(teacher)
+    losses = attention_alignment_loss([constant], [teacher], [teacher_variance(teacher)])
+    assert losses["blocks"].tolist() == pytest.approx([1.0], rel=1e-5)
+    parts = [teacher[:, group] for group in GROUPS.values()]
+    means = torch.cat([part.mean(dim=(0, 1), keepdim=True).expand_as(part) for part in parts], dim=1)
+    features = feature_alignment_loss(means, teacher, GROUPS, group_variances(teacher), EQUAL)
+    assert [value.item() for value in features.values()] == pytest.approx([1.0] * 4, rel=1e-5)
+
+
+def test_feature_mse_is_the_mean_over_the_groups_of_their_relative_errors():
+    student, teacher = tokens(1), tokens(2)
+    variances = group_variances(teacher)
+    losses = feature_alignment_loss(student, teacher, GROUPS, variances, EQUAL)
+    error = (student.double().numpy() - teacher.double().numpy()) ** 2
+    expected = {name: error[:, group].mean() / variances[name].item() for name, group in GROUPS.items()}
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value, rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(np.mean(list(expected.values())), rel=1e-5)
+
+
+def test_feature_cosine_is_angle_plus_a_tenth_of_smooth_l1_at_unit_variance():
+    student, teacher = tokens(1, scale=2.0), tokens(2, scale=2.0)
+    variances = group_variances(teacher)
+    losses = feature_alignment_loss(student, teacher, GROUPS, variances, EQUAL, "cosine")
+    expected = {}
+    for name, group in GROUPS.items():
+        ours, theirs = student[:, group].double().numpy(), teacher[:, group].double().numpy()
+        cosine = (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
+        deviation = np.sqrt(variances[name].item())
+        expected[name] = 1 - cosine.mean() + 0.1 * smooth_l1((ours - theirs) / deviation)
+        assert losses[name].item() == pytest.approx(expected[name], rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(np.mean(list(expected.values())), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_weights_are_relative_to_their_sum_and_leave_the_components_as_they_are(kind):
+    student, teacher = tokens(1), tokens(2)
+    variances = group_variances(teacher)
+    even = feature_alignment_loss(student, teacher, GROUPS, variances, EQUAL, kind)
+    weights = {"cls": 3.0, "registers": 0.0, "patches": 1.0}
+    losses = feature_alignment_loss(student, teacher, GROUPS, variances, weights, kind)
+    assert losses["loss"].item() == pytest.approx(0.75 * even["cls"].item() + 0.25 * even["patches"].item(), rel=1e-5)
+    assert all(losses[name].item() == even[name].item() for name in GROUPS)
+    doubled = feature_alignment_loss(student, teacher, GROUPS, variances, {n: 2.0 for n in GROUPS}, kind)
+    assert doubled["loss"].item() == pytest.approx(even["loss"].item(), rel=1e-6)
+
+
+def test_weight_of_a_group_that_the_model_lacks_counts_for_nothing():
+    student, teacher = tokens(1), tokens(2)
+    groups = {name: GROUPS[name] for name in ("cls", "patches")}
+    variances = group_variances(teacher)
+    losses = feature_alignment_loss(student, teacher, groups, variances, EQUAL | {"registers": 9.0})
+    assert set(losses) == {"loss", "cls", "patches"}
+    assert losses["loss"].item() == pytest.approx((losses["cls"] + losses["patches"]).item() / 2, rel=1e-5)
+
+
+def test_only_the_loss_carries_gradients():
+    student, teacher = tokens(1).requires_grad_(), tokens(2)
+    variances = group_variances(teacher)
+    assert not teacher_variance(student).requires_grad
+    for losses in (
+        attention_alignment_loss([student], [teacher], [1.0]),
+        feature_alignment_loss(student, teacher, GROUPS, variances, EQUAL),
+        feature_alignment_loss(student, teacher, GROUPS, variances, EQUAL, "cosine"),
+    ):
+        assert [name for name, value in losses.items() if value.requires_grad] == ["loss"]
+
+
+def test_gradient_of_a_block_is_that_of_the_block_alone():
+    students = [tokens(1).requires_grad_(), tokens(2).requires_grad_()]
+    teachers = [tokens(3), tokens(4)]
+    attention_alignment_loss(students, teachers, [2.0, 5.0])["loss"].backward()
+    for student, teacher, variance in zip(students, teachers, [2.0, 5.0]):
+        expected = 2 * (student.detach() - teacher) / student.numel() / variance
+        torch.testing.assert_close(student.grad, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_reduced_precision_inputs_give_float32_losses():
+    student, teacher = tokens(1), tokens(2)
+    exact = feature_alignment_loss(student.bfloat16().float(), teacher.bfloat16().float(), GROUPS, EQUAL, EQUAL)
+    losses = feature_alignment_loss(student.bfloat16(), teacher.bfloat16(), GROUPS, EQUAL, EQUAL)
+    assert losses["loss"].dtype == torch.float32
+    assert losses["loss"].item() == pytest.approx(exact["loss"].item(), rel=1e-6)
+
+
+def test_as_many_blocks_are_needed_on_both_sides():
+    with pytest.raises(ValueError):
+        attention_alignment_loss([tokens(1), tokens(2)], [tokens(3)], [1.0])
