@@ -79,7 +79,7 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         raise DataError(
             f"model {name_or_path!r} could not be opened: it is no local model folder, and the Hub did not deliver it"
-            f" (offline, or no such id). Pass a folder with a config.json or a reachable Hub id. [{_first_line(error)}]"
+            f" (offline, or no such id). Pass a folder with a config.json or a reachable Hub id."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The supported families: which AdaLA classes stand for which stock `model_type`, and how their tokens are laid out."""
+"""The supported families: which AdaLA classes stand for which stock `model_type`, and their token layout."""
 
 import inspect
 from dataclasses import dataclass

@@ -75,7 +75,7 @@ class EluFeatureMap(FeatureMap):
 
 
 class ReluFeatureMap(FeatureMap):
-    """phi(x) = max(x, 0) (EfficientViT, arXiv 2205.14756). A query without a positive coordinate attends to nothing."""
+    """phi(x) = max(x, 0) (EfficientViT, arXiv 2205.14756). A query that is all negative attends to nothing."""
 
     def phi(self, x: Tensor) -> Tensor:
         return torch.relu(x)
@@ -108,6 +108,10 @@ class _ProjectedFeatureMap(FeatureMap):
 
     learned = True
     use_bias = False
+    weight_q: nn.Parameter
+    weight_k: nn.Parameter
+    bias_q: nn.Parameter | None
+    bias_k: nn.Parameter | None
 
     def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None, **kwargs):
         super().__init__(num_heads, head_dim, **kwargs)
@@ -132,7 +136,7 @@ class _ProjectedFeatureMap(FeatureMap):
 
 
 class HedgehogFeatureMap(_ProjectedFeatureMap):
-    """phi(x) = [softmax(Wx), softmax(-Wx)] over the features (Hedgehog, arXiv 2402.04347). Twice `feature_dim` wide."""
+    """phi(x) = [softmax(Wx), softmax(-Wx)] over the features (Hedgehog, arXiv 2402.04347), twice as many."""
 
     def phi(self, x: Tensor) -> Tensor:
         return torch.cat((torch.softmax(x, dim=-1), torch.softmax(-x, dim=-1)), dim=-1)

@@ -1,8 +1,8 @@
 """Linear-attention ViTs: each family subclasses its stock classes and replaces nothing but the attention.
 
-Parameter names are the stock ones (`q_proj`, `k_proj`, `v_proj`, `o_proj` in every attention), so that teacher weights,
-PEFT targets and hooks fit. `attn_implementation="sdpa"` or `"eager"` puts a model in softmax mode, in which it equals
-its teacher as long as the weights do.
+Parameter names are the stock ones (`q_proj`, `k_proj`, `v_proj`, `o_proj` in every attention), so that teacher
+weights, PEFT targets and hooks fit. `attn_implementation="sdpa"` or `"eager"` puts a model in softmax mode: it then
+equals its teacher as long as the weights do.
 
 This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
 """
@@ -236,8 +236,8 @@ def attention_map(model: nn.Module, pixel_values: torch.Tensor, layer: int, **kw
     return weights[0]
 
 
-# Checkpoints hold the old names of each family, and the renaming is looked up by class name. Without these lines a stock
-# checkpoint loads with all its attention and MLP weights left random, and only a printed report says so.
+# Checkpoints hold the old names of each family, and the renaming is looked up by class name. Without these lines a
+# stock checkpoint loads with all its attention and MLP weights left random, and only a printed report says so.
 for _name, _stock_name in {
     "AdaLAViTModel": "ViTModel",
     "AdaLADinov2Model": "Dinov2Model",

@@ -25,12 +25,10 @@ from trainers.data import (
     BrokenImagesError,
     ImageDataset,
     StreamingImageDataset,
-    class_names,
     collate_images,
-    fingerprint,
-    load_images,
 )
 from trainers.digits import load_digits
+from trainers.sources import class_names, fingerprint, load_images
 from trainers.transforms import ImageTransform
 
 ROWS = 120

@@ -11,12 +11,7 @@ from sklearn.metrics import jaccard_score
 from transformers import EvalPrediction
 
 from modeling_adala.errors import DataError, UsageError
-from trainers.metrics import (
-    Accuracy,
-    FeatureCosine,
-    FeatureRelativeError,
-    KNNAccuracy,
-    MeanIoU,
+from trainers.metric_functions import (
     accuracy,
     compute_accuracy,
     confusion_matrix,
@@ -25,6 +20,7 @@ from trainers.metrics import (
     knn_predict,
     relative_error,
 )
+from trainers.metrics import Accuracy, FeatureCosine, FeatureRelativeError, KNNAccuracy, MeanIoU
 
 RNG = np.random.default_rng(0)
 

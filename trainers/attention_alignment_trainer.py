@@ -20,8 +20,9 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
     """Trains query, key and value projections (and learned feature maps) against the teacher's attention outputs.
 
     The teacher runs once, in softmax mode and frozen. Each student attention gets the teacher's input of its block and
-    matches the teacher's output after `o_proj`, before LayerScale and residual; the student's MLPs do not run (ViT-AdaLA,
-    arXiv 2603.16063, stage 1; that the match is after `o_proj` is our reading, as in IronViT). `o_proj` stays frozen.
+    matches the teacher's output after `o_proj`, before LayerScale and residual; the student's MLPs do not run
+    (ViT-AdaLA, arXiv 2603.16063, stage 1). That the match is after `o_proj` is our reading, as in IronViT; `o_proj`
+    itself stays frozen.
 
     Logged: `loss` (mean over the blocks) and `block_<i>`, each relative to the block's own variance.
 
@@ -49,7 +50,9 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         **kwargs: Any,
     ):
         if not model.config.linear_layers:
-            raise UsageError("softmax_layers names every layer, so that none is left to align; leave some of them out.")
+            raise UsageError(
+                "softmax_layers names every layer, so that none is left to align; leave some of them out."
+            )
         freeze_all_but(model, lambda name: any(part in name for part in TRAINED) and _layer_is_linear(model, name))
         super().__init__(model=model, teacher_model=teacher_model, args=args, **kwargs)
         self.layers: list[int] = model.config.linear_layers

@@ -1,4 +1,4 @@
-"""What the three stage trainers share on top of `transformers.Trainer`: whole checkpoints, named losses, a frozen teacher.
+"""What the three stage trainers share: whole checkpoints, named losses, a frozen teacher.
 
 No training loop of our own: every method here overrides one hook of `Trainer`.
 """
@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 class _EpochCallback(TrainerCallback):
-    """Tells the dataset its epoch. accelerate forwards it itself, but not past a batch sampler split over processes."""
+    """Tells the dataset its epoch, which accelerate does not do with several processes or after a resume."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = getattr(train_dataloader, "dataset", None)
-        if hasattr(dataset, "set_epoch"):
+        if dataset is not None and hasattr(dataset, "set_epoch"):
             dataset.set_epoch(int(state.epoch or 0))
 
 
@@ -109,8 +108,8 @@ class AdaLATrainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # A stock model would be written under its family's old names, and resuming or loading the best checkpoint would
-        # silently leave most tensors as they are (see AdaLAMixin.save_pretrained).
+        # A stock model would be written under its family's old names, and resuming or loading the best checkpoint
+        # would silently leave most tensors as they are (see AdaLAMixin.save_pretrained).
         if not isinstance(self.model, PreTrainedModel):
             return super()._save(output_dir, state_dict)
         self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
@@ -167,7 +166,7 @@ class AlignmentTrainer(AdaLATrainer):
         return loss.detach(), None, None
 
     def calibration_batches(self) -> Iterable[Tensor]:
-        """`pixel_values` of the first `calibration_images` training images: the same in every process and on resume."""
+        """`pixel_values` of the first `calibration_images` training images, the same everywhere and on resume."""
         dataset, count, size = self.train_dataset, self.args.calibration_images, self.args.per_device_train_batch_size
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(0)
@@ -206,8 +205,8 @@ def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     ours, theirs = student.config, teacher.config
     if ours.model_type != f"adala_{theirs.model_type}":
         raise UsageError(
-            f"model is of type {ours.model_type!r} and teacher_model of type {theirs.model_type!r}; convert this teacher"
-            f" to get a student of type 'adala_{theirs.model_type}'."
+            f"model is of type {ours.model_type!r} and teacher_model of type {theirs.model_type!r}; convert this"
+            f" teacher to get a student of type 'adala_{theirs.model_type}'."
         )
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_channels"):
         if getattr(ours, name) != getattr(theirs, name):
@@ -222,5 +221,3 @@ def freeze_all_but(model: nn.Module, trainable: Callable[[str], bool]) -> list[s
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable(name))
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-

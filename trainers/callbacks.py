@@ -32,8 +32,8 @@ class CompactProgressCallback(ProgressCallback):
 class MetricsFileCallback(TrainerCallback):
     """Appends every log of a stage to `metrics.jsonl`, one JSON object a line.
 
-    A resumed run first drops the lines that it is about to write again, so that the file reads like that of a run which
-    was never interrupted. Of a line cut short by a kill, likewise.
+    A resumed run first drops the lines that it is about to write again, and one cut short by a kill, so that the file
+    reads like that of a run which was never interrupted.
     """
 
     def __init__(self, path: str | Path, stage: str):

@@ -10,8 +10,8 @@ from modeling_adala.families import any_size_kwargs, token_groups
 
 from .base_config import has_fast_bf16
 from .data_config import DataModule
-from .evaluation import evaluate_pair, extract_features
-from .metrics import accuracy, relative_error
+from .evaluation import FeatureBank, evaluate_pair, extract_features
+from .metric_functions import accuracy, relative_error
 
 
 class Comparison:
@@ -39,7 +39,7 @@ class Comparison:
         self.eval_loader = data.loader(data.eval_dataset(eval_images))
         self.bank_loader = data.loader(data.bank_dataset(knn_images)) if data.labels else None
         self.autocast_dtype = torch.bfloat16 if has_fast_bf16() else None
-        self._bank = None
+        self._bank: FeatureBank | None = None
 
     def __call__(self, student: PreTrainedModel) -> dict[str, Any]:
         """All figures of `evaluate_pair`, `head_accuracy` of a student with a classifier, and `block_errors`.
@@ -49,7 +49,7 @@ class Comparison:
         if self.eval_loader is None:
             return {}
         student = student.to(self.teacher.device)
-        options = {"autocast_dtype": self.autocast_dtype, "disable_progress": self.disable_progress}
+        options: dict[str, Any] = {"autocast_dtype": self.autocast_dtype, "disable_progress": self.disable_progress}
         if self._bank is None and self.bank_loader is not None:
             self._bank = extract_features(self.teacher, self.bank_loader, description="teacher, k-NN", **options)
         results = evaluate_pair(
@@ -82,7 +82,7 @@ class Comparison:
 
     @torch.no_grad()
     def block_errors(self, student: PreTrainedModel) -> list[float]:
-        """Relative error of the patch tokens after every block, on the first evaluation batch, student running free."""
+        """Relative error of the patch tokens after each block, on the first evaluation batch."""
         if self.eval_loader is None:
             return []
         pixels = next(iter(self.eval_loader))["pixel_values"]

@@ -10,7 +10,8 @@ from transformers import PretrainedConfig
 
 from modeling_adala.errors import UsageError
 
-from .data import ImageDataset, StreamingImageDataset, class_names, collate_images, load_images
+from .data import ImageDataset, StreamingImageDataset, collate_images
+from .sources import class_names, has_class_numbers, load_images
 from .transforms import ImageTransform, check_image_size
 
 
@@ -31,7 +32,9 @@ class DataConfig:
         horizontal_flip (`float`, *optional*, defaults to 0.5): Probability of a flip in training.
     """
 
-    dataset: str | None = field(default=None, metadata={"help": "Hub id, folder of images or parquet files, or mnist-digits."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub id, folder of images or parquet files, or mnist-digits."}
+    )
     train_split: str = field(default="train", metadata={"help": "Split to train on; slices work, as in train[:500]."})
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on. Default: test/validation."})
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
@@ -74,7 +77,7 @@ class DataModule:
         self.config = config
         size = model_config.image_size if config.image_size is None else config.image_size
         self.image_size = check_image_size(size, model_config.patch_size)
-        self.columns = {"image_column": config.image_column, "label_column": config.label_column}
+        self.columns: dict[str, Any] = {"image_column": config.image_column, "label_column": config.label_column}
         self.raw_train = load_images(
             config.dataset,
             config.train_split,
@@ -140,8 +143,7 @@ class DataModule:
         return None
 
     def _label_column(self, raw: Any) -> str | None:
-        names = raw.column_names or []
-        return self.config.label_column if self.config.label_column in names else None
+        return self.config.label_column if has_class_numbers(raw, self.config.label_column) else None
 
-    def _columns_of(self, raw: Any) -> dict[str, str | None]:
+    def _columns_of(self, raw: Any) -> dict[str, Any]:
         return {"image_column": self.config.image_column, "label_column": self._label_column(raw)}

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from modeling_adala.errors import AdaLAError, DataError, UsageError
-from modeling_adala.families import any_size_kwargs, token_groups
+from modeling_adala.families import forward_features, token_groups
 
-from .metrics import accuracy, cosine_similarities, knn_predict, root_ratio
+from .metric_functions import accuracy, cosine_similarities, knn_predict, root_ratio
 
 Batches = Iterable[dict[str, Any]]
 
@@ -46,22 +46,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The Transformers model inside DDP, FSDP, `torch.compile` and PEFT wrappers (adapters stay active in it)."""
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def forward_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Final features of all tokens, at any image size, with gradients unless the caller turns them off.
-
-    Args:
-        model (`nn.Module`): Stock or AdaLA model, wrapped or not. Of a model with a head, only the base model runs.
-        pixel_values (`Tensor`): `(batch, channels, height, width)`, on the device of the model.
-
-    Returns:
-        `Tensor`: `last_hidden_state`, `(batch, tokens, dim)`.
-    """
-    inner = unwrap(model)
-    # Through the wrapper where there is no head to leave out: DDP and FSDP synchronize in their own forward.
-    base: Any = model if inner.base_model is inner else inner.base_model
-    return base(pixel_values=pixel_values, **any_size_kwargs(inner, pixel_values)).last_hidden_state
 
 
 def extract_features(
@@ -294,7 +278,7 @@ def _features(model: nn.Module, batch: dict[str, Any], autocast_dtype: torch.dty
     if autocast_dtype is not None:
         autocast = torch.autocast(weight.device.type, dtype=autocast_dtype)
     with autocast:
-        features = forward_features(model, batch["pixel_values"].to(weight.device, weight.dtype))
+        features = forward_features(unwrap(model), batch["pixel_values"].to(weight.device, weight.dtype))
     return features if features.dtype == torch.float64 else features.float()
 
 

@@ -20,8 +20,8 @@ UNUSED = (".pooler.", "pooler.", "mask_token")
 class FeatureAlignmentTrainer(AlignmentTrainer):
     """Trains the whole student against the frozen teacher's features after the last layer norm.
 
-    Errors of stage 1 pile up over the layers; this stage sees them, because the student runs free on the image (ViT-AdaLA,
-    arXiv 2603.16063, stage 2). A head on the student, if it has one, is left alone.
+    Errors of stage 1 pile up over the layers; this stage sees them, because the student runs free on the image
+    (ViT-AdaLA, arXiv 2603.16063, stage 2). A head on the student, if it has one, is left alone.
 
     Logged: `loss`, and `cls`, `registers`, `patches` (relative errors of the final features), `hidden_<i>` if asked.
 
@@ -44,7 +44,9 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
         layers = model.config.num_hidden_layers
         wrong = [layer for layer in args.hidden_states if not -layers <= layer < layers]
         if wrong:
-            raise UsageError(f"hidden_states={args.hidden_states}: this model has layers 0 to {layers - 1}, not {wrong}.")
+            raise UsageError(
+                f"hidden_states={args.hidden_states}: this model has layers 0 to {layers - 1}, not {wrong}."
+            )
         if peft_config is not None:
             from peft import get_peft_model
 

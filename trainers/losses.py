@@ -1,7 +1,7 @@
 """The alignment losses as pure functions: tensors in, named components out.
 
-Both are relative: the squared error is divided by the teacher's own variance, a constant that the trainers measure once
-(`teacher_variance`), so that 0.1 means "a tenth of the signal is wrong" in every block and on every model. The paper
+Both are relative: the squared error is divided by the teacher's own variance, a constant that the trainers measure
+once (`teacher_variance`), so that 0.1 means "a tenth of the signal is wrong" in every block and every model. The paper
 says MSE and no more; the division is ours, so that blocks and token groups weigh alike whatever their scale.
 """
 

@@ -25,10 +25,10 @@ from .base_config import has_fast_bf16
 from .callbacks import append_metrics, read_metrics
 from .checkpoints import whole_file
 from .comparison import Comparison
-from .data import fingerprint
 from .data_config import DataModule
 from .recipe_config import RecipeConfig
 from .report import write_report
+from .sources import fingerprint
 from .stages import STAGES, Stage, StageResult, load_classifier, load_student, remove_checkpoints, run_stage
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class _Run:
         set_seed(self.config.seed)
         student, parity = convert(copy.deepcopy(self.teacher).cpu(), **self.config.feature_options)
         student.config.teacher_name_or_path = self.config.teacher
-        if "parity" not in self.manifest:
+        if parity is not None and "parity" not in self.manifest:
             self._record(parity=parity.differences)
         if "teacher" not in self._evaluated() and self.main:
             head = self.comparison.classifier_accuracy(self.teacher)
@@ -107,7 +107,7 @@ class _Run:
             set_seed(self.config.seed)
             source = self._last_directory(stage)
             if source is not None:
-                student = load_classifier(source, self.data.labels)
+                student = load_classifier(source, self.data.labels or [])
             kwargs["eval_dataset"] = self.data.eval_dataset(self.config.eval_images)
         else:
             kwargs["teacher_model"] = self.teacher
@@ -142,9 +142,7 @@ class _Run:
         """Stage 2 alone for the wall time of stages 1 and 2, from the same start: what stage 1 is worth."""
         if "control" in self._evaluated() or "feature-alignment" not in self.manifest["stages"]:
             return
-        first, second = (
-            self.manifest["stages"].get(n, {}) for n in ("attention-alignment", "feature-alignment")
-        )
+        first, second = (self.manifest["stages"].get(n, {}) for n in ("attention-alignment", "feature-alignment"))
         stage = STAGES["feature-alignment"]
         args = self.config.stage_arguments(stage)
         extra = first.get("seconds", 0.0) * second["steps"] / second["seconds"]
@@ -192,8 +190,8 @@ class _Run:
             if changed and not still_valid and not grown and changed != ["control"]:
                 name = changed[0]
                 raise UsageError(
-                    f"output_dir={str(self.out)!r} holds a run with {name}={found.get(name)!r}, not {settings[name]!r};"
-                    " pass another output_dir, or --from-stage to run the stages that it changes again."
+                    f"output_dir={str(self.out)!r} holds a run with {name}={found.get(name)!r}, not {settings[name]!r}"
+                    "; pass another output_dir, or --from-stage to run the stages that it changes again."
                 )
         if self.main:
             if from_stage is not None:
@@ -208,7 +206,9 @@ class _Run:
         for stage in self.stages:
             directory = self.out / stage.directory
             if stage.number < number and not directory.is_dir():
-                raise UsageError(f"from_stage={number} needs {directory}, which is not there; start at {stage.number}.")
+                raise UsageError(
+                    f"from_stage={number} needs {directory}, which is not there; start at {stage.number}."
+                )
         forgotten = [stage for stage in STAGES.values() if stage.number >= number]
         for stage in forgotten:
             shutil.rmtree(self.out / stage.directory, ignore_errors=True)
@@ -250,7 +250,9 @@ def load_image_processor(name_or_path: str) -> Any | None:
     try:
         return AutoImageProcessor.from_pretrained(name_or_path, backend="pil")
     except (OSError, ValueError) as error:
-        logger.warning("%s has no image processor (%s): pixels are fed as 0..1", name_or_path, str(error).split("\n")[0])
+        logger.warning(
+            "%s has no image processor (%s): pixels are fed as 0..1", name_or_path, str(error).split("\n")[0]
+        )
         return None
 
 

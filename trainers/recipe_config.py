@@ -31,12 +31,14 @@ class RecipeConfig(DataConfig):
         seed (`int`, *optional*, defaults to 42)
     """
 
-    teacher: str | None = field(default=None, metadata={"help": "Softmax checkpoint: Hub id or folder."})
+    teacher: str = field(default="", metadata={"help": "Softmax checkpoint: Hub id or folder."})
     output_dir: str = field(default="out", metadata={"help": "Everything the run leaves behind."})
     feature_map: str | None = field(default=None, metadata={"help": "phi of the linear attention."})
     feature_map_kwargs: dict = field(default_factory=dict, metadata={"help": "Options of the feature map, as JSON."})
     softmax_layers: list[int] = field(default_factory=list, metadata={"help": "Layers that keep softmax."})
-    stages: list[str] | None = field(default=None, metadata={"help": f"Any of {', '.join(STAGES)}, in order."})
+    stages: list[str] = field(
+        default_factory=list, metadata={"help": f"Any of {', '.join(STAGES)}, in order. Default: 1 and 2."}
+    )
     attention_alignment: dict = field(default_factory=dict, metadata={"help": "Settings of stage 1."})
     feature_alignment: dict = field(default_factory=dict, metadata={"help": "Settings of stage 2."})
     supervised: dict = field(default_factory=dict, metadata={"help": "Settings of stage 3."})
@@ -49,10 +51,10 @@ class RecipeConfig(DataConfig):
         super().__post_init__()
         if not self.teacher:
             raise UsageError("teacher is missing; pass a Hub id or the folder of a softmax checkpoint.")
-        if self.stages is None:
+        if not self.stages:
             self.stages = list(STAGES)[: 3 if self.supervised else 2]
         unknown = [name for name in self.stages if name not in STAGES]
-        if unknown or not self.stages:
+        if unknown:
             raise UsageError(f"stages={self.stages}: choose from {', '.join(STAGES)}.")
         if self.stages != sorted(self.stages, key=list(STAGES).index) or len(set(self.stages)) < len(self.stages):
             raise UsageError(f"stages={self.stages} must come once each and in the order {', '.join(STAGES)}.")

@@ -129,10 +129,13 @@ def draw_blocks(path: Path, lines: list[dict], evaluations: dict[str, dict]) -> 
 @torch.no_grad()
 def draw_features(path: Path, comparison: Comparison, students: dict[str, PreTrainedModel], images: int = 4) -> None:
     """Images, and the first three principal components of their patch features as colors."""
+    assert comparison.eval_loader is not None  # write_report asks
     pixels = next(iter(comparison.eval_loader))["pixel_values"][:images].to(comparison.teacher.device)
     models = {"teacher": comparison.teacher, **{name: model for name, model in students.items() if name != "last"}}
     patches = token_groups(comparison.teacher.config)["patches"]
-    features = {name: forward_features(model.eval(), pixels)[:, patches].float().cpu() for name, model in models.items()}
+    features = {
+        name: forward_features(model.eval(), pixels)[:, patches].float().cpu() for name, model in models.items()
+    }
     mean, basis = _principal_components(features["teacher"].flatten(0, 1))
     low, high = _limits((features["teacher"].flatten(0, 1) - mean) @ basis)
     grid = _grid(comparison.teacher, pixels)
@@ -151,7 +154,7 @@ def draw_features(path: Path, comparison: Comparison, students: dict[str, PreTra
 
 @torch.no_grad()
 def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: float = 20.0) -> list[dict[str, float]]:
-    """Seconds per image of teacher (SDPA) and student over growing sizes, batch 1, in turns, as long as time allows."""
+    """Seconds per image of teacher (SDPA) and student over growing sizes, batch 1, within a time budget."""
     teacher, student = teacher.eval(), student.eval()
     config, rows, start = teacher.config, [], time.perf_counter()
     patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
@@ -207,8 +210,8 @@ def _render(
             "",
             *_markdown(table),
             "",
-            "Figures are of each model's own forward pass on the evaluation images. cos patches is that of the mean patch feature, error is"
-            " ‖student - teacher‖ / ‖teacher‖ over all tokens of the final features.",
+            "Figures are of each model's own forward pass on the evaluation images. cos patches is the cosine of the"
+            " mean patch feature, error is ‖student - teacher‖ / ‖teacher‖ over all tokens of the final features.",
             "",
             f"- Teacher: `{manifest['teacher']}`{teacher_revision}, weights {manifest['teacher_sha256'][:12]}",
             f"- Data: `{manifest['dataset']}`, fingerprint {manifest['data_fingerprint']}",

@@ -139,7 +139,9 @@ def load_student(name_or_path: str) -> PreTrainedModel:
     """
     config = load_config(name_or_path)
     if not config.model_type.startswith("adala_"):
-        raise UsageError(f"model {name_or_path!r} is of type {config.model_type!r}, no AdaLA checkpoint; convert it first.")
+        raise UsageError(
+            f"model {name_or_path!r} is of type {config.model_type!r}, no AdaLA checkpoint; convert it first."
+        )
     classes = {cls.__name__: cls for cls in get_family(config.model_type).classes.values()}
     student_class = classes[(config.architectures or [next(iter(classes))])[0]]
     return student_class.from_pretrained(name_or_path, dtype=torch.float32)

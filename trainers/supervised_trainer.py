@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .base_trainer import AdaLATrainer, freeze_all_but
-from .metrics import compute_accuracy
+from .metric_functions import compute_accuracy
 from .supervised_config import SupervisedConfig
 
 

@@ -1,6 +1,7 @@
 """Parsers made from the dataclasses, with two levels of help: our own fields, and all of them."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -92,10 +93,11 @@ class CommandParser(HfArgumentParser):
             raise UsageError(f"{error}; see {self.prog} --help") from error
         return tuple(parsed)
 
-
     def _show_help(self, everything: bool) -> None:
         inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-        ours, common, rest = [], [], []
+        ours: list[argparse.Action] = []
+        common: list[argparse.Action] = []
+        rest: list[argparse.Action] = []
         for action in self._actions:
             name = action.dest.removeprefix("no_")
             group = common if name in COMMON else rest if name in inherited else ours
@@ -126,10 +128,8 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
             target = target.setdefault(part, {})
         target[last] = yaml.safe_load(value)
         if isinstance(target[last], str):  # YAML 1.1 takes 1e-4 for text
-            try:
+            with contextlib.suppress(ValueError):
                 target[last] = float(value)
-            except ValueError:
-                pass
     return settings
 
 

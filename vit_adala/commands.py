@@ -174,7 +174,7 @@ def finetune(arguments: Sequence[str]) -> None:
         )
     set_seed(args.seed)
     data, processor = _data(data_args, model_args.model, require_labels=True)
-    model = load_classifier(model_args.model, data.labels)
+    model = load_classifier(model_args.model, data.labels or [])
     result = _run("supervised", model, args, data, processor, eval_dataset=data.eval_dataset())
     if data.raw_eval is not None:
         metrics = Comparison(model, data, probe=False).classifier_accuracy(result.model.to(model.device))
@@ -227,7 +227,7 @@ def _run(name: str, model: Any, args: Any, data: DataModule, image_processor: An
     stage = STAGES[name]
     result = run_stage(stage, model, args, image_processor=image_processor, train_dataset=train_dataset, **kwargs)
     print(
-        f"stage {stage.number}, {stage.name}: {result.steps} steps in {result.seconds:.0f} s, {train_dataset.summary()};"
-        f" saved {directory}"
+        f"stage {stage.number}, {stage.name}: {result.steps} steps in {result.seconds:.0f} s,"
+        f" {train_dataset.summary()}; saved {directory}"
     )
     return result

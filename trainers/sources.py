@@ -1,0 +1,249 @@
+"""Finding image data sets: whatever the user names becomes a `datasets` object with undecoded images."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+from PIL import Image
+
+from modeling_adala.errors import DataError, UsageError
+
+from .digits import DIGITS_NAME, DIGITS_SPLITS, load_digits
+
+HFDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+_MIN_SHARDS = 8
+_MAX_SHARDS = 64
+_HASHED_ROWS = 4
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def columns_of(dataset: HFDataset) -> list[str]:
+    if dataset.column_names is not None:
+        return list(dataset.column_names)
+    return list(next(iter(dataset), {}))
+
+
+def undecoded(dataset: HFDataset, column: str) -> HFDataset:
+    # Decoding inside `datasets` would raise on a broken file before its row is known.
+    if dataset.features is None:
+        return dataset
+    feature = dataset.features[column]
+    kind = getattr(feature, "dtype", None)
+    is_struct = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
+    if not (
+        isinstance(feature, datasets.Image)
+        or is_struct
+        or kind in ("string", "large_string", "binary", "large_binary")
+    ):
+        raise UsageError(
+            f"image_column={column!r} holds {feature}, not images: name another of {', '.join(dataset.features)}"
+        )
+    return dataset.cast_column(column, datasets.Image(decode=False))
+
+
+def check_labels(dataset: HFDataset, column: str) -> None:
+    feature = dataset.features[column] if dataset.features is not None else None
+    if feature is None or isinstance(feature, datasets.ClassLabel):
+        return
+    if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
+        raise UsageError(
+            f"label_column={column!r} holds {feature}, not class numbers: name another of "
+            f"{', '.join(dataset.features)}, or convert it with datasets' class_encode_column"
+        )
+
+
+def has_class_numbers(dataset: HFDataset, column: str) -> bool:
+    """Whether a data set has this column and it holds class numbers (not, say, texts)."""
+    if column not in columns_of(dataset):
+        return False
+    try:
+        check_labels(dataset, column)
+    except UsageError:
+        return False
+    return True
+
+
+def _open_local(path: Path, streaming: bool) -> Any:
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise UsageError(f"source={str(path)!r} is one file: give its folder, or a .parquet file")
+        return datasets.load_dataset("parquet", data_files=str(path), streaming=streaming)
+    if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+        return datasets.load_from_disk(str(path))
+    return datasets.load_dataset(str(path), streaming=streaming)
+
+
+def _open_source(source: Any, streaming: bool) -> dict[str, HFDataset]:
+    if isinstance(source, dict):
+        return dict(source)
+    if isinstance(source, datasets.Dataset | datasets.IterableDataset):
+        name = str(source.split)
+        return {name if name.isidentifier() and name != "None" else "train": source}
+    if source == DIGITS_NAME:
+        return {name: load_digits(name) for name in DIGITS_SPLITS}
+    if not isinstance(source, str | Path):
+        raise UsageError(f"source={source!r} is not a data set: use a path, a Hub id or a datasets.Dataset")
+    path = Path(source).expanduser()
+    try:
+        if path.exists():
+            opened = _open_local(path, streaming)
+        elif str(source).startswith(("/", ".", "~")) or str(source).count("/") > 1 or path.suffix == ".parquet":
+            raise DataError(f"source={str(source)!r} does not exist: check the path")
+        else:
+            opened = datasets.load_dataset(str(source), streaming=streaming)
+    except (DataError, UsageError):
+        raise
+    except Exception as error:
+        if path.exists():
+            raise DataError(
+                f"source={str(source)!r} holds no data set that can be read ({first_line(error)}): "
+                "give a folder of images, of one subfolder per class, or of parquet files"
+            ) from error
+        raise DataError(
+            f"source={str(source)!r} is neither a local path nor a data set that the Hub gives out now "
+            f"({first_line(error)}): check the name and the network, or give a folder of images"
+        ) from error
+    return _open_source(opened, streaming)
+
+
+def _pick_split(splits: dict[str, HFDataset], split: str | None) -> HFDataset:
+    available = ", ".join(splits)
+    if split is None:
+        if len(splits) > 1 and "train" not in splits:
+            raise UsageError(f"split=None: the data set has no split 'train'; name one of {available}")
+        return splits["train"] if "train" in splits else next(iter(splits.values()))
+    if split in splits:
+        return splits[split]
+    if any(isinstance(dataset, datasets.IterableDataset) for dataset in splits.values()):
+        hint = " (a stream cannot be sliced: use streaming=False)" if "[" in split else ""
+        raise UsageError(f"split={split!r} does not exist{hint}: use one of {available}")
+    try:
+        lengths = {name: len(dataset) for name, dataset in splits.items()}
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise UsageError(f"split={split!r} does not exist ({first_line(error)}): use one of {available}") from error
+    return datasets.concatenate_datasets([splits[p.splitname].select(range(p.from_, p.to)) for p in parts])
+
+
+def load_images(
+    source: Any,
+    split: str | None = None,
+    *,
+    image_column: str = "image",
+    label_column: str = "label",
+    streaming: bool = False,
+    require_labels: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Opens a data set of images.
+
+    Args:
+        source: an object of `datasets` (also one with splits); the path of a folder of images (subfolders are
+            classes), of a folder of parquet files (splits come from their names), of one parquet file, or of what
+            `save_to_disk` wrote; "mnist-digits"; or else the id of a data set on the Hub.
+        split: such as "train", or "train[:500]" where the data set is not streamed. None takes the only split or
+            "train".
+        image_column: column of the images: their files' bytes, paths, or both.
+        label_column: column of the class numbers.
+        streaming: reads while iterating instead of first preparing the whole data set.
+        require_labels: whether a missing label column is an error.
+
+    Returns:
+        The data set, its image column undecoded (`datasets.Image(decode=False)`).
+
+    Raises:
+        UsageError: the split or a column does not exist or is of the wrong type.
+        DataError: the source cannot be opened, or is empty.
+    """
+    dataset = _pick_split(_open_source(source, streaming), split).with_format(None)
+    is_empty = len(dataset) == 0 if isinstance(dataset, datasets.Dataset) else next(iter(dataset), None) is None
+    if is_empty:
+        name = source if isinstance(source, str | Path) else type(source).__name__
+        raise DataError(f"source={str(name)!r} with split={split!r} has no images: choose another split or source")
+    if streaming and isinstance(dataset, datasets.Dataset):
+        dataset = dataset.to_iterable_dataset(num_shards=min(_MAX_SHARDS, len(dataset)))
+    elif streaming and dataset.num_shards < _MIN_SHARDS:
+        # DataLoader workers share a stream by shards; a parquet file can give one for each row group.
+        dataset = dataset.reshard()
+    columns = columns_of(dataset)
+    if image_column not in columns:
+        raise UsageError(f"image_column={image_column!r} does not exist: use one of {', '.join(columns)}")
+    if require_labels:
+        if label_column not in columns:
+            raise UsageError(
+                f"label_column={label_column!r} does not exist: use one of {', '.join(columns)} "
+                "(a folder of images has labels when it has one subfolder per class)"
+            )
+        check_labels(dataset, label_column)
+    return undecoded(dataset, image_column)
+
+
+def class_names(dataset: datasets.Dataset | datasets.IterableDataset, label_column: str = "label") -> list[str] | None:
+    """Names of the classes, in the order of their numbers.
+
+    Returns:
+        The names of a `ClassLabel` column; else "0", "1", ... up to the largest number in a map-style data set; else
+        None.
+
+    Raises:
+        UsageError: the column does not exist, or does not hold class numbers.
+    """
+    columns = columns_of(dataset)
+    if label_column not in columns:
+        raise UsageError(f"label_column={label_column!r} does not exist: use one of {', '.join(columns)}")
+    check_labels(dataset, label_column)
+    if dataset.features is not None and isinstance(dataset.features[label_column], datasets.ClassLabel):
+        return list(dataset.features[label_column].names)
+    if not isinstance(dataset, datasets.Dataset):
+        return None
+    labels = [label for label in dataset.unique(label_column) if label is not None]
+    return [str(label) for label in range(max(labels, default=-1) + 1)]
+
+
+def fingerprint(dataset: datasets.Dataset | datasets.IterableDataset) -> str:
+    """Short id of a data set's content, for a manifest: the same in every process and on every machine.
+
+    It covers the number of rows, the columns and their types, and the bytes of the first, middle and last row (of a
+    stream, of the first four). `datasets`' own fingerprint also covers paths and times.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    size = len(dataset) if isinstance(dataset, datasets.Dataset) else None
+    features = dataset.features.to_dict() if dataset.features is not None else None
+    digest = hashlib.sha256(json.dumps([size, features], sort_keys=True, default=str).encode())
+    rows = (
+        dataset.take(_HASHED_ROWS) if size is None else (dataset[i] for i in sorted({0, size // 2, size - 1}) if size)
+    )
+    for row in rows:
+        for name in sorted(row):
+            value = row[name]
+            digest.update(name.encode())
+            if isinstance(value, dict) and set(value) == {"bytes", "path"}:
+                digest.update(encoded_bytes(value) or Path(value["path"] or "").name.encode())
+            else:
+                digest.update(value.tobytes() if isinstance(value, Image.Image) else repr(value).encode())
+    return digest.hexdigest()[:16]
+
+
+def encoded_bytes(value: Any) -> bytes | None:
+    """The bytes of an image file, or None if they are not at hand (a missing file, a path inside an archive)."""
+    if isinstance(value, str):
+        value = {"bytes": None, "path": value}
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, dict):
+        if value.get("bytes") is not None:
+            return value["bytes"]
+        path = value.get("path")
+        if path is not None and "://" not in path and Path(path).is_file():
+            return Path(path).read_bytes()
+    return None
