@@ -63,6 +63,8 @@ def load_teacher(teacher: str | os.PathLike | PreTrainedModel, head: str | None 
         teacher = stock_class.from_pretrained(teacher, **kwargs)
     else:
         _check_is_stock(teacher.config, type(teacher).__name__)
+        if teacher.config._attn_implementation == "adala":
+            raise UsageError("teacher has attn_implementation='adala'; a teacher attends with softmax: set it to 'sdpa'.")
     return teacher.eval().requires_grad_(False)
 
 

@@ -216,7 +216,8 @@ def linear_attention(
         # one product gives numerator and normalizer
         output = _matmul(phi_q, torch.cat((state, normalizer[..., None]), dim=-1))
         output = output[..., :-1] / (output[..., -1:] + eps)
-    return output.transpose(1, 2).to(input_dtype, memory_format=torch.contiguous_format).transpose(1, 2)
+    output = output.transpose(1, 2).to(input_dtype, memory_format=torch.contiguous_format)
+    return output.contiguous().transpose(1, 2)  # `to` alone leaves a tensor that has the dtype already as it is
 
 
 def linear_attention_reference(

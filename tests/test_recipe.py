@@ -219,7 +219,7 @@ def test_run_killed_in_every_stage_ends_with_the_weights_of_an_undisturbed_one(t
     left = []
     for kill in KILLS:
         command = [sys.executable, "-c", KILLER, json.dumps([kill, arguments(teacher, out)])]
-        killed = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        killed = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         left.append({path.name: sorted(os.listdir(path)) for path in (out / "checkpoints").iterdir()})
     # each time a whole checkpoint to go on from; the second kill came while the next one was being written

@@ -1,7 +1,7 @@
 """Reading image data sets in spite of a few broken files.
 
-`ImageDataset` and `StreamingImageDataset` turn rows into tensors; both decode the files themselves, so that a broken
-one is skipped, counted and named instead of ending a run that may be hours old. What their DataLoader workers find reaches
+`ImageDataset` and `StreamingImageDataset` turn rows into tensors and decode the files themselves, so that a broken one
+is skipped, counted and named instead of ending a run that may be hours old. What DataLoader workers find reaches
 the main process through shared memory.
 """
 

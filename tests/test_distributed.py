@@ -1,0 +1,164 @@
+"""Two processes on the CPU give the losses and the weights of one process with the same global batch.
+
+`accelerate launch --cpu --num_processes 2` starts a single process (accelerate 1.15, unless there is mpirun), so the two
+are started by torchrun, which is what `accelerate launch` hands several processes of a machine to.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_helpers import assert_same_tensors, moved, one_thread, save_teacher  # noqa: F401
+
+from trainers.callbacks import read_metrics
+from trainers.stages import STAGES, load_student
+from vit_adala.cli import main
+
+pytestmark = pytest.mark.slow
+
+FOLDERS = {stage.name: stage.directory for stage in STAGES.values()}
+# All three commands in one pair of processes, because the imports take longer than the training. Each keeps its weights.
+DRIVER = """
+import json, os, sys
+import torch
+from vit_adala import commands
+from vit_adala.cli import main
+
+run_stage = commands.run_stage
+
+
+def keep_weights(stage, *args, **kwargs):
+    result = run_stage(stage, *args, **kwargs)
+    torch.save(result.model.state_dict(), os.path.join(sys.argv[2], f"{stage.name}-{os.environ['RANK']}.pt"))
+    return result
+
+
+commands.run_stage = keep_weights
+for arguments in json.loads(sys.argv[1]):
+    if main(arguments):
+        sys.exit(f"failed: {arguments}")
+"""
+
+
+def commands(teacher: str, out: Path, source: Path, batch_size: int) -> list[list[str]]:
+    """`align`, `distill` and `finetune`, writing to `out`; the last two start from the students in `source`."""
+    shared = {
+        "dataset": "mnist-digits",
+        "train_split": "train[:32]",
+        "image_size": 28,
+        "max_steps": 4,
+        "per_device_train_batch_size": batch_size,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    evaluating = {"eval_split": "test[::25]", "per_device_eval_batch_size": 5, "eval_strategy": "steps"}
+    # the highest loss is the best, so that the best model is not the last
+    best = {"eval_steps": 1, "save_steps": 1, "metric_for_best_model": "loss", "greater_is_better": True}
+    stages = {
+        "align": {"teacher": teacher, "output_dir": out / FOLDERS["attention-alignment"]},
+        "distill": {
+            "teacher": teacher,
+            "model": source / FOLDERS["attention-alignment"],
+            "output_dir": out / FOLDERS["feature-alignment"],
+        },
+        "finetune": {
+            "model": source / FOLDERS["feature-alignment"],
+            "output_dir": out / FOLDERS["supervised"],
+            "load_best_model_at_end": True,
+            **evaluating,
+            **best,
+        },
+    }
+    return [
+        [command, *(part for name, value in {**shared, **own}.items() for part in (f"--{name}", str(value)))]
+        for command, own in stages.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    """The folders of one process and of two."""
+    root = tmp_path_factory.mktemp("distributed")
+    teacher, single, double = save_teacher(root / "teacher"), root / "single", root / "double"
+    for arguments in commands(teacher, single, source=single, batch_size=8):
+        assert main(arguments) == 0
+    double.mkdir()
+    (root / "driver.py").write_text(DRIVER)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    payload = json.dumps(commands(teacher, double, source=single, batch_size=4))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [*launcher, str(root / "driver.py"), payload, str(double)]
+    launched = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    assert launched.returncode == 0, launched.stderr
+    return single, double
+
+
+def logged(folder: Path, stage: str, name: str) -> dict[int, float]:
+    lines = read_metrics(folder / "metrics.jsonl")
+    return {line["step"]: line[name] for line in lines if line["stage"] == stage and name in line}
+
+
+@pytest.mark.parametrize(
+    ("stage", "names"),
+    [
+        ("attention-alignment", ("loss", "block_0", "block_1", "grad_norm")),
+        ("feature-alignment", ("loss", "cls", "patches", "grad_norm")),
+        ("supervised", ("loss", "grad_norm", "eval_loss", "eval_accuracy")),
+    ],
+)
+def test_two_processes_log_what_one_logs(runs, stage, names):
+    single, double = (folder for folder in runs)
+    for name in names:
+        expected = logged(single, stage, name)
+        assert list(expected) == [1, 2, 3, 4]
+        assert logged(double, stage, name) == pytest.approx(expected, abs=1e-4), name
+    assert len(set(logged(single, stage, "loss").values())) == 4  # not constant: the batches and weights do change
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_save_the_weights_of_one(runs, stage):
+    single, double = (load_file(folder / FOLDERS[stage] / "model.safetensors") for folder in runs)
+    assert_same_tensors(double, single, atol=1e-4)
+    student = load_student(str(runs[1] / FOLDERS[stage]))
+    assert student.config.adala_stage == stage
+    assert_same_tensors(dict(student.state_dict()), double)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_both_processes_end_with_the_weights_that_were_saved(runs, stage):
+    """In stage 3 after `load_best_model_at_end`."""
+    saved = load_file(runs[1] / FOLDERS[stage] / "model.safetensors")
+    for rank in range(2):
+        assert_same_tensors(torch.load(runs[1] / f"{stage}-{rank}.pt", weights_only=True), saved)
+
+
+def test_the_best_model_was_not_the_last(runs):
+    losses = logged(runs[0], "supervised", "eval_loss")
+    assert max(losses, key=losses.get) < 4
+
+
+def test_each_stage_moved_the_weights(runs):
+    folders = [runs[1] / FOLDERS[stage] / "model.safetensors" for stage in STAGES]
+    aligned, distilled, finetuned = (load_file(path) for path in folders)
+    assert moved(aligned, distilled) and moved(distilled, finetuned)
+
+
+def test_two_processes_leave_no_checkpoints_and_one_line_a_step(runs):
+    for folder in runs:
+        assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == sorted(FOLDERS.values())
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == len(read_metrics(folder / "metrics.jsonl")) == 4 * 3 + 4 + 3
