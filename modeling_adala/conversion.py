@@ -64,7 +64,9 @@ def load_teacher(teacher: str | os.PathLike | PreTrainedModel, head: str | None 
     else:
         _check_is_stock(teacher.config, type(teacher).__name__)
         if teacher.config._attn_implementation == "adala":
-            raise UsageError("teacher has attn_implementation='adala'; a teacher attends with softmax: set it to 'sdpa'.")
+            raise UsageError(
+                "teacher has attn_implementation='adala'; a teacher attends with softmax: set it to 'sdpa'."
+            )
     return teacher.eval().requires_grad_(False)
 
 
@@ -79,10 +81,27 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
     except UsageError:
         raise
     except (OSError, ValueError) as error:
+        if os.path.isfile(os.path.join(name_or_path, "config.json")):
+            raise DataError(
+                f"model {name_or_path!r} could not be opened: {_first_line(error)} Pass a folder that"
+                " save_pretrained wrote."
+            ) from error
         raise DataError(
             f"model {name_or_path!r} could not be opened: it is no local model folder, and the Hub did not deliver it"
             f" (offline, or no such id). Pass a folder with a config.json or a reachable Hub id."
         ) from error
+
+
+def load_teacher_config(teacher: str) -> PretrainedConfig:
+    """The configuration of a teacher, known to be one, before any time goes into its weights or the data.
+
+    Raises:
+        UsageError: for an unsupported family, or a student given as a teacher.
+        DataError: if nothing is there, or the Hub cannot be reached.
+    """
+    config = load_config(teacher)
+    _check_is_stock(config, teacher)
+    return config
 
 
 def convert(
@@ -122,9 +141,7 @@ def convert(
     options = {key: value for key, value in options.items() if value is not None}
     teacher = os.fspath(teacher) if isinstance(teacher, os.PathLike) else teacher
     if isinstance(teacher, str):  # wrong options should fail before the weights are read
-        config = load_config(teacher)
-        _check_is_stock(config, teacher)
-        student_config(config, **options)
+        student_config(load_teacher_config(teacher), **options)
     model = load_teacher(teacher, head)
     head = _head_of(type(model).__name__, get_family(model.config.model_type))
     config = student_config(model.config, **options)

@@ -431,12 +431,14 @@ def test_empty_dataset_is_refused(tmp_path):
 
 def resumable(variant: str, folder: Path, **settings):
     """A trainer that saves every third of 7 steps, 2 steps an epoch, on data whose augmentation goes by the epoch."""
-    stage = {"softmax": SUPERVISED, "lora": FEATURES}.get(variant, variant)
+    stage = {"softmax": SUPERVISED, "lora": FEATURES, "muon": FEATURES}.get(variant, variant)
     student, teacher = setting_of(stage)
     if variant == "softmax":
         student = tiny_vit()
     if variant == "lora":
         settings["peft_config"] = LoraConfig(**LORA)
+    if variant == "muon":
+        settings["muon"] = True
     settings = {"max_steps": 7, "save_steps": 3, "save_strategy": "steps", "learning_rate": 1e-3} | settings
     settings |= {"train_dataset": NoiseImages(8, augment=True), "per_device_train_batch_size": 4}
     return trainer_of(stage, folder, student, teacher, **settings)
@@ -447,7 +449,7 @@ def interrupt(variant: str, folder: Path, step: int, **settings) -> None:
         resumable(variant, folder, callbacks=[InterruptAt(step)], **settings).train()
 
 
-@pytest.mark.parametrize("variant", [*STAGES, "softmax", "lora"])
+@pytest.mark.parametrize("variant", [*STAGES, "softmax", "lora", "muon"])
 def test_resumed_run_ends_with_the_tensors_of_an_uninterrupted_one(tmp_path, variant):
     whole = resumable(variant, tmp_path / "whole")
     start = copy_state(whole.model)

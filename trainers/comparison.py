@@ -30,21 +30,24 @@ class Comparison:
         teacher: PreTrainedModel,
         data: DataModule,
         *,
-        knn_images: int = 5000,
+        knn_images: int = 2000,
         eval_images: int | None = None,
         probe: bool = True,
         disable_progress: bool | None = None,
     ):
         self.teacher, self.probe, self.disable_progress = teacher, probe, disable_progress
         self.eval_loader = data.loader(data.eval_dataset(eval_images))
+        images = len(self.eval_loader.dataset) if self.eval_loader is not None else 0
+        self.quick_loader = data.loader(data.eval_dataset(min(images, max(500, images // 10))))
         self.bank_loader = data.loader(data.bank_dataset(knn_images)) if data.labels else None
         self.autocast_dtype = torch.bfloat16 if has_fast_bf16() else None
         self._bank: FeatureBank | None = None
 
-    def __call__(self, student: PreTrainedModel) -> dict[str, Any]:
+    def __call__(self, student: PreTrainedModel, quick: bool = False) -> dict[str, Any]:
         """All figures of `evaluate_pair`, `head_accuracy` of a student with a classifier, and `block_errors`.
 
-        Returns an empty dictionary where there are no images to evaluate on.
+        With `quick`, on a tenth of the evaluation images (at least 500) and without the linear probe. Returns an empty
+        dictionary where there are no images to evaluate on.
         """
         if self.eval_loader is None:
             return {}
@@ -56,8 +59,8 @@ class Comparison:
             self.teacher,
             student,
             self.bank_loader,
-            self.eval_loader,
-            probe=self.probe,
+            self.quick_loader if quick else self.eval_loader,
+            probe=self.probe and not quick,
             teacher_train_bank=self._bank,
             **options,
         )

@@ -42,6 +42,8 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
         **kwargs: Any,
     ):
         layers = model.config.num_hidden_layers
+        if args.hidden_states is None:
+            args.hidden_states = sorted({max(layers * quarter // 4 - 1, 0) for quarter in (1, 2, 3)})
         wrong = [layer for layer in args.hidden_states if not -layers <= layer < layers]
         if wrong:
             raise UsageError(

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 
 from modeling_adala import __version__
-from modeling_adala.conversion import convert, load_config, load_teacher, student_config
+from modeling_adala.conversion import convert, load_teacher, load_teacher_config, student_config
 from modeling_adala.errors import UsageError
 
 from .base_config import has_fast_bf16
@@ -58,8 +58,8 @@ class _Run:
         self.config, self.out = config, Path(config.output_dir)
         self.main = PartialState().is_main_process
         self.stages = [STAGES[name] for name in config.stages]
-        student_config(load_config(config.teacher), **config.feature_options)  # before any time is spent
-        self._claim_output_dir(from_stage)
+        student_config(load_teacher_config(config.teacher), **config.feature_options)  # before any time is spent
+        self._check_output_dir(from_stage)
         self.image_processor = load_image_processor(config.teacher)
         self.teacher = load_teacher(config.teacher)
         supervised = "supervised" in config.stages
@@ -68,6 +68,9 @@ class _Run:
         self.comparison = Comparison(
             self.teacher.to(device), self.data, knn_images=config.knn_images, eval_images=config.eval_images
         )
+        self._claim_output_dir(
+            from_stage
+        )  # now that all is there: a mistake should not stand in the way of its repair
         self.manifest = self._open_manifest()
 
     def run(self) -> Path:
@@ -94,9 +97,10 @@ class _Run:
         student.config.teacher_name_or_path = self.config.teacher
         if parity is not None and "parity" not in self.manifest:
             self._record(parity=parity.differences)
-        if "teacher" not in self._evaluated() and self.main:
+        if self.main and "teacher" not in self._evaluated():
             head = self.comparison.classifier_accuracy(self.teacher)
             self._evaluate("teacher", None, {} if head is None else {"head_accuracy": head})
+        if self.main and "swapped" not in self._evaluated():
             self._evaluate("swapped", student)
         return student
 
@@ -165,7 +169,9 @@ class _Run:
 
     def _evaluate(self, row: str, student: PreTrainedModel | None, values: dict[str, Any] | None = None) -> None:
         start = time.perf_counter()
-        values = self.comparison(student) if student is not None else values or {}
+        # earlier rows show the way, the last one is the result
+        quick = row not in ("control", self.stages[-1].name)
+        values = self.comparison(student, quick=quick) if student is not None else values or {}
         append_metrics(self.out / "metrics.jsonl", {"evaluation": row, **values})
         logger.info("evaluated %s in %.0f s", row, time.perf_counter() - start)
 
@@ -176,8 +182,8 @@ class _Run:
         before = [self.out / s.directory for s in self.stages if s.number < stage.number]
         return str(before[-1]) if before else None
 
-    def _claim_output_dir(self, from_stage: int | None) -> None:
-        """Takes `output_dir` for this run: new, or left by the same settings."""
+    def _check_output_dir(self, from_stage: int | None) -> None:
+        """Refuses an `output_dir` that another run left, and a `from_stage` that cannot be."""
         settings = yaml.safe_load(self.config.to_yaml())
         file = self.out / "config.yaml"
         if self.main and file.is_file():
@@ -193,14 +199,18 @@ class _Run:
                     f"output_dir={str(self.out)!r} holds a run with {name}={found.get(name)!r}, not {settings[name]!r}"
                     "; pass another output_dir, or --from-stage to run the stages that it changes again."
                 )
+        if self.main and from_stage is not None:
+            self._check_from(from_stage)
+
+    def _claim_output_dir(self, from_stage: int | None) -> None:
         if self.main:
             if from_stage is not None:
                 self._forget_from(from_stage)
             self.out.mkdir(parents=True, exist_ok=True)
-            whole_file(file, self.config.to_yaml())
+            whole_file(self.out / "config.yaml", self.config.to_yaml())
         PartialState().wait_for_everyone()
 
-    def _forget_from(self, number: int) -> None:
+    def _check_from(self, number: int) -> None:
         if number not in {stage.number for stage in self.stages}:
             raise UsageError(f"from_stage={number} is none of this run's stages {[s.number for s in self.stages]}.")
         for stage in self.stages:
@@ -209,6 +219,8 @@ class _Run:
                 raise UsageError(
                     f"from_stage={number} needs {directory}, which is not there; start at {stage.number}."
                 )
+
+    def _forget_from(self, number: int) -> None:
         forgotten = [stage for stage in STAGES.values() if stage.number >= number]
         for stage in forgotten:
             shutil.rmtree(self.out / stage.directory, ignore_errors=True)

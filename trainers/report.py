@@ -42,6 +42,7 @@ COLUMNS = (
     ("cos CLS", "cls_cosine", None, "{:.4f}"),
     ("cos patches", "patch_mean_cosine", None, "{:.4f}"),
     ("error", "relative_error", None, "{:.3f}"),
+    ("images", "num_eval_images", None, "{:,}"),
 )
 
 
@@ -87,7 +88,7 @@ def summary_table(evaluations: dict[str, dict], manifest: dict[str, Any]) -> lis
             found = evaluations[row].get(key)
             if row == "teacher":
                 others = [line[teacher_key] for line in evaluations.values() if teacher_key in line]
-                found = evaluations[row].get(key, others[0] if others else None) if teacher_key else None
+                found = evaluations[row].get(key, others[-1] if others else None) if teacher_key else None
             values.append("" if found is None else form.format(found))
         if any(values):
             columns.append([heading, *values])

@@ -45,7 +45,7 @@ class HelpFormatter(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return super()._format_action_invocation(action)
-        name = next((option for option in action.option_strings if "_" not in option), action.option_strings[-1])
+        name = max(action.option_strings, key=lambda option: ("_" not in option, len(option)))
         if action.nargs == 0:
             return name
         return f"{name} {'VALUE ...' if action.nargs in ('+', '*') else 'VALUE'}"
@@ -89,7 +89,7 @@ class CommandParser(HfArgumentParser):
             *parsed, _ = self.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
         except UsageError:
             raise
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ImportError) as error:  # TrainingArguments asks for what an option needs
             raise UsageError(f"{error}; see {self.prog} --help") from error
         return tuple(parsed)
 
@@ -115,19 +115,25 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     """`["a=1", "b.c=x"]` as `{"a": 1, "b": {"c": "x"}}`, values read as YAML.
 
     Raises:
-        UsageError: for a pair without `=`.
+        UsageError: for a pair without `=`, a value that is no YAML, or a name that is both a value and a section.
     """
     settings: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not equals or not name:
+        if not equals or not all(name.split(".")):
             raise UsageError(f"--set {pair!r} must be NAME=VALUE, such as feature_alignment.max_steps=500.")
         *path, last = name.split(".")
         target = settings
         for part in path:
             target = target.setdefault(part, {})
-        target[last] = yaml.safe_load(value)
-        if isinstance(target[last], str):  # YAML 1.1 takes 1e-4 for text
+            if not isinstance(target, dict):
+                raise UsageError(f"--set {pair!r}: {part!r} has a value of its own; set either that or what is in it.")
+        try:
+            target[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"--set {pair!r}: the value is no YAML ({reason}); put it in quotes.") from error
+        if isinstance(target[last], str) and any(map(str.isdigit, value)):  # YAML 1.1 takes 1e-4 for text
             with contextlib.suppress(ValueError):
                 target[last] = float(value)
     return settings

@@ -5,18 +5,19 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
 
-from modeling_adala.conversion import convert, load_config, load_teacher
+from modeling_adala.conversion import convert, load_config, load_teacher, load_teacher_config, student_config
 from modeling_adala.errors import UsageError
+from modeling_adala.families import get_family
 from trainers.attention_alignment_config import AttentionAlignmentConfig
 from trainers.base_trainer import check_pair
 from trainers.comparison import Comparison
-from trainers.data_config import DataConfig, DataModule
+from trainers.data_config import DataConfig, DataModule, check_counts
 from trainers.feature_alignment_config import FeatureAlignmentConfig
 from trainers.recipe import load_image_processor, run_recipe
 from trainers.recipe_config import RecipeConfig
@@ -67,7 +68,7 @@ class FinetuneArguments:
 @dataclass
 class EvaluateArguments(TeacherArguments):
     model: str = field(metadata={"help": "The student: an AdaLA checkpoint."})
-    knn_images: int = field(default=5000, metadata={"help": "Training images for k-NN and linear probe."})
+    knn_images: int = field(default=2000, metadata={"help": "Training images for k-NN and linear probe."})
     eval_images: int | None = field(default=None, metadata={"help": "Evaluation images. Default: all."})
     json: bool = field(default=False, metadata={"help": "Print JSON and nothing else on stdout."})
 
@@ -85,13 +86,13 @@ def run(arguments: Sequence[str]) -> None:
         exit_on_error=False,
     )
     parser.add_argument("recipe", nargs="?", help="a YAML of the settings below")
-    parser.add_argument("--from-stage", type=int, help="run stage N and those after it again")
+    parser.add_argument("--from-stage", "--from_stage", type=int, help="run stage N and those after it again")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting, dotted")
     stages = {stage.name.replace("-", "_") for stage in STAGES.values()}
     for item in dataclasses.fields(RecipeConfig):
         if item.name not in stages:
-            flag = "--" + item.name.replace("_", "-")
-            parser.add_argument(flag, dest=item.name, metavar="VALUE", help=item.metadata.get("help"))
+            flags = dict.fromkeys(("--" + item.name.replace("_", "-"), "--" + item.name))
+            parser.add_argument(*flags, dest=item.name, metavar="VALUE", help=item.metadata.get("help"))
     parser.add_argument("--help-all", action="store_true", help="the same; stage settings: vit-adala align --help-all")
     if "--help-all" in arguments:
         arguments = ["--help"]
@@ -101,7 +102,10 @@ def run(arguments: Sequence[str]) -> None:
     overrides = parse_settings(parsed.set)
     names = {item.name for item in dataclasses.fields(RecipeConfig)}
     given = {name: value for name, value in vars(parsed).items() if name in names and value is not None}
-    overrides |= parse_settings([f"{name}={value}" for name, value in given.items()])
+    hints = get_type_hints(RecipeConfig)
+    for name, value in given.items():  # a path is what it is, whatever YAML would make of 2024 or [a]
+        is_text = hints[name] in (str, str | None)
+        overrides |= {name: value} if is_text else parse_settings([f"{name}={value}"])
     if parsed.recipe is not None:
         config = RecipeConfig.from_yaml(parsed.recipe, **overrides)
     else:
@@ -114,42 +118,42 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def align(arguments: Sequence[str]) -> None:
-    """`vit-adala align --teacher T --dataset D --output_dir O`"""
+    """`vit-adala align --teacher T --dataset D --output-dir O`"""
     parser = CommandParser(
         "align",
         "Stage 1: each linear attention learns to give its softmax attention's output.",
         (StudentArguments, DataConfig, AttentionAlignmentConfig),
-        "vit-adala align --teacher facebook/dinov2-small --dataset imagenet --output_dir out/1-attention-alignment",
+        "vit-adala align --teacher facebook/dinov2-small --dataset imagenet --output-dir out/1-attention-alignment",
     )
     model_args, data_args, args = parser.parse(arguments)
-    load_config(model_args.teacher)
+    options = {name: value for name, value in model_args.options.items() if value is not None}
+    student_config(load_teacher_config(model_args.teacher), **options)  # before any time is spent
     set_seed(args.seed)
     data, processor = _data(data_args, model_args.teacher)
-    student, report = convert(model_args.teacher, **model_args.options)
-    Console(stderr=True).print(str(report))
+    student, _ = convert(model_args.teacher, **options)
     _run("attention-alignment", student, args, data, processor, teacher_model=model_args.teacher)
 
 
 def distill(arguments: Sequence[str]) -> None:
-    """`vit-adala distill --teacher T --model O/1-attention-alignment --dataset D --output_dir O`"""
+    """`vit-adala distill --teacher T --model O/1-attention-alignment --dataset D --output-dir O`"""
     parser = CommandParser(
         "distill",
         "Stage 2: the whole student learns the teacher's final features.",
         (DistillArguments, DataConfig, FeatureAlignmentConfig),
         "vit-adala distill --teacher facebook/dinov2-small --model out/1-attention-alignment --dataset imagenet"
-        " --output_dir out/2-feature-alignment",
+        " --output-dir out/2-feature-alignment",
     )
     model_args, data_args, args = parser.parse(arguments)
-    set_seed(args.seed)
-    if model_args.model is None:
-        load_config(model_args.teacher)
-        student, _ = convert(model_args.teacher)
-    else:
+    check_counts(lora_r=model_args.lora_r)
+    load_teacher_config(model_args.teacher)
+    if model_args.model is not None:
         check_stage_directory(model_args.model, ("attention-alignment", "converted", "feature-alignment"), "stage 2")
-        student = load_student(model_args.model)
+    set_seed(args.seed)
     data, processor = _data(data_args, model_args.teacher)
+    student = load_student(model_args.model) if model_args.model is not None else convert(model_args.teacher)[0]
     peft_config = None
     if model_args.lora_r is not None:
+        _check_lora(model_args, student)
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=model_args.lora_r, target_modules=model_args.lora_target_modules)
@@ -158,17 +162,19 @@ def distill(arguments: Sequence[str]) -> None:
 
 
 def finetune(arguments: Sequence[str]) -> None:
-    """`vit-adala finetune --model O/2-feature-alignment --dataset D --output_dir O`"""
+    """`vit-adala finetune --model O/2-feature-alignment --dataset D --output-dir O`"""
     parser = CommandParser(
         "finetune",
         "Stage 3: trains a classifier; give it the softmax teacher to get the baseline under the same command.",
         (FinetuneArguments, DataConfig, SupervisedConfig),
-        "vit-adala finetune --model out/2-feature-alignment --dataset uoft-cs/cifar10 --output_dir out/3-supervised",
+        "vit-adala finetune --model out/2-feature-alignment --dataset uoft-cs/cifar10 --output-dir out/3-supervised",
     )
     model_args, data_args, args = parser.parse(arguments)
     if model_args.task != "image-classification":
         raise UsageError(f"task={model_args.task!r} is not supported; choose image-classification.")
-    if load_config(model_args.model).model_type.startswith("adala_"):
+    config = load_config(model_args.model)
+    get_family(config.model_type)
+    if config.model_type.startswith("adala_"):
         check_stage_directory(
             model_args.model, ("feature-alignment", "supervised", "attention-alignment", "converted"), "stage 3"
         )
@@ -190,7 +196,8 @@ def evaluate(arguments: Sequence[str]) -> None:
         "vit-adala evaluate --teacher facebook/dinov2-small --model out/2-feature-alignment --dataset uoft-cs/cifar10",
     )
     model_args, data_args = parser.parse(arguments)
-    load_config(model_args.teacher)
+    check_counts(knn_images=model_args.knn_images, eval_images=model_args.eval_images)
+    load_teacher_config(model_args.teacher)
     student = load_student(model_args.model)
     teacher = load_teacher(model_args.teacher)
     check_pair(teacher, student)
@@ -212,6 +219,13 @@ def evaluate(arguments: Sequence[str]) -> None:
         other = results.get("teacher_" + name.removeprefix("student_"), "")
         table.add_row(name.removeprefix("student_"), f"{value:.4f}", f"{other:.4f}" if other != "" else "")
     Console().print(table)
+
+
+def _check_lora(args: DistillArguments, student: Any) -> None:
+    modules = {name.rsplit(".", 1)[-1] for name, module in student.named_modules() if hasattr(module, "in_features")}
+    unknown = [name for name in args.lora_target_modules if name.rsplit(".", 1)[-1] not in modules]
+    if unknown and args.lora_target_modules != DistillArguments("").lora_target_modules:
+        raise UsageError(f"lora_target_modules={unknown}: no such modules; choose from {', '.join(sorted(modules))}.")
 
 
 def _data(config: DataConfig, model: str, require_labels: bool = False) -> tuple[DataModule, Any]:

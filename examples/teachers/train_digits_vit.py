@@ -36,6 +36,7 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from trainers.digits import load_digits
+from trainers.optimizers import MuonWithAdamW, split_parameters
 
 IMAGE_SIZE = 28
 MEAN, STD = 0.1307, 0.3081
@@ -47,10 +48,11 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "vit-digits", help="written here")
-    parser.add_argument("--epochs", type=int, default=27, help="epochs in total")
-    parser.add_argument("--coarse_epochs", type=int, default=20, help="how many of them, the first, at 14 x 14 pixels")
-    parser.add_argument("--batch_size", type=int, default=32, help="images per step")
-    parser.add_argument("--learning_rate", type=float, default=5e-4, help="peak of the cosine schedule")
+    parser.add_argument("--epochs", type=int, default=22, help="epochs in total")
+    parser.add_argument("--coarse_epochs", type=int, default=17, help="how many of them, the first, at 14 x 14 pixels")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per step")
+    parser.add_argument("--muon_learning_rate", type=float, default=9e-3, help="peak for the blocks' weight matrices")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak for all other parameters (AdamW)")
     parser.add_argument("--weight_decay", type=float, default=0.05, help="AdamW weight decay")
     parser.add_argument("--hidden_size", type=int, default=128, help="width of the ViT")
     parser.add_argument("--layers", type=int, default=6, help="number of blocks")
@@ -76,14 +78,14 @@ class Digits(torch.utils.data.Dataset):
 
 
 class AugmentingCollator:
-    """Stacks images and draws a small affine map for each; no flips, since a mirrored 2 is no digit."""
+    """Stacks images and warps each by a small random map; no flips, since a mirrored 2 is no digit."""
 
     def __init__(self, coarse: bool = False):
         self.coarse = coarse
 
     def __call__(self, features: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
         pixel_values = torch.stack([feature["pixel_values"] for feature in features])
-        pixel_values = random_affine(pixel_values)
+        pixel_values = random_warp(pixel_values)
         if self.coarse:
             pixel_values = F.avg_pool2d(pixel_values, 2)
         return {
@@ -93,17 +95,17 @@ class AugmentingCollator:
         }
 
 
-def random_affine(images: torch.Tensor, degrees: float = 10.0, shift: float = 1.5, zoom: float = 0.1) -> torch.Tensor:
+def random_warp(images: torch.Tensor, degrees: float = 12.0, shift: float = 2.0, zoom: float = 0.12) -> torch.Tensor:
     """Rotate, shift (in pixels), zoom and shear each image of a `(batch, 1, height, width)` tensor by its own draw."""
-    count = len(images)
+    count, _, height, width = images.shape
 
     def uniform(limit: float) -> torch.Tensor:
         return (torch.rand(count) * 2 - 1) * limit
 
-    angle, shear = uniform(math.radians(degrees)), uniform(0.1)
+    angle, shear = uniform(math.radians(degrees)), uniform(0.15)
     scale_x, scale_y = 1 + uniform(zoom), 1 + uniform(zoom)
     # The grid spans -1..1, hence two units per image side.
-    shift_x, shift_y = uniform(2 * shift / images.shape[-1]), uniform(2 * shift / images.shape[-2])
+    shift_x, shift_y = uniform(2 * shift / width), uniform(2 * shift / height)
     theta = torch.stack(
         [
             torch.stack([scale_x * angle.cos(), shear - scale_y * angle.sin(), shift_x], dim=1),
@@ -154,23 +156,27 @@ def main() -> None:
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
         intermediate_size=args.intermediate_size,
-        # 1 / sqrt(width). The default 0.02 is meant for 768 wide: eight coarse epochs from it end at 73 %, from 0.05
-        # at 90 % (both at a learning rate of 1e-3).
-        initializer_range=round(args.hidden_size**-0.5, 3),
+        # The default 0.02 is meant for 768 wide; at this width learning starts much more slowly from it.
+        initializer_range=0.05,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
     )
     # Eager because, at 196 tokens in bfloat16 on a CPU, it is a quarter faster than the fused kernel.
     model = ViTForImageClassification._from_config(config, attn_implementation="eager")
 
+    # Eight coarse epochs end at 95 % with Muon and at 90 % with AdamW alone.
+    matrices, chosen = split_parameters(model)
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    groups = [{"params": rest, "lr": args.learning_rate, "weight_decay": args.weight_decay}]
+    optimizer = MuonWithAdamW(matrices, groups, lr=args.muon_learning_rate, weight_decay=0.01)
+
     collator = AugmentingCollator()
     training_args = TrainingArguments(
         output_dir=str(args.output_dir),
         num_train_epochs=args.epochs,
         per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        lr_scheduler_type="cosine",
+        # Not cosine: what is left of the learning rate has to carry the change to full size.
+        lr_scheduler_type="linear",
         warmup_steps=0.05,
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
@@ -188,6 +194,7 @@ def main() -> None:
         data_collator=collator,
         train_dataset=Digits("train", processor),
         callbacks=[CoarseToFine(collator, args.coarse_epochs)],
+        optimizers=(optimizer, None),
     )
     started = time.perf_counter()
     trainer.train()
