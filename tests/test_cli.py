@@ -465,7 +465,7 @@ def test_hyphens_and_underscores_are_the_same(refused, places, out, command, spe
 
 
 def test_overview_names_every_command_and_needs_no_torch():
-    code = "import sys, vit_adala.cli as cli; cli.main(sys.argv[1:]); assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys; from vit_adala.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for start in (["-c", code, "--help"], ["-m", "vit_adala", "--help"]):
         done = subprocess.run([sys.executable, *start], capture_output=True, text=True, timeout=60, env=environment)
@@ -661,7 +661,7 @@ def test_evaluate_prints_json_and_nothing_else(chain, places, out, capsys):
     names |= {"head_accuracy", "teacher_head_accuracy", "knn_retention", "num_eval_images", "num_train_images"}
     assert names <= set(results)
     assert (results["num_eval_images"], results["num_train_images"], len(results["block_errors"])) == (16, 40, 2)
-    assert -1 <= results["cls_cosine"] <= 1 and 0 < results["relative_error"]
+    assert -1 <= results["cls_cosine"] <= 1 and results["relative_error"] > 0
 
 
 def test_evaluate_prints_a_table(chain, places, out, capsys):
@@ -686,7 +686,7 @@ def test_distill_with_adapters_leaves_a_plain_model(places, out):
     assert before.keys() == after.keys()
     changed = {name for name in before if not before[name].equal(after[name])}
     assert any("q_proj" in name for name in changed)
-    assert all(name.endswith("weight") and "_proj" in name or ".fc" in name for name in changed)
+    assert all("_proj.weight" in name or ".fc" in name for name in changed)
     student = AdaLAViTForImageClassification.from_pretrained(out / DISTILLED)
     assert student.config.adala_stage == "feature-alignment"
 

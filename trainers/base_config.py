@@ -17,7 +17,6 @@ class AdaLATrainingArguments(TrainingArguments):
     > - `bf16=None`: on where the hardware multiplies bf16 natively (GPU, or CPU with AVX512-BF16 or AMX), else off.
     > - `lr_scheduler_type="cosine"`, `warmup_steps=0.05`: five percent of the steps, then a cosine to zero.
     > - `per_device_train_batch_size=16`, `per_device_eval_batch_size=64`.
-    > - `muon=False`: set it to train the weight matrices of the blocks by Muon and the rest by AdamW.
     > - `logging_steps=10`, `logging_first_step=True`.
     > - `save_total_limit=1`: earlier checkpoints of a stage serve to resume it and nothing else.
     > - `save_strategy="steps"`, `save_steps=200`.
@@ -30,10 +29,6 @@ class AdaLATrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per device at evaluation."})
     bf16: bool | None = field(
         default=None, metadata={"help": "bf16 autocast. Default: on where the hardware has fast bf16 products."}
-    )
-    muon: bool = field(
-        default=False,
-        metadata={"help": "Muon for the blocks' weight matrices, AdamW for the rest, one learning rate."},
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule after the warm-up."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up: a share of the steps, or a number of them."})

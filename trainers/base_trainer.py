@@ -22,7 +22,6 @@ from modeling_adala.errors import DataError, UsageError
 
 from .checkpoints import complete_checkpoints, writing
 from .data import collate_images
-from .optimizers import MuonWithAdamW, split_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -57,25 +56,6 @@ class AdaLATrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._components: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self.add_callback(_EpochCallback())
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.args.muon:
-            model = self.model if model is None else model
-            matrices, chosen = split_parameters(model)
-            decayed = set(self.get_decay_parameter_names(model))
-            groups: dict[float, list[nn.Parameter]] = {self.args.weight_decay: [], 0.0: []}
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad and id(parameter) not in chosen:
-                    groups[self.args.weight_decay if name in decayed else 0.0].append(parameter)
-            self.optimizer = MuonWithAdamW(
-                matrices,
-                [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
-                lr=self.args.learning_rate,
-                weight_decay=self.args.weight_decay,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-            )
-        return super().create_optimizer(model)
 
     def record(self, name: str, value: Tensor) -> None:
         """Keeps one value of a loss component for the next log line, without waiting for the device."""

@@ -37,7 +37,7 @@ class Comparison:
     ):
         self.teacher, self.probe, self.disable_progress = teacher, probe, disable_progress
         self.eval_loader = data.loader(data.eval_dataset(eval_images))
-        images = len(self.eval_loader.dataset) if self.eval_loader is not None else 0
+        images = min(eval_images or data.num_eval_images, data.num_eval_images)
         self.quick_loader = data.loader(data.eval_dataset(min(images, max(500, images // 10))))
         self.bank_loader = data.loader(data.bank_dataset(knn_images)) if data.labels else None
         self.autocast_dtype = torch.bfloat16 if has_fast_bf16() else None
@@ -49,7 +49,8 @@ class Comparison:
         With `quick`, on a tenth of the evaluation images (at least 500) and without the linear probe. Returns an empty
         dictionary where there are no images to evaluate on.
         """
-        if self.eval_loader is None:
+        loader = self.quick_loader if quick else self.eval_loader
+        if loader is None:
             return {}
         student = student.to(self.teacher.device)
         options: dict[str, Any] = {"autocast_dtype": self.autocast_dtype, "disable_progress": self.disable_progress}
@@ -59,7 +60,7 @@ class Comparison:
             self.teacher,
             student,
             self.bank_loader,
-            self.quick_loader if quick else self.eval_loader,
+            loader,
             probe=self.probe and not quick,
             teacher_train_bank=self._bank,
             **options,

@@ -111,6 +111,11 @@ class DataModule:
             return None
         return class_names(self.raw_train, self.config.label_column)
 
+    @property
+    def num_eval_images(self) -> int:
+        """Images in the evaluation split, 0 without one."""
+        return 0 if self.raw_eval is None else len(self.raw_eval)
+
     def train_dataset(self, seed: int) -> ImageDataset | StreamingImageDataset:
         kind = ImageDataset if isinstance(self.raw_train, datasets.Dataset) else StreamingImageDataset
         return kind(self.raw_train, self.train_transform, seed=seed, **self._columns_of(self.raw_train))

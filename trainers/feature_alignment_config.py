@@ -15,8 +15,8 @@ class FeatureAlignmentConfig(AdaLATrainingArguments):
     r"""Settings of `FeatureAlignmentTrainer`, on top of `AdaLATrainingArguments`.
 
     Args:
-        learning_rate (`float`, *optional*, defaults to 1.5e-4): Peak of the schedule. The paper gives none; measured in
-            docs/experiments.md.
+        learning_rate (`float`, *optional*, defaults to 1.5e-4): Peak of the schedule. The paper gives none; measured
+            in docs/experiments.md.
         max_steps (`int`, *optional*, defaults to 900): Optimizer steps.
         warmup_steps (`float`, *optional*, defaults to 0.1): Longer than elsewhere: the first steps are rough.
         loss (`str`, *optional*, defaults to `"mse"`): `"mse"` (the paper) or `"cosine"` (cosine and smooth-L1).

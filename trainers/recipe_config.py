@@ -31,8 +31,8 @@ class RecipeConfig(DataConfig):
             `supervised` is given.
         attention_alignment, feature_alignment, supervised (`dict`, *optional*): Settings of each stage's config class.
         knn_images (`int`, *optional*, defaults to 2000): Training images that k-NN and linear probe learn from.
-        eval_images (`int`, *optional*): Evaluation images. Default: all. The untrained student and the stages before the
-            last are evaluated on a tenth of them, at least 500.
+        eval_images (`int`, *optional*): Evaluation images. Default: all. The untrained student and the stages before
+            the last are evaluated on a tenth of them, at least 500.
         control (`bool`, *optional*, defaults to `False`): Also train a student by stage 2 alone for the wall time of
             stages 1 and 2, and report it beside the student.
         seed (`int`, *optional*, defaults to 42)

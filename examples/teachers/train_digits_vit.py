@@ -15,12 +15,15 @@ import json
 import math
 import platform
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -36,7 +39,6 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from trainers.digits import load_digits
-from trainers.optimizers import MuonWithAdamW, split_parameters
 
 IMAGE_SIZE = 28
 MEAN, STD = 0.1307, 0.3081
@@ -118,6 +120,46 @@ def random_warp(images: torch.Tensor, degrees: float = 12.0, shift: float = 2.0,
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
+class MuonWithAdamW(Optimizer):
+    """Muon for weight matrices and AdamW for the rest behind one interface, as `Trainer` wants it."""
+
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        others: list[dict[str, Any]],
+        lr: float,
+        weight_decay: float = 0.0,
+        **kwargs: Any,
+    ):
+        muon = Muon(list(matrices), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        others = [group for group in others if group["params"]]
+        self.parts: list[Optimizer] = [muon, *([AdamW(others, lr=lr, fused=True, **kwargs)] if others else [])]
+        # The base class would build its own groups: they have to be the very dictionaries of the two parts, because
+        # that is where a scheduler writes the learning rate.
+        self.defaults: dict[str, Any] = {"lr": lr}
+        self._link()
+        super().__setstate__({})
+
+    def _link(self) -> None:
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.state = self.parts[0].state
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._link()
+
+
 class CoarseToFine(TrainerCallback):
     """Switches the collator to full size after the coarse epochs."""
 
@@ -165,7 +207,8 @@ def main() -> None:
     model = ViTForImageClassification._from_config(config, attn_implementation="eager")
 
     # Eight coarse epochs end at 95 % with Muon and at 90 % with AdamW alone.
-    matrices, chosen = split_parameters(model)
+    matrices = [weight for name, weight in model.named_parameters() if ".layers." in name and weight.ndim == 2]
+    chosen = {id(weight) for weight in matrices}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     groups = [{"params": rest, "lr": args.learning_rate, "weight_decay": args.weight_decay}]
     optimizer = MuonWithAdamW(matrices, groups, lr=args.muon_learning_rate, weight_decay=0.01)
