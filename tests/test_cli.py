@@ -56,6 +56,7 @@ def places(tmp_path_factory) -> dict[str, str]:
         student, _ = convert(stock, check_parity=False)
         student.config.adala_stage = stage or "attention-alignment"
         student.save_pretrained(root / name)
+        shutil.copy(f"{stock}/preprocessor_config.json", root / name)
     BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(root / "bert")
     SwinConfig(embed_dim=8, depths=[1], num_heads=[1]).save_pretrained(root / "swin")
     digits = datasets.DatasetDict(
@@ -85,14 +86,15 @@ def out(tmp_path) -> Path:
 
 
 def arguments(command: str, out: Path, places: dict[str, str], **changes) -> list[str]:
-    """A command that works, with changes: `None` drops an option, a list of `set` gives it several times."""
+    """A command that works, with changes: `None` drops an option, a list gives it several times."""
     data = {"dataset": "@digits"}
+    counts = {"knn-images": 16, "eval-images": 8}
     defaults = {
-        "run": {"teacher": "@teacher", **data, "output-dir": out, "set": QUICK_STAGE},
+        "run": {"teacher": "@teacher", **data, "output-dir": out, **counts, "set": QUICK_STAGE},
         "align": {"teacher": "@teacher", **data, "output-dir": out / ALIGNED, **TRAINING},
         "distill": {"teacher": "@teacher", "model": "@student", **data, "output-dir": out / DISTILLED, **TRAINING},
         "finetune": {"model": "@student", **data, "output-dir": out / FINETUNED, **TRAINING},
-        "evaluate": {"teacher": "@teacher", "model": "@student", **data},
+        "evaluate": {"teacher": "@teacher", "model": "@student", **data, **counts},
     }
     recipe = changes.pop("recipe", None)
     given = [command] if recipe is None else [command, recipe]
@@ -251,12 +253,11 @@ REFUSED = {
         for command in COMMANDS
     },
     "crop of nothing": ("align", {"crop_scale": 0}, 2, ("crop_scale=0.0", "above 0")),
-    "no images to evaluate on": ("evaluate", {"eval_images": 0}, 2, ("eval_images=0", "1 or more")),
+    "no images to evaluate on": ("evaluate", {"eval-images": 0}, 2, ("eval_images=0", "1 or more")),
     "fewer images than none": ("run", {"knn-images": -1}, 2, ("knn_images=-1", "1 or more")),
     # the settings
     "unknown option": ("align", {"learningrate": 1}, 2, ("--learningrate", "vit-adala align --help")),
     "unknown option of a run": ("run", {"learning-rate": 1}, 2, ("--learning-rate", "vit-adala run --help")),
-    "option without a value": ("run", {"dataset": None, "image-size": ""}, 2, ("image_size=''", "an integer")),
     "unknown task": ("finetune", {"task": "depth"}, 2, ("task='depth'", "image-classification")),
     "unknown loss": ("distill", {"loss": "l1"}, 2, ("loss='l1'", "mse, cosine")),
     "unknown schedule": ("align", {"lr_scheduler_type": "sine"}, 2, ("sine", "cosine", "--help")),
@@ -665,7 +666,7 @@ def test_evaluate_prints_json_and_nothing_else(chain, places, out, capsys):
 
 
 def test_evaluate_prints_a_table(chain, places, out, capsys):
-    assert main(arguments("evaluate", out, places, **{"eval-images": 16}, model=chain / DISTILLED)) == 0
+    assert main(arguments("evaluate", out, places, model=chain / DISTILLED)) == 0
     text = capsys.readouterr().out
     assert "student" in text and "teacher" in text and "cls_cosine" in text
     with pytest.raises(json.JSONDecodeError):

@@ -131,7 +131,9 @@ def draw_blocks(path: Path, lines: list[dict], evaluations: dict[str, dict]) -> 
 def draw_features(path: Path, comparison: Comparison, students: dict[str, PreTrainedModel], images: int = 4) -> None:
     """Images, and the first three principal components of their patch features as colors."""
     assert comparison.eval_loader is not None  # write_report asks
-    pixels = next(iter(comparison.eval_loader))["pixel_values"][:images].to(comparison.teacher.device)
+    dataset: Any = comparison.eval_loader.dataset
+    chosen = torch.linspace(0, len(dataset) - 1, images + 2).long()[1:-1].tolist()  # many datasets are sorted by class
+    pixels = torch.stack([dataset[i]["pixel_values"] for i in chosen]).to(comparison.teacher.device)
     models = {"teacher": comparison.teacher, **{name: model for name, model in students.items() if name != "last"}}
     patches = token_groups(comparison.teacher.config)["patches"]
     features = {

@@ -150,7 +150,7 @@ def read_json_dict(name: str, text: str) -> dict[str, Any]:
     except json.JSONDecodeError:
         value = None
     if not isinstance(value, dict):
-        raise UsageError(f"--{name} {text!r} must be a JSON object such as '{{\"scale\": 0.5}}'.")
+        raise UsageError(f"--{name.replace('_', '-')} {text!r} must be a JSON object such as '{{\"scale\": 0.5}}'.")
     return value
 
 
