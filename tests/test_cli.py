@@ -16,7 +16,7 @@ import datasets
 import pytest
 import yaml
 from safetensors.torch import load_file
-from training_helpers import one_thread, save_teacher  # noqa: F401
+from training_helpers import assert_same_tensors, one_thread, save_teacher  # noqa: F401
 from transformers import (
     BertConfig,
     PreTrainedModel,
@@ -138,13 +138,13 @@ REFUSED = {
     "feature map that looks like a number": ("run", {"feature-map": "1"}, 2, ("feature_map='1'", "elu, exp")),
     "option the feature map lacks": (
         "align",
-        {"feature_map_kwargs": '{"sharpness": 2}'},
+        {"feature_map": "elu", "feature_map_kwargs": '{"sharpness": 2}'},
         2,
         ("feature_map_kwargs", "sharpness", "'elu'"),
     ),
     "option the feature map of a run lacks": (
         "run",
-        {"feature-map-kwargs": '{"sharpness": 2}'},
+        {"feature-map": "elu", "feature-map-kwargs": '{"sharpness": 2}'},
         2,
         ("feature_map_kwargs", "sharpness", "'elu'"),
     ),
@@ -361,8 +361,11 @@ def test_output_dir_of_another_run_is_refused_and_left_alone(refused, places, ou
     settings = {"teacher": places["teacher"], "dataset": places["digits"], "image_size": 56}
     (other / "config.yaml").write_text(RecipeConfig(**settings, output_dir=str(other)).to_yaml())
     before = (other / "config.yaml").read_text()
-    argv = arguments("run", out, places, **{"output-dir": other, "set": None})
-    refused(2, argv, (f"output_dir={str(other)!r}", "image_size=56", "another output_dir", "--from-stage"))
+    argv = arguments("run", out, places, **{"output-dir": other, "knn-images": None, "eval-images": None, "set": None})
+    line = refused(2, argv, (f"output_dir={str(other)!r}", "image_size=56", "another output_dir"))
+    assert "--from-stage" not in line  # it would not help
+    argv += ["--image-size", "56", "--set", "feature_alignment.max_steps=3"]
+    refused(2, argv, ("feature_alignment={}", "--from-stage 2"))
     assert [path.name for path in other.iterdir()] == ["config.yaml"]
     assert (other / "config.yaml").read_text() == before
 
@@ -390,9 +393,11 @@ def test_full_disk_at_the_end_of_a_stage_costs_nothing_but_the_saving(
     if command == "run":
         return  # test_recipe.py resumes runs
     monkeypatch.undo()
+    trained = load_file(out / "checkpoints" / ALIGNED / "checkpoint-2" / "model.safetensors")
     assert main(argv) == 0
     assert "going on from step 2" in caplog.text
-    assert "0 steps" in capsys.readouterr().out
+    assert "stage 1, attention-alignment: " in capsys.readouterr().out
+    assert_same_tensors(load_file(out / ALIGNED / "model.safetensors"), trained)
     assert AdaLAViTForImageClassification.from_pretrained(out / ALIGNED).config.adala_stage == "attention-alignment"
     assert not (out / "checkpoints").exists()
 
@@ -437,7 +442,7 @@ def test_help_fits_and_spells_every_option_one_way(capsys, command, flag):
     assert len(options) == len(set(options))
 
 
-@pytest.mark.parametrize("stage, command", zip(STAGES.values(), ("align", "distill", "finetune")))
+@pytest.mark.parametrize("stage, command", list(zip(STAGES.values(), ("align", "distill", "finetune"))))
 def test_help_has_our_options_first_and_the_inherited_ones_on_demand(capsys, stage, command):
     inherited = {field.name.replace("_", "-") for field in dataclasses.fields(TrainingArguments)}
     ours = {

@@ -68,9 +68,8 @@ class _Run:
         self.comparison = Comparison(
             self.teacher.to(device), self.data, knn_images=config.knn_images, eval_images=config.eval_images
         )
-        self._claim_output_dir(
-            from_stage
-        )  # now that all is there: a mistake should not stand in the way of its repair
+        # now that all is there: a mistake in the data should not stand in the way of its repair
+        self._claim_output_dir(from_stage)
         self.manifest = self._open_manifest()
 
     def run(self) -> Path:
@@ -195,9 +194,12 @@ class _Run:
             grown = changed == ["stages"] and settings["stages"][: len(found["stages"])] == found["stages"]
             if changed and not still_valid and not grown and changed != ["control"]:
                 name = changed[0]
+                again = ""
+                if all(name in numbers for name in changed):
+                    again = f", or --from-stage {min(numbers[name] for name in changed)} to run what it changes again"
                 raise UsageError(
                     f"output_dir={str(self.out)!r} holds a run with {name}={found.get(name)!r}, not {settings[name]!r}"
-                    "; pass another output_dir, or --from-stage to run the stages that it changes again."
+                    f"; pass another output_dir{again}."
                 )
         if self.main and from_stage is not None:
             self._check_from(from_stage)

@@ -25,6 +25,7 @@ from .stages import STAGES, load_student
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullLocator
 
 ROWS = {
     "teacher": "teacher (softmax)",
@@ -161,7 +162,8 @@ def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: fl
     teacher, student = teacher.eval(), student.eval()
     config, rows, start = teacher.config, [], time.perf_counter()
     patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
-    for side in (8, 16, 32, 48, 64, 96, 128):
+    sides = (8, 16, 32, 48, 64, 96, 128)
+    for side, following in zip(sides, (*sides[1:], 0), strict=True):
         pixels = torch.randn(1, config.num_channels, side * patch, side * patch, device=teacher.device)
         times: dict[str, list[float]] = {"teacher": [], "student": []}
         for repeat in range(4):  # the first is the warm-up
@@ -175,8 +177,9 @@ def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: fl
                     times[name].append(time.perf_counter() - begin)
         medians = {name: statistics.median(values) for name, values in times.items()}
         rows.append({"size": side * patch, "tokens": side * side + 1, **medians})
-        elapsed = time.perf_counter() - start
-        if elapsed + 16 * 4 * medians["teacher"] > budget:  # attention quadruples the tokens and squares their cost
+        # softmax costs the square of the tokens, and the tokens grow with the square of the side
+        forecast = 4 * (medians["teacher"] + medians["student"]) * (following / side) ** 4
+        if time.perf_counter() - start + forecast > budget:
             break
     return rows
 
@@ -186,7 +189,10 @@ def draw_speed(path: Path, speed: list[dict[str, float]]) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.6))
     for name, label in (("teacher", "teacher (softmax, SDPA)"), ("student", "student (linear)")):
         axes.loglog([row["size"] for row in speed], [1000 * row[name] for row in speed], marker="o", label=label)
+    sizes = [int(row["size"]) for row in speed]
     axes.set(xlabel="image side in pixels", ylabel="ms per image, batch 1")
+    axes.set_xticks(sizes, labels=[str(size) for size in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     _save(figure, path)

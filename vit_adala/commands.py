@@ -203,7 +203,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     check_pair(teacher, student)
     data, _ = _data(data_args, model_args.teacher)
     if data.raw_eval is None:
-        raise UsageError(f"dataset={data_args.dataset!r} has no test or validation split; pass --eval_split.")
+        raise UsageError(f"dataset={data_args.dataset!r} has no test or validation split; pass --eval-split.")
     comparison = Comparison(teacher, data, knn_images=model_args.knn_images, eval_images=model_args.eval_images)
     results = comparison(student)
     teacher_accuracy = comparison.classifier_accuracy(teacher)
