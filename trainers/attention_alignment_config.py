@@ -14,13 +14,13 @@ class AttentionAlignmentConfig(AdaLATrainingArguments):
     Args:
         learning_rate (`float`, *optional*, defaults to 1e-3): Peak of the schedule. The paper gives none; measured in
             docs/experiments.md.
-        max_steps (`int`, *optional*, defaults to 200): Optimizer steps.
+        max_steps (`int`, *optional*, defaults to 500): Optimizer steps.
         calibration_images (`int`, *optional*, defaults to 64): Training images on which each block's teacher variance
             is measured, once, before the first step.
     """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
-    max_steps: int = field(default=200, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
+    max_steps: int = field(default=500, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     calibration_images: int = field(
         default=64, metadata={"help": "Images on which the teacher's variance is measured before the first step."}
     )

@@ -15,9 +15,9 @@ class FeatureAlignmentConfig(AdaLATrainingArguments):
     r"""Settings of `FeatureAlignmentTrainer`, on top of `AdaLATrainingArguments`.
 
     Args:
-        learning_rate (`float`, *optional*, defaults to 2e-4): Peak of the schedule. The paper gives none; measured
+        learning_rate (`float`, *optional*, defaults to 5e-5): Peak of the schedule. The paper gives none; measured
             in docs/experiments.md.
-        max_steps (`int`, *optional*, defaults to 700): Optimizer steps.
+        max_steps (`int`, *optional*, defaults to 400): Optimizer steps.
         warmup_steps (`float`, *optional*, defaults to 0.1): Longer than elsewhere: the first steps are rough.
         loss (`str`, *optional*, defaults to `"mse"`): `"mse"` (the paper) or `"cosine"` (cosine and smooth-L1).
         hidden_states (`list[int]`, *optional*): Blocks, from 0, whose outputs are matched too. Default: those after a
@@ -30,8 +30,8 @@ class FeatureAlignmentConfig(AdaLATrainingArguments):
             measured, once, before the first step.
     """
 
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
-    max_steps: int = field(default=700, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
+    max_steps: int = field(default=400, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: a share of the steps, or a number of them."})
     loss: str = field(default="mse", metadata={"help": f"One of {', '.join(LOSS_KINDS)}."})
     hidden_states: list[int] | None = field(
