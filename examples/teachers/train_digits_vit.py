@@ -7,8 +7,8 @@ About twelve minutes on two CPU cores, no network. A run that only shows that th
     python examples/teachers/train_digits_vit.py --epochs 2 --ink_epochs 1 --output_dir /tmp/vit-digits
 
 Patch 2 on 28 x 28 pixels makes 196 tokens, which is slow on a CPU, and most of them are background: in all but the
-last epochs the ViT sees the 64 patches with the most ink. 4,000 digits are few for a ViT, so a small convolutional network
-learns them first, in a minute, and the ViT learns what that network says of every warped digit.
+last epochs the ViT sees the 64 patches with the most ink. 4,000 digits are few for a ViT, so a small convolutional
+network learns them first, in a minute, and the ViT learns what that network says of every warped digit.
 """
 
 import argparse
