@@ -149,7 +149,7 @@ def test_a_hybrid_with_all_layers_softmax_equals_the_stock_model():
 @torch.no_grad()
 def test_each_layer_of_a_hybrid_is_softmax_or_linear_as_configured():
     """Every attention module is fed the same input and compared with softmax in stock code and linear by hand."""
-    model = make(AdaLAViTModel, softmax_layers=[-1, 0])
+    model = make(AdaLAViTModel, softmax_layers=[-1, 0], feature_map="elu")
     assert model.config.softmax_layers == [0, 2]
     assert model.config.linear_layers == [1]
     hidden = torch.randn(2, 10, 64)
@@ -161,7 +161,7 @@ def test_each_layer_of_a_hybrid_is_softmax_or_linear_as_configured():
             projection(hidden).view(2, 10, 4, 16).transpose(1, 2)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        plain = make(AdaLAViTModel).layers[0].attention.feature_map
+        plain = make(AdaLAViTModel, feature_map="elu").layers[0].attention.feature_map
         linear = linear_attention_reference(query, key, value, plain).transpose(1, 2).reshape(2, 10, 64)
         linear = attention.o_proj(linear)
         assert (softmax - linear).abs().max() > 1e-2
@@ -199,12 +199,14 @@ def test_opens_a_checkpoint_of_another_head(tmp_path):
     teacher = make(ViTForImageClassification)
     teacher.save_pretrained(tmp_path / "classifier")
     model, info = AdaLAViTModel.from_pretrained(
-        tmp_path / "classifier", add_pooling_layer=False, output_loading_info=True
+        tmp_path / "classifier", add_pooling_layer=False, feature_map="elu", output_loading_info=True
     )
     assert not info["missing_keys"]
     assert torch.equal(model.layers[2].attention.q_proj.weight, teacher.vit.layers[2].attention.q_proj.weight)
     make(ViTModel).save_pretrained(tmp_path / "base")
-    _, info = AdaLAViTForImageClassification.from_pretrained(tmp_path / "base", output_loading_info=True)
+    _, info = AdaLAViTForImageClassification.from_pretrained(
+        tmp_path / "base", feature_map="elu", output_loading_info=True
+    )
     assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
 
 
@@ -376,7 +378,10 @@ def test_feature_map_kwargs_reach_every_linear_layer(tmp_path):
         ({"softmax_layers": [3]}, "layer 3 does not exist.*layers 0 to 2"),
         ({"softmax_layers": [-4]}, "layer -4 does not exist"),
         ({"feature_map": "gelu"}, "'gelu' is unknown.*elu, exp"),
-        ({"feature_map_kwargs": {"feature_dim": 3}}, "feature_dim.*does not fit feature_map='elu'"),
+        (
+            {"feature_map": "elu", "feature_map_kwargs": {"feature_dim": 3}},
+            "feature_dim.*does not fit feature_map='elu'",
+        ),
     ],
 )
 @pytest.mark.parametrize(("config_class", "values"), [(AdaLAViTConfig, VIT), (AdaLADinov2Config, DINOV2)])
