@@ -400,12 +400,7 @@ def test_full_disk_at_the_end_of_a_stage_leaves_nothing_but_checkpoints(refused,
     assert (out / "checkpoints" / ALIGNED / "checkpoint-2" / "model.safetensors").is_file()
 
 
-EXTRA_STEP = "Trainer trains one step more when it resumes from the last checkpoint"
-
-
-@pytest.mark.parametrize(
-    "schedule", ["cosine", pytest.param("constant", marks=pytest.mark.xfail(strict=True, reason=EXTRA_STEP))]
-)
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_same_command_goes_on_where_a_full_disk_stopped_it(places, out, capsys, caplog, schedule):
     argv = arguments("align", out, places, lr_scheduler_type=schedule)
     with full_disk():

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from modeling_adala.conversion import load_teacher
 from modeling_adala.errors import DataError, UsageError
@@ -75,7 +77,20 @@ class AdaLATrainer(Trainer):
         if resume_from_checkpoint is True:
             found = complete_checkpoints(self.args.output_dir)
             resume_from_checkpoint = str(found[-1]) if found else None
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            last_step = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
+            if state.global_step >= last_step:
+                return self._take_finished(resume_from_checkpoint, state)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _take_finished(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        """Loads a checkpoint of the last step; stock `train` (5.23) would resume it and train one step too many."""
+        self.state = state
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, 0.0, {})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = super()._get_output_dir(trial)
