@@ -2,7 +2,7 @@
 
     python examples/teachers/train_digits_vit.py
 
-About twelve minutes on two CPU cores, no network. A run that only shows that the script works (poor accuracy):
+About ten minutes on one CPU core, no network. A run that only shows that the script works (poor accuracy):
 
     python examples/teachers/train_digits_vit.py --epochs 2 --ink_epochs 1 --output_dir /tmp/vit-digits
 
@@ -52,8 +52,8 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "vit-digits", help="written here")
-    parser.add_argument("--epochs", type=int, default=23, help="epochs in total")
-    parser.add_argument("--ink_epochs", type=int, default=20, help="how many of them, the first, see only the ink")
+    parser.add_argument("--epochs", type=int, default=19, help="epochs in total")
+    parser.add_argument("--ink_epochs", type=int, default=16, help="how many of them, the first, see only the ink")
     parser.add_argument("--guide_epochs", type=int, default=6, help="epochs of the convolutional network before")
     parser.add_argument("--batch_size", type=int, default=64, help="images per step")
     parser.add_argument("--muon_learning_rate", type=float, default=9e-3, help="peak for the blocks' weight matrices")
