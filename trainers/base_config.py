@@ -45,6 +45,10 @@ class AdaLATrainingArguments(TrainingArguments):
         for name in ("learning_rate", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name)} is negative; pass 0 or more.")
+        if self.per_device_train_batch_size < 1:
+            raise UsageError(f"per_device_train_batch_size={self.per_device_train_batch_size}: pass 1 or more.")
+        if self.seed < 0:
+            raise UsageError(f"seed={self.seed} is negative; pass 0 or more.")
         super().__post_init__()
 
 

@@ -146,6 +146,9 @@ class _Run:
         if "control" in self._evaluated() or "feature-alignment" not in self.manifest["stages"]:
             return
         first, second = (self.manifest["stages"].get(n, {}) for n in ("attention-alignment", "feature-alignment"))
+        if not second.get("seconds") or first.get("resumed_from_step") or second["resumed_from_step"]:
+            logger.warning("control: skipped, because the wall time of an interrupted stage is not known")
+            return
         stage = STAGES["feature-alignment"]
         args = self.config.stage_arguments(stage)
         extra = first.get("seconds", 0.0) * second["steps"] / second["seconds"]
