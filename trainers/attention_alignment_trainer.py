@@ -53,7 +53,8 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
             raise UsageError(
                 "softmax_layers names every layer, so that none is left to align; leave some of them out."
             )
-        freeze_all_but(model, lambda name: any(part in name for part in TRAINED) and _layer_is_linear(model, name))
+        linear = _linear_prefixes(model)
+        freeze_all_but(model, lambda name: any(part in name for part in TRAINED) and name.startswith(linear))
         super().__init__(model=model, teacher_model=teacher_model, args=args, **kwargs)
         self.layers: list[int] = model.config.linear_layers
         self._variances: list[Tensor] | None = None
@@ -101,7 +102,8 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         return self._variances
 
 
-def _layer_is_linear(model: PreTrainedModel, name: str) -> bool:
-    prefixes = {id(module): path for path, module in model.named_modules()}
+def _linear_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
+    """What the parameter names of the linear attention modules start with."""
+    paths = {id(module): path for path, module in model.named_modules()}
     modules = attention_modules(model)
-    return any(name.startswith(prefixes[id(modules[layer])] + ".") for layer in model.config.linear_layers)
+    return tuple(f"{paths[id(modules[layer])]}." for layer in model.config.linear_layers)

@@ -62,6 +62,7 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
     lines = read_metrics(out / "metrics.jsonl")
     evaluations = {line["evaluation"]: line for line in lines if "evaluation" in line}
     table = summary_table(evaluations, manifest)
+    students = _students(out, comparison, config)
     pictures = {}
     for name, title, draw in (
         ("alignment.png", "Stage 1: error of each block's attention over the steps", draw_alignment),
@@ -70,9 +71,9 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
         if draw(out / name, lines, evaluations):
             pictures[name] = title
     if comparison.eval_loader is not None:
-        draw_features(out / "features.png", comparison, _students(out, comparison, config))
+        draw_features(out / "features.png", comparison, students)
         pictures["features.png"] = "Patch features as PCA colors, one basis (the teacher's) for all"
-    speed = measure_speed(comparison.teacher, _students(out, comparison, config)["last"])
+    speed = measure_speed(comparison.teacher, students["last"])
     draw_speed(out / "speed.png", speed)
     pictures["speed.png"] = f"Forward pass over resolution, batch 1, on {manifest['machine']}"
     whole_file(out / "report.md", _render(table, manifest, pictures, speed, config))
