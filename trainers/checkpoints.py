@@ -69,7 +69,12 @@ def whole_file(destination: str | os.PathLike, text: str) -> None:
 def complete_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """The `checkpoint-N` folders of a run that were written to the end, oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The N of a `checkpoint-N` folder."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def _is_io_error(error: Exception) -> bool:

@@ -105,7 +105,8 @@ class _Run:
 
     def _run_stage(self, stage: Stage, student: PreTrainedModel) -> StageResult:
         args = self.config.stage_arguments(stage)
-        kwargs: dict[str, Any] = {"train_dataset": self.data.train_dataset(self.config.seed)}
+        dataset = self.data.train_dataset(self.config.seed)
+        kwargs: dict[str, Any] = {"train_dataset": dataset, "image_processor": self.image_processor}
         if stage.name == "supervised":
             set_seed(self.config.seed)
             source = self._last_directory(stage)
@@ -114,15 +115,8 @@ class _Run:
             kwargs["eval_dataset"] = self.data.eval_dataset(self.config.eval_images)
         else:
             kwargs["teacher_model"] = self.teacher
-        result = run_stage(
-            stage,
-            student,
-            args,
-            image_processor=self.image_processor,
-            metrics_file=self.out / "metrics.jsonl",
-            **kwargs,
-        )
-        self._finish(stage, result, result.model, summary=kwargs["train_dataset"].summary())
+        result = run_stage(stage, student, args, metrics_file=self.out / "metrics.jsonl", **kwargs)
+        self._finish(stage, result, result.model, summary=dataset.summary())
         return result
 
     def _finish(self, stage: Stage, result: StageResult | None, student: PreTrainedModel, summary: str = "") -> None:

@@ -20,7 +20,7 @@ from .attention_alignment_trainer import AttentionAlignmentTrainer
 from .base_config import AdaLATrainingArguments
 from .base_trainer import AdaLATrainer
 from .callbacks import CompactProgressCallback, MetricsFileCallback
-from .checkpoints import complete_checkpoints, whole_directory
+from .checkpoints import complete_checkpoints, step_of, whole_directory
 from .feature_alignment_config import FeatureAlignmentConfig
 from .feature_alignment_trainer import FeatureAlignmentTrainer
 from .supervised_config import SupervisedConfig
@@ -111,7 +111,7 @@ def run_stage(
     trainer.add_callback(MetricsFileCallback(metrics_file or directory.parent / "metrics.jsonl", stage.name))
 
     found = complete_checkpoints(work)
-    resumed = int(found[-1].name.rsplit("-", 1)[1]) if found else 0
+    resumed = step_of(found[-1]) if found else 0
     if resumed:
         logger.warning("stage %d, %s: going on from step %d", stage.number, stage.name, resumed)
     start = time.perf_counter()
