@@ -34,7 +34,6 @@ from trainers.data_config import DataConfig
 from trainers.digits import load_digits
 from trainers.recipe_config import RecipeConfig, fit_type
 from trainers.stages import STAGES
-from vit_adala import commands
 from vit_adala.arguments import parse_settings, read_json_dict
 from vit_adala.cli import COMMANDS, main
 
@@ -580,7 +579,7 @@ def test_json_that_is_no_object_is_refused(text):
 def configs(monkeypatch) -> list[RecipeConfig]:
     """Catches what `run` would run."""
     caught: list[RecipeConfig] = []
-    monkeypatch.setattr(commands, "run_recipe", lambda config, from_stage: caught.append(config) or Path("report.md"))
+    monkeypatch.setattr("vit_adala.commands.run.run_recipe", lambda config, from_stage: caught.append(config) or Path("report.md"))
     return caught
 
 

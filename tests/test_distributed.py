@@ -27,10 +27,10 @@ FOLDERS = {stage.name: stage.directory for stage in STAGES.values()}
 DRIVER = """
 import json, os, sys
 import torch
-from vit_adala import commands
+from vit_adala.commands import common
 from vit_adala.cli import main
 
-run_stage = commands.run_stage
+run_stage = common.run_stage
 
 
 def keep_weights(stage, *args, **kwargs):
@@ -39,7 +39,7 @@ def keep_weights(stage, *args, **kwargs):
     return result
 
 
-commands.run_stage = keep_weights
+common.run_stage = keep_weights
 for arguments in json.loads(sys.argv[1]):
     if main(arguments):
         sys.exit(f"failed: {arguments}")

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 COMMANDS = {
     "run": "all stages from a recipe or from flags, resumable, with a report",
@@ -41,10 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     from modeling_adala.errors import AdaLAError
 
-    from . import commands
-
     try:
-        getattr(commands, command)(arguments)
+        import_module(f"vit_adala.commands.{command}").main(arguments)
     except AdaLAError as error:
         if debug:
             raise

@@ -1,0 +1,34 @@
+"""What several commands share: the teacher argument, loading data, running one stage."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modeling_adala.conversion import load_config
+from trainers.data_config import DataConfig, DataModule
+from trainers.recipe import load_image_processor
+from trainers.stages import STAGES, run_stage
+
+
+@dataclass
+class TeacherArguments:
+    teacher: str = field(metadata={"help": "Softmax checkpoint: Hub id or folder."})
+
+
+def load_data(config: DataConfig, model: str, require_labels: bool = False) -> tuple[DataModule, Any]:
+    processor = load_image_processor(model)
+    return DataModule(config, load_config(model), processor, require_labels=require_labels), processor
+
+
+def run_and_report(name: str, model: Any, args: Any, data: DataModule, image_processor: Any, **kwargs: Any) -> Any:
+    directory = Path(args.output_dir)
+    train_dataset = data.train_dataset(args.seed)
+    if args.eval_strategy != "no" and "eval_dataset" not in kwargs:
+        kwargs["eval_dataset"] = data.eval_dataset()
+    stage = STAGES[name]
+    result = run_stage(stage, model, args, image_processor=image_processor, train_dataset=train_dataset, **kwargs)
+    print(
+        f"stage {stage.number}, {stage.name}: {result.steps} steps in {result.seconds:.0f} s,"
+        f" {train_dataset.summary()}; saved {directory}"
+    )
+    return result

@@ -1,0 +1,62 @@
+"""`vit-adala distill`: stage 2."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import set_seed
+
+from modeling_adala.conversion import convert, load_teacher_config
+from modeling_adala.errors import UsageError
+from trainers.data_config import DataConfig, check_counts
+from trainers.feature_alignment_config import FeatureAlignmentConfig
+from trainers.stages import check_stage_directory, load_student
+
+from ..arguments import CommandParser
+from .common import TeacherArguments, load_data, run_and_report
+
+
+@dataclass
+class DistillArguments(TeacherArguments):
+    model: str | None = field(
+        default=None, metadata={"help": "Folder that stage 1 left. Default: convert the teacher, stage 2 alone."}
+    )
+    lora_r: int | None = field(default=None, metadata={"help": "Train LoRA adapters of this rank, merged at the end."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
+        metadata={"help": "Modules that get adapters."},
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`vit-adala distill --teacher T --model O/1-attention-alignment --dataset D --output-dir O`"""
+    parser = CommandParser(
+        "distill",
+        "Stage 2: the whole student learns the teacher's final features.",
+        (DistillArguments, DataConfig, FeatureAlignmentConfig),
+        "vit-adala distill --teacher facebook/dinov2-small --model out/1-attention-alignment --dataset imagenet"
+        " --output-dir out/2-feature-alignment",
+    )
+    model_args, data_args, args = parser.parse(arguments)
+    check_counts(lora_r=model_args.lora_r)
+    load_teacher_config(model_args.teacher)
+    if model_args.model is not None:
+        check_stage_directory(model_args.model, ("attention-alignment", "converted", "feature-alignment"), "stage 2")
+    set_seed(args.seed)
+    data, processor = load_data(data_args, model_args.teacher)
+    student = load_student(model_args.model) if model_args.model is not None else convert(model_args.teacher)[0]
+    peft_config = None
+    if model_args.lora_r is not None:
+        _check_lora(model_args, student)
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=model_args.lora_r, target_modules=model_args.lora_target_modules)
+    options = {"teacher_model": model_args.teacher, "peft_config": peft_config}
+    run_and_report("feature-alignment", student, args, data, processor, **options)
+
+
+def _check_lora(args: DistillArguments, student: Any) -> None:
+    modules = {name.rsplit(".", 1)[-1] for name, module in student.named_modules() if hasattr(module, "in_features")}
+    unknown = [name for name in args.lora_target_modules if name.rsplit(".", 1)[-1] not in modules]
+    if unknown and args.lora_target_modules != DistillArguments("").lora_target_modules:
+        raise UsageError(f"lora_target_modules={unknown}: no such modules; choose from {', '.join(sorted(modules))}.")

@@ -1,0 +1,59 @@
+"""`vit-adala evaluate`: teacher beside student."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+
+from modeling_adala.conversion import load_teacher, load_teacher_config
+from modeling_adala.errors import UsageError
+from trainers.base_trainer import check_pair
+from trainers.comparison import Comparison
+from trainers.data_config import DataConfig, check_counts
+from trainers.stages import load_student
+
+from ..arguments import CommandParser, print_json
+from .common import TeacherArguments, load_data
+
+
+@dataclass
+class EvaluateArguments(TeacherArguments):
+    model: str = field(metadata={"help": "The student: an AdaLA checkpoint."})
+    knn_images: int = field(default=2000, metadata={"help": "Training images for k-NN and linear probe."})
+    eval_images: int | None = field(default=None, metadata={"help": "Evaluation images. Default: all."})
+    json: bool = field(default=False, metadata={"help": "Print JSON and nothing else on stdout."})
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`vit-adala evaluate --teacher T --model S --dataset D [--json]`"""
+    parser = CommandParser(
+        "evaluate",
+        "Teacher beside student, each on its own forward pass.",
+        (EvaluateArguments, DataConfig),
+        "vit-adala evaluate --teacher facebook/dinov2-small --model out/2-feature-alignment --dataset uoft-cs/cifar10",
+    )
+    model_args, data_args = parser.parse(arguments)
+    check_counts(knn_images=model_args.knn_images, eval_images=model_args.eval_images)
+    load_teacher_config(model_args.teacher)
+    student = load_student(model_args.model)
+    teacher = load_teacher(model_args.teacher)
+    check_pair(teacher, student)
+    data, _ = load_data(data_args, model_args.teacher)
+    if data.raw_eval is None:
+        raise UsageError(f"dataset={data_args.dataset!r} has no test or validation split; pass --eval-split.")
+    comparison = Comparison(teacher, data, knn_images=model_args.knn_images, eval_images=model_args.eval_images)
+    results = comparison(student)
+    teacher_accuracy = comparison.classifier_accuracy(teacher)
+    if teacher_accuracy is not None:
+        results["teacher_head_accuracy"] = teacher_accuracy
+    if model_args.json:
+        print_json(results)
+        return
+    table = Table("", "student", "teacher")
+    for name, value in results.items():
+        if name.startswith("teacher_") or not isinstance(value, float):
+            continue
+        other = results.get("teacher_" + name.removeprefix("student_"), "")
+        table.add_row(name.removeprefix("student_"), f"{value:.4f}", f"{other:.4f}" if other != "" else "")
+    Console().print(table)
