@@ -438,7 +438,7 @@ def test_attention_map_of_linear_and_softmax_layers(model_class):
         assert weights.shape == (2, 4, tokens, tokens)
         assert torch.equal(weights, attentions[layer])
     assert (attentions[0].amax() - 1 / tokens).abs() > 1e-3  # not uniform
-    with pytest.raises(IndexError):
+    with pytest.raises(UsageError, match="layers 0 to"):
         attention_map(model, inputs, 3)
     assert not any(module._forward_hooks_with_kwargs for module in attention_modules(model))  # nothing left behind
 

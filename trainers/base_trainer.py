@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import load_teacher
 from modeling_adala.errors import DataError, UsageError
 
@@ -217,7 +218,7 @@ class AlignmentTrainer(AdaLATrainer):
 
 def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     """Raises `UsageError` unless the student is the linear counterpart of the teacher, layer for layer."""
-    ours, theirs = student.config, teacher.config
+    ours, theirs = vision_config(student.config), vision_config(teacher.config)
     if ours.model_type != f"adala_{theirs.model_type}":
         raise UsageError(
             f"model is of type {ours.model_type!r} and teacher_model of type {theirs.model_type!r}; convert this"

@@ -10,8 +10,10 @@ COMMANDS = {
     "run": "all stages from a recipe or from flags, resumable, with a report",
     "align": "stage 1, attention alignment: a softmax teacher gives an aligned student",
     "distill": "stage 2, feature alignment: an aligned (or freshly converted) student learns the teacher's features",
-    "finetune": "stage 3, labels: train a classifier on a linear or a softmax checkpoint",
+    "finetune": "stage 3, labels: train a classifier or a segmenter on a linear or a softmax checkpoint",
     "evaluate": "teacher beside student: k-NN, linear probe, cosine and error of the features",
+    "inspect": "what a model is, what linear attention replaces in it, and what that saves; no weights needed",
+    "features": "pictures: patch features and attention maps, student beside teacher",
 }
 
 
