@@ -57,14 +57,15 @@ class SupervisedTrainer(AdaLATrainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As in `Trainer`, with a learning rate of its own for the head: a new head on a pretrained backbone needs one
         that would wreck the backbone (docs/experiments.md)."""
-        if self.optimizer is None:
-            super().create_optimizer(model)
-            for group in list(self.optimizer.param_groups):
-                head = [parameter for parameter in group["params"] if parameter in self.head]
-                if head:
-                    group["params"] = [parameter for parameter in group["params"] if parameter not in self.head]
-                    self.optimizer.add_param_group(group | {"params": head, "lr": self.args.head_learning_rate})
-        return self.optimizer
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        for group in list(optimizer.param_groups):
+            head = [parameter for parameter in group["params"] if parameter in self.head]
+            if head:
+                group["params"] = [parameter for parameter in group["params"] if parameter not in self.head]
+                optimizer.add_param_group(group | {"params": head, "lr": self.args.head_learning_rate})
+        return optimizer
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         family = getattr(self.model.config, "model_type", "").removeprefix("adala_")
