@@ -91,8 +91,12 @@ def _quiet_libraries() -> None:
     import warnings
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("trainers").setLevel(logging.INFO)
-    logging.getLogger("modeling_adala").setLevel(logging.INFO)
+    from accelerate.utils import get_int_from_env
+
+    # torchrun, and the flavors of MPI; the other processes would say the same once more
+    rank = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0)
+    for package in ("trainers", "modeling_adala"):
+        logging.getLogger(package).setLevel(logging.ERROR if rank else logging.INFO)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     from transformers.utils import logging as transformers_logging
 
