@@ -25,7 +25,7 @@ from .families import get_family, patch_size
 from .linear_attention import FeatureMap, build_feature_map, linear_attention
 from .mixins import num_special_tokens
 
-# "eager" writes the N x N weights to memory; "sdpa", PyTorch's fused softmax and the default, computes the same in tiles
+# "eager" writes the N x N weights to memory; "sdpa", PyTorch's fused softmax and the default, does without
 ATTENTIONS = ("eager", "sdpa", "linear")
 _FLOAT32 = 4
 

@@ -22,7 +22,7 @@ TINY = {
     "encoder_stride": 8,
     "mlp_ratio": 2,
     "vocab_size": 60,
-    "max_position_embeddings": 16,
+    "max_position_embeddings": 64,
     "projection_size": 32,
     "bos_token_id": 1,
     "eos_token_id": 2,

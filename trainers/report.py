@@ -11,17 +11,16 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import convert
-from modeling_adala.families import forward_features, patch_size, token_groups
-from modeling_adala.mixins import patch_grid
+from modeling_adala.families import forward_features, patch_size
 
 from .callbacks import read_metrics
 from .checkpoints import whole_file
 from .comparison import Comparison
+from .features import ColorBasis, draw_colors, patch_features
 from .recipe_config import RecipeConfig
 from .stages import STAGES, load_student
 
@@ -131,7 +130,6 @@ def draw_blocks(path: Path, lines: list[dict], evaluations: dict[str, dict]) -> 
     return _save(figure, path)
 
 
-@torch.no_grad()
 def draw_features(path: Path, comparison: Comparison, students: dict[str, PreTrainedModel], images: int = 4) -> None:
     """Images, and the first three principal components of their patch features as colors."""
     assert comparison.eval_loader is not None  # write_report asks
@@ -139,24 +137,11 @@ def draw_features(path: Path, comparison: Comparison, students: dict[str, PreTra
     chosen = torch.linspace(0, len(dataset) - 1, images + 2).long()[1:-1].tolist()  # many datasets are sorted by class
     pixels = torch.stack([dataset[i]["pixel_values"] for i in chosen]).to(comparison.teacher.device)
     models = {"teacher": comparison.teacher, **{name: model for name, model in students.items() if name != "last"}}
-    patches = token_groups(comparison.teacher.config)["patches"]
-    features = {
-        name: forward_features(model.eval(), pixels)[:, patches].float().cpu() for name, model in models.items()
-    }
-    mean, basis = _principal_components(features["teacher"].flatten(0, 1))
-    low, high = _limits((features["teacher"].flatten(0, 1) - mean) @ basis)
-    grid = patch_grid(vision_config(comparison.teacher.config), pixels)
-    figure, axes = plt.subplots(len(pixels), len(models) + 1, figsize=(1.7 * (len(models) + 1), 1.8 * len(pixels)))
-    for row, image in enumerate(pixels.cpu()):
-        axes[row, 0].imshow(_displayable(image), cmap="gray")
-        for column, (name, values) in enumerate(features.items(), start=1):
-            colors = (((values[row] - mean) @ basis - low) / (high - low)).clamp(0, 1)
-            axes[row, column].imshow(colors.reshape(*grid, 3).numpy())
-            if row == 0:
-                axes[row, column].set_title(ROWS.get(name, name).split(",")[0], fontsize=9)
-    for axis in axes.flat:
-        axis.axis("off")
-    _save(figure, path)
+    features = {name: patch_features(model, pixels) for name, model in models.items()}
+    basis = ColorBasis.fit(features["teacher"])
+    colors = {ROWS[name].split(",")[0]: basis(values) for name, values in features.items()}
+    low, high = pixels.amin(dim=(1, 2, 3), keepdim=True), pixels.amax(dim=(1, 2, 3), keepdim=True)
+    draw_colors(path, ((pixels - low) / (high - low).clamp(min=1e-6)).cpu(), colors)
 
 
 @torch.no_grad()
@@ -268,21 +253,6 @@ def _students(out: Path, comparison: Comparison, config: RecipeConfig) -> dict[s
     if not students:
         students["swapped"], _ = convert(comparison.teacher, check_parity=False, **config.feature_options)
     return {**students, "last": list(students.values())[-1]}
-
-
-def _principal_components(rows: Tensor) -> tuple[Tensor, Tensor]:
-    mean = rows.mean(dim=0)
-    _, _, basis = torch.pca_lowrank(rows - mean, q=6, center=False, niter=4)
-    return mean, basis[:, :3]
-
-
-def _limits(values: Tensor) -> tuple[Tensor, Tensor]:
-    return values.quantile(0.02, dim=0), values.quantile(0.98, dim=0)
-
-
-def _displayable(image: Tensor) -> np.ndarray:
-    image = (image - image.amin()) / (image.amax() - image.amin()).clamp(min=1e-6)
-    return image.permute(1, 2, 0).squeeze(-1).numpy()
 
 
 def _save(figure: Any, path: Path) -> bool:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import PretrainedConfig
 
-from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import load_config
 from modeling_adala.families import native_size, patch_size, token_groups
 from modeling_adala.flops import (
@@ -30,8 +30,10 @@ SIZES = ("224", "512", "1024", "2048")
 CONVENTION = (
     "1 multiply-add = 2 FLOPs; matrix products and convolutions only, as torch.utils.flop_counter counts. Attention is"
     " what lies between the q, k, v projections and the output projection. Memory is what training keeps for the"
-    " backward pass (batch 1, float32, no checkpointing); weights and optimizer come on top."
+    " backward pass (batch 1, float32, no checkpointing), without weights and optimizer; eager softmax keeps the N x N"
+    " weights, sdpa (PyTorch's fused softmax, the default) does not."
 )
+TOKENS = {"cls": "class token", "registers": "registers"}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -54,7 +56,8 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(["--help"] if "--help-all" in arguments else list(arguments))
     config = load_config(args.model)
     facts = describe(config) | {"model": args.model}
-    facts["sizes"] = [compare(config, size) for size in _sizes(config, args.image_size)]
+    sizes = [compare(config, size) for size in _sizes(config, args.image_size)]
+    facts["sizes"] = list({size["image_size"]: size for size in sizes}.values())  # two may round to the same
     if args.json:
         print_json(facts)
     else:
@@ -110,8 +113,9 @@ def _sizes(config: PretrainedConfig, given: Sequence[str] | None) -> list[tuple[
 
 def _show(facts: dict[str, Any]) -> None:
     console = Console(soft_wrap=True, highlight=False)
-    extra = [f"{count} {name}" for name, count in facts["tokens_before_patches"].items()]
-    console.print(f"[bold]{facts['model']}[/]: {facts['model_type']}, {'linear' if facts['is_linear'] else 'softmax'}")
+    extra = [f"{count} {TOKENS[name]}" for name, count in facts["tokens_before_patches"].items()]
+    kind = "linear" if facts["is_linear"] else "softmax"
+    console.print(f"[bold]{escape(facts['model'])}[/]: {facts['model_type']}, {kind}")
     lines = {
         "layers": f"{facts['num_hidden_layers']}, hidden size {facts['hidden_size']}",
         "heads": f"{facts['num_attention_heads']} of {facts['head_dim']}",
@@ -175,14 +179,12 @@ def _print_tables(sizes: list[dict[str, Any]]) -> None:
 
 def _human(value: float, unit: str) -> str:
     """Three digits and an SI prefix."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if value < 999.5:
-            break
-        value /= 1000
-    else:
-        prefix = "P"
+    prefixes = iter(" kMGTPE")
+    prefix = next(prefixes)
+    while value >= 999.5:
+        value, prefix = value / 1000, next(prefixes)
     digits = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{value:.{digits}f} {prefix}{unit}".strip()
+    return f"{value:.{digits}f} {prefix.strip()}{unit}".strip()
 
 
 def _pixels(size: Sequence[int]) -> str:

@@ -1,0 +1,146 @@
+"""`vit-adala features`: pictures of patch features and of attention, student beside teacher."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from modeling_adala.configuration_adala import vision_config
+from modeling_adala.conversion import load_config, load_teacher, load_teacher_config
+from modeling_adala.errors import DataError, UsageError
+from modeling_adala.families import attention_modules, get_family, native_size, patch_size, token_groups
+from modeling_adala.linear_attention import feature_map_of
+from trainers.base_trainer import check_pair
+from trainers.data import Unreadable, blaming, open_image
+from trainers.features import (
+    ColorBasis,
+    check_layer,
+    check_query,
+    draw_attention,
+    draw_colors,
+    patch_features,
+    query_attention,
+)
+from trainers.metric_functions import cosine_similarity_mean
+from trainers.recipe import load_image_processor
+from trainers.stages import load_student
+from trainers.transforms import ImageTransform, check_image_size, parse_size
+
+from ..arguments import CommandParser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`vit-adala features MODEL IMAGE... [--compare TEACHER] [--layer L] [--query ROW,COLUMN] [--output-dir O]`"""
+    parser = CommandParser(
+        "features",
+        "Pictures of what a model sees: its patch features as colors (three principal components, the teacher's for"
+        " both), and what one patch attends to.",
+        (),
+        "vit-adala features out/2-feature-alignment street.jpg --compare facebook/dinov2-small --image-size 336x448",
+    )
+    parser.usage = "vit-adala features MODEL IMAGE ... [options]"
+    parser.add_argument("model", help="folder or Hub id; linear or softmax")
+    parser.add_argument("images", nargs="+", metavar="image", help="image files")
+    parser.add_argument("--compare", help="softmax teacher to show beside the model")
+    parser.add_argument("--layer", type=int, default=-1, help="layer of the attention maps, from 0 or the end")
+    parser.add_argument("--query", help="patch that attends, ROW,COLUMN from the top left. Default: the middle")
+    parser.add_argument(
+        "--image-size",
+        "--image_size",
+        help="side in pixels, or HEIGHTxWIDTH: the largest centered crop of that shape. Default: the model's own",
+    )
+    parser.add_argument("--output-dir", "--output_dir", default="features", help="folder for the PNG files")
+    args = parser.parse_args(["--help"] if "--help-all" in arguments else list(arguments))
+
+    config = load_config(args.model)
+    get_family(config.model_type)
+    size = native_size(config) if args.image_size is None else parse_size("image_size", args.image_size)
+    size = check_image_size(size, patch_size(config))
+    query = check_query(config, size, args.query and _parse_query(args.query))
+    layer = check_layer(config, args.layer)
+    channels = vision_config(config).num_channels
+    pictures = _read(args.images, ImageTransform.from_processor(None, size, channels))
+    transform = ImageTransform.from_processor(load_image_processor(args.model), size, channels)
+    pixels = _read(args.images, transform)
+
+    models = _load(args.model, args.compare)
+    out = Path(args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    _draw_features(out / "features.png", models, pixels, pictures)
+    patches = token_groups(config)["patches"]
+    progress = tqdm(args.images, desc="attention maps", disable=None)
+    for index, (name, picture) in enumerate(zip(progress, pictures, strict=True)):
+        weights = {}
+        for label, model in models.items():
+            rows = query_attention(model, pixels[index : index + 1].to(model.device), layer, query)[0, :, patches]
+            weights[f"{label}, {_kind(model, layer)}"] = rows.unflatten(1, _grid(model, size))
+        path = out / f"attention-{index + 1}-{Path(name).stem}.png"
+        draw_attention(path, picture, query, weights, f"{Path(name).name}, layer {layer}: what one patch attends to")
+        print(path)
+
+
+def _draw_features(path: Path, models: dict[str, PreTrainedModel], pixels: Tensor, pictures: Tensor) -> None:
+    features = {}
+    for label, model in models.items():
+        progress = tqdm(pixels, desc=f"features, {label}", disable=None)
+        features[label] = torch.cat([patch_features(model, image[None].to(model.device)) for image in progress])
+    first, *others = features
+    basis, colors = ColorBasis.fit(features[first]), {}
+    for label, values in features.items():
+        cosine = cosine_similarity_mean(values.flatten(0, 2), features[first].flatten(0, 2))
+        colors[f"{label}, cosine {cosine:.3f}" if label in others else label] = basis(values)
+    draw_colors(path, pictures, colors)
+    print(path)
+
+
+def _load(name: str, teacher_name: str | None) -> dict[str, PreTrainedModel]:
+    """The models by their label, the one whose principal components are shown first."""
+    if teacher_name is not None:
+        load_teacher_config(teacher_name)
+    is_linear = load_config(name).model_type.startswith("adala_")
+    model = load_student(name) if is_linear else load_teacher(name)
+    models = {"model": model}
+    if teacher_name is not None:
+        teacher = load_teacher(teacher_name)
+        check_pair(teacher, model)
+        models = {"teacher": teacher, "student": model}
+    return {label: model.eval().to(PartialState().device) for label, model in models.items()}
+
+
+def _read(names: Sequence[str], transform: ImageTransform) -> Tensor:
+    """`(images, channels, height, width)`.
+
+    Raises:
+        DataError: for a file that is missing or no image.
+    """
+    images = []
+    for name in names:
+        try:
+            with blaming(name):
+                images.append(transform(open_image(name, None)))
+        except Unreadable as error:
+            raise DataError(
+                f"image {name!r} cannot be shown: {error}; pass image files such as PNG or JPEG."
+            ) from error
+    return torch.stack(images)
+
+
+def _parse_query(text: str) -> tuple[int, int]:
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise UsageError(f"query={text!r} is no patch; pass ROW,COLUMN from the top left, such as 12,16.")
+    return int(parts[0]), int(parts[1])
+
+
+def _kind(model: PreTrainedModel, layer: int) -> str:
+    is_linear = vision_config(model.config).model_type.startswith("adala_")
+    return "linear" if is_linear and feature_map_of(attention_modules(model)[layer]) is not None else "softmax"
+
+
+def _grid(model: PreTrainedModel, size: tuple[int, int]) -> tuple[int, int]:
+    rows, columns = (side // patch for side, patch in zip(size, patch_size(model.config), strict=True))
+    return rows, columns
