@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Dinov2Config, ViTConfig
 
 from .errors import UsageError
+from .hub_code import warn_if_newer
 from .linear_attention import FEATURE_MAPS, build_feature_map
 
 DEFAULT_FEATURE_MAP = "hedgehog"
@@ -29,6 +30,7 @@ class AdaLAConfigMixin:
         teacher_revision (`str`, *optional*): Its commit, where it came from the Hub.
         adala_stage (`str`, *optional*): The training stage that this checkpoint has behind it: `converted`,
             `attention-alignment`, `feature-alignment` or `supervised`.
+        adala_version (`str`, *optional*): Version of vit-adala that saved the checkpoint.
 
     Raises:
         UsageError: for an unknown feature map, an option it does not have, or a layer that does not exist.
@@ -40,9 +42,11 @@ class AdaLAConfigMixin:
     teacher_name_or_path: str | None = None
     teacher_revision: str | None = None
     adala_stage: str | None = None
+    adala_version: str | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        warn_if_newer(self.adala_version)
         self._validate_linear_attention()
 
     @classmethod

@@ -34,9 +34,10 @@ from transformers.models.dinov2.modeling_dinov2 import (
     Dinov2Layer,
 )
 from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, ViTLayer, ViTPooler
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torchvision_available, is_vision_available
 
 from .configuration_adala import AdaLADinov2Config, AdaLAViTConfig
+from .hub_code import ADALA_VERSION, auto_map
 from .linear_attention import FeatureMap, build_feature_map
 
 
@@ -54,7 +55,8 @@ class AdaLAAttentionMixin:
 
 
 class AdaLAMixin:
-    """What all AdaLA models share: linear attention by default, neutral feature maps, in-memory names on disk."""
+    """What all AdaLA models share: linear attention by default, neutral feature maps; saved with in-memory names and
+    with their code, so that `trust_remote_code` opens them where this package is not installed."""
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         return super().get_correct_attn_implementation(requested_attention or "adala", is_init_check)
@@ -69,6 +71,10 @@ class AdaLAMixin:
         # With the teacher family's old names on disk (the default), `Trainer` resumes and `load_best_model_at_end`
         # silently leave most tensors as they were: transformers issues 43701 and 40187, open in 5.23.
         kwargs.setdefault("save_original_format", False)
+        if self.is_remote_code():
+            # Transformers copies the code beside the weights, but would name no class other than this one.
+            self.config.auto_map = auto_map(self.config_class)
+        self.config.adala_version = ADALA_VERSION
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -259,11 +265,13 @@ for _config, _classes in {
 }.items():
     for _auto, _class in _classes.items():
         _auto.register(_config, _class, exist_ok=True)
-for _config, _processor in {AdaLAViTConfig: "ViTImageProcessor", AdaLADinov2Config: "BitImageProcessor"}.items():
-    _processors = {"pil": getattr(transformers, f"{_processor}Pil")}
-    if is_torchvision_available():  # asking for the torchvision one without it prints a warning
-        _processors["torchvision"] = getattr(transformers, _processor)
-    AutoImageProcessor.register(_config, image_processor_classes=_processors, exist_ok=True)
+        _class.register_for_auto_class(_auto)  # its checkpoints carry this code
+if is_vision_available():  # without Pillow AutoImageProcessor cannot be used
+    for _config, _processor in {AdaLAViTConfig: "ViTImageProcessor", AdaLADinov2Config: "BitImageProcessor"}.items():
+        _processors = {"pil": getattr(transformers, f"{_processor}Pil")}
+        if is_torchvision_available():  # asking for the torchvision one without it prints a warning
+            _processors["torchvision"] = getattr(transformers, _processor)
+        AutoImageProcessor.register(_config, image_processor_classes=_processors, exist_ok=True)
 
 __all__ = [
     "AdaLADinov2Backbone",
