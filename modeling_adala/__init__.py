@@ -2,7 +2,9 @@
 
 __version__ = "0.1.0"
 
-from .configuration_adala import AdaLADinov2Config, AdaLAViTConfig
+from . import configuration_adala, modeling_adala
+from .check_linear import LinearReport, check_linear
+from .configuration_adala import *  # noqa: F403
 from .conversion import ParityReport, convert
 from .errors import AdaLAError, CheckpointError, DataError, UsageError
 from .linear_attention import (
@@ -12,35 +14,24 @@ from .linear_attention import (
     linear_attention,
     linear_attention_reference,
 )
-from .modeling_adala import (
-    AdaLADinov2Backbone,
-    AdaLADinov2ForImageClassification,
-    AdaLADinov2Model,
-    AdaLAViTForImageClassification,
-    AdaLAViTForMaskedImageModeling,
-    AdaLAViTModel,
-    attention_map,
-)
+from .mixins import attention_map
+from .modeling_adala import *  # noqa: F403
 
 __all__ = [
     "FEATURE_MAPS",
-    "AdaLADinov2Backbone",
-    "AdaLADinov2Config",
-    "AdaLADinov2ForImageClassification",
-    "AdaLADinov2Model",
     "AdaLAError",
-    "AdaLAViTConfig",
-    "AdaLAViTForImageClassification",
-    "AdaLAViTForMaskedImageModeling",
-    "AdaLAViTModel",
     "CheckpointError",
     "DataError",
+    "LinearReport",
     "ParityReport",
     "UsageError",
     "attention_map",
     "attention_weights",
     "build_feature_map",
+    "check_linear",
     "convert",
     "linear_attention",
     "linear_attention_reference",
+    *configuration_adala.__all__,
+    *modeling_adala.__all__,
 ]

@@ -7,13 +7,34 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, Dinov2Config, ViTConfig
+from transformers import (
+    AutoConfig,
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    IJepaConfig,
+    PretrainedConfig,
+    Siglip2Config,
+    Siglip2TextConfig,
+    Siglip2VisionConfig,
+    SiglipConfig,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+)
+from transformers.backbone_utils import BackboneConfigMixin
 
 from .errors import UsageError
 from .hub_code import warn_if_newer
 from .linear_attention import FEATURE_MAPS, build_feature_map
 
 DEFAULT_FEATURE_MAP = "hedgehog"
+# Encoders that are a ViT by another name: same modules, same names on disk.
+SAME_ARCHITECTURE = {"vit_mae": "vit", "vit_msn": "vit"}
 
 
 @dataclass(kw_only=True)
@@ -31,6 +52,7 @@ class AdaLAConfigMixin:
         adala_stage (`str`, *optional*): The training stage that this checkpoint has behind it: `converted`,
             `attention-alignment`, `feature-alignment` or `supervised`.
         adala_version (`str`, *optional*): Version of vit-adala that saved the checkpoint.
+        semantic_loss_ignore_index (`int`, *optional*, defaults to 255): Label that a segmentation loss leaves out.
 
     Raises:
         UsageError: for an unknown feature map, an option it does not have, or a layer that does not exist.
@@ -43,18 +65,28 @@ class AdaLAConfigMixin:
     teacher_revision: str | None = None
     adala_stage: str | None = None
     adala_version: str | None = None
+    semantic_loss_ignore_index: int = 255
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         warn_if_newer(self.adala_version)
         self._validate_linear_attention()
 
+    # Linear is what a model built from this configuration does unless somebody asks for softmax, be it ours or a stock
+    # class inside a larger model, whose own configuration resets this one's to None.
+    @property
+    def _attn_implementation(self):
+        return self._attn_implementation_internal or "adala"
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value):
+        PretrainedConfig._attn_implementation.fset(self, value)
+
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config_dict.get("model_type") == cls.model_type.removeprefix("adala_"):  # a stock softmax checkpoint
-            config_dict |= {"model_type": cls.model_type, "teacher_name_or_path": str(pretrained_model_name_or_path)}
-        return config_dict, kwargs
+        config_dict = config_dict.get(cls.base_config_key, config_dict)  # the vision part of a whole CLIP
+        return from_stock_dict(cls, config_dict, str(pretrained_model_name_or_path)), kwargs
 
     def _validate_linear_attention(self) -> None:
         layers = self.num_hidden_layers
@@ -74,21 +106,178 @@ class AdaLAConfigMixin:
         return [layer for layer in range(self.num_hidden_layers) if layer not in self.softmax_layers]
 
 
+@dataclass(kw_only=True)
+class AdaLABackboneConfigMixin(BackboneConfigMixin, AdaLAConfigMixin):
+    """Backbone fields for the families whose stock configuration has none; named and used as in `Dinov2Config`.
+
+    Args:
+        apply_layernorm (`bool`, *optional*, defaults to `True`): Normalize the feature maps of a backbone.
+        reshape_hidden_states (`bool`, *optional*, defaults to `True`): Feature maps as `(batch, channels, height,
+            width)` rather than tokens.
+        out_features (`list[str]`), out_indices (`list[int]`, *optional*): Stages to return, `"stem"` (0) to
+            `"stage<layers>"`. Default: the last.
+    """
+
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
+
+    def __post_init__(self, **kwargs):
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        self.stage_names = ["stem", *(f"stage{layer}" for layer in range(1, self.num_hidden_layers + 1))]
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+        super().__post_init__(**kwargs)
+
+
+class AdaLAVisionTextConfigMixin:
+    """A vision and a text tower, of which the vision tower is linear; its fields are in `vision_config`."""
+
+    # "adala" is for the vision tower: causal text has no linear form here, and SigLIP's text was not asked for
+    @property
+    def _attn_implementation(self):
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value):
+        PretrainedConfig._attn_implementation.fset(self, {"vision_config": value} if value == "adala" else value)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return from_stock_dict(cls, config_dict, str(pretrained_model_name_or_path)), kwargs
+
+
+def from_stock_dict(config_class: type[PretrainedConfig], config_dict: dict, teacher: str | None, **options) -> dict:
+    """The dictionary of a stock softmax configuration as that of its AdaLA class; any other one as it is.
+
+    Args:
+        config_class (`type`): The AdaLA class.
+        config_dict (`dict`): Of a stock or an AdaLA checkpoint.
+        teacher (`str`): Where it came from, for `teacher_name_or_path`.
+        options: Further fields of `AdaLAConfigMixin`.
+    """
+    model_type = config_dict.get("model_type", "")
+    if SAME_ARCHITECTURE.get(model_type, model_type) != config_class.model_type.removeprefix("adala_"):
+        return config_dict
+    config_dict = config_dict | {"model_type": config_class.model_type}
+    if issubclass(config_class, AdaLAConfigMixin):
+        return config_dict | {"teacher_name_or_path": teacher} | options
+    vision_class = config_class.sub_configs["vision_config"]
+    # the `_dict` twins are how the first CLIP checkpoints were saved; they win over the fields without
+    vision = (config_dict.get("vision_config") or {}) | (config_dict.pop("vision_config_dict", None) or {})
+    vision |= {"model_type": vision_class.model_type.removeprefix("adala_")}
+    return config_dict | {"vision_config": from_stock_dict(vision_class, vision, teacher, **options)}
+
+
+def vision_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the vision tower: `config` itself, or its part in a model with a text tower."""
+    return getattr(config, "vision_config", config)
+
+
 @strict
-class AdaLAViTConfig(AdaLAConfigMixin, ViTConfig):
-    """Configuration of the linear-attention ViT: `ViTConfig` and the fields of `AdaLAConfigMixin`."""
+class AdaLAViTConfig(AdaLABackboneConfigMixin, ViTConfig):
+    """`ViTConfig` and the fields of `AdaLAConfigMixin`. Reads ViT-MAE and ViT-MSN configurations, too."""
 
     model_type = "adala_vit"
 
 
 @strict
+class AdaLADeiTConfig(AdaLABackboneConfigMixin, DeiTConfig):
+    """`DeiTConfig` (distilled: class and distillation token) and the fields of `AdaLAConfigMixin`."""
+
+    model_type = "adala_deit"
+
+
+@strict
+class AdaLAIJepaConfig(AdaLABackboneConfigMixin, IJepaConfig):
+    """`IJepaConfig` (no class token) and the fields of `AdaLAConfigMixin`."""
+
+    model_type = "adala_ijepa"
+
+
+@strict
 class AdaLADinov2Config(AdaLAConfigMixin, Dinov2Config):
-    """Configuration of the linear-attention DINOv2: `Dinov2Config` and the fields of `AdaLAConfigMixin`."""
+    """`Dinov2Config` and the fields of `AdaLAConfigMixin`."""
 
     model_type = "adala_dinov2"
 
 
-for _config in (AdaLAViTConfig, AdaLADinov2Config):
+@strict
+class AdaLADinov2WithRegistersConfig(AdaLAConfigMixin, Dinov2WithRegistersConfig):
+    """`Dinov2WithRegistersConfig` and the fields of `AdaLAConfigMixin`."""
+
+    model_type = "adala_dinov2_with_registers"
+
+
+@strict
+class AdaLADINOv3ViTConfig(AdaLAConfigMixin, DINOv3ViTConfig):
+    """`DINOv3ViTConfig` (rotary positions, registers) and the fields of `AdaLAConfigMixin`."""
+
+    model_type = "adala_dinov3_vit"
+
+
+@strict
+class AdaLACLIPVisionConfig(AdaLABackboneConfigMixin, CLIPVisionConfig):
+    """`CLIPVisionConfig` and the fields of `AdaLAConfigMixin`."""
+
+    model_type = "adala_clip_vision_model"
+
+
+@strict
+class AdaLACLIPConfig(AdaLAVisionTextConfigMixin, CLIPConfig):
+    """`CLIPConfig` with a linear vision tower."""
+
+    model_type = "adala_clip"
+    sub_configs_defaults = {"vision_config": AdaLACLIPVisionConfig, "text_config": CLIPTextConfig}
+
+
+@strict
+class AdaLASiglipVisionConfig(AdaLABackboneConfigMixin, SiglipVisionConfig):
+    """`SiglipVisionConfig` and the fields of `AdaLAConfigMixin`."""
+
+    model_type = "adala_siglip_vision_model"
+
+
+@strict
+class AdaLASiglipConfig(AdaLAVisionTextConfigMixin, SiglipConfig):
+    """`SiglipConfig` with a linear vision tower."""
+
+    model_type = "adala_siglip"
+    sub_configs_defaults = {"vision_config": AdaLASiglipVisionConfig, "text_config": SiglipTextConfig}
+
+
+@strict
+class AdaLASiglip2VisionConfig(AdaLABackboneConfigMixin, Siglip2VisionConfig):
+    """`Siglip2VisionConfig` (NaFlex: packed patches of any aspect ratio) and the fields of `AdaLAConfigMixin`."""
+
+    model_type = "adala_siglip2_vision_model"
+
+
+@strict
+class AdaLASiglip2Config(AdaLAVisionTextConfigMixin, Siglip2Config):
+    """`Siglip2Config` with a linear vision tower."""
+
+    model_type = "adala_siglip2"
+    sub_configs_defaults = {"vision_config": AdaLASiglip2VisionConfig, "text_config": Siglip2TextConfig}
+
+
+CONFIGS = (
+    AdaLAViTConfig,
+    AdaLADeiTConfig,
+    AdaLAIJepaConfig,
+    AdaLADinov2Config,
+    AdaLADinov2WithRegistersConfig,
+    AdaLADINOv3ViTConfig,
+    AdaLACLIPVisionConfig,
+    AdaLACLIPConfig,
+    AdaLASiglipVisionConfig,
+    AdaLASiglipConfig,
+    AdaLASiglip2VisionConfig,
+    AdaLASiglip2Config,
+)
+for _config in CONFIGS:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
 
-__all__ = ["DEFAULT_FEATURE_MAP", "AdaLAConfigMixin", "AdaLADinov2Config", "AdaLAViTConfig"]
+__all__ = ["CONFIGS", "DEFAULT_FEATURE_MAP", "AdaLAConfigMixin", "from_stock_dict", "vision_config"]
+__all__ += [_config.__name__ for _config in CONFIGS]

@@ -11,10 +11,22 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .checkpoint_safety import check_checkpoint
+from .configuration_adala import from_stock_dict, vision_config
 from .errors import AdaLAError, DataError, UsageError
-from .families import FAMILIES, Family, forward_features, get_family
+from .families import (
+    FAMILIES,
+    attention_implementation,
+    forward_features,
+    get_family,
+    native_size,
+    patch_size,
+    vision_tower,
+)
 
 logger = logging.getLogger(__name__)
+
+# what a backbone leaves out of its base model
+POOLERS = ("pooler.", "head.")
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,7 @@ def load_teacher(teacher: str | os.PathLike | PreTrainedModel, head: str | None 
     Args:
         teacher (`str` or `PreTrainedModel`): Hub id, local folder, or a model, which is frozen in place.
         head (`str`, *optional*): `"Model"`, `"ForImageClassification"`, ... Default: what the checkpoint was saved as.
+            A head that only AdaLA has (`"ForSemanticSegmentation"`) opens the base model.
         kwargs: Passed to `from_pretrained`, such as `revision` or `dtype` (default: float32).
 
     Raises:
@@ -60,12 +73,11 @@ def load_teacher(teacher: str | os.PathLike | PreTrainedModel, head: str | None 
     if isinstance(teacher, str):
         config = load_config(teacher, **{key: kwargs[key] for key in ("revision",) if key in kwargs})
         _check_is_stock(config, teacher)
-        stock_class = getattr(transformers, _stock_class_name(config, head))
         kwargs.setdefault("dtype", torch.float32)
-        teacher = stock_class.from_pretrained(teacher, use_safetensors=True, **kwargs)
+        teacher = _stock_class(config, head).from_pretrained(teacher, use_safetensors=True, **kwargs)
     else:
         _check_is_stock(teacher.config, type(teacher).__name__)
-        if teacher.config._attn_implementation == "adala":
+        if vision_tower(teacher).config._attn_implementation == "adala":
             raise UsageError(
                 "teacher has attn_implementation='adala'; a teacher attends with softmax: set it to 'sdpa'."
             )
@@ -124,7 +136,8 @@ def convert(
 
     Args:
         teacher (`str` or `PreTrainedModel`): Stock softmax model of a supported family.
-        head (`str`, *optional*): `"Model"`, `"ForImageClassification"`, ... Default: the teacher's own.
+        head (`str`, *optional*): `"Model"`, `"ForImageClassification"`, `"Backbone"`, `"ForSemanticSegmentation"`, ...
+            Default: the teacher's own. What the teacher has no weights for starts at random.
         feature_map, feature_map_kwargs, softmax_layers (*optional*): See `AdaLAConfigMixin`.
         check_parity (`bool`, *optional*, defaults to `True`): Compare the student in softmax mode with the teacher.
 
@@ -148,13 +161,10 @@ def convert(
     if isinstance(teacher, str):  # wrong options should fail before the weights are read
         student_config(load_teacher_config(teacher), **options)
     model = load_teacher(teacher, head)
-    head = _head_of(type(model).__name__, get_family(model.config.model_type))
+    head = head or _head_of(model)
     config = student_config(model.config, **options)
     student = get_family(config.model_type).classes[head](config)
-    missing, unexpected = student.load_state_dict(model.state_dict(), strict=False)
-    missing = [key for key in missing if ".feature_map." not in key]
-    if missing or unexpected:
-        raise AdaLAError(f"conversion lost weights: missing {missing}, unexpected {unexpected}; please report this.")
+    _copy_weights(model, student)
     student.eval()
     report = parity_report(model, student) if check_parity else None
     if report is not None:
@@ -166,36 +176,26 @@ def convert(
 
 def student_config(teacher_config: PretrainedConfig, **options) -> PretrainedConfig:
     """The AdaLA configuration of a teacher: every stock field, the linear-attention options and the provenance."""
-    family = get_family(teacher_config.model_type)
+    config_class = get_family(teacher_config.model_type).config_class
     fields = copy.deepcopy(teacher_config.to_dict())
-    for name in ("model_type", "architectures", "transformers_version", "auto_map", "dtype"):
+    for name in ("architectures", "transformers_version", "auto_map", "dtype"):
         fields.pop(name, None)
-    return family.config_class(
-        **fields,
-        teacher_name_or_path=teacher_config.name_or_path or None,
-        teacher_revision=getattr(teacher_config, "_commit_hash", None),
-        adala_stage="converted",
-        **options,
-    )
+    options |= {"teacher_revision": getattr(teacher_config, "_commit_hash", None), "adala_stage": "converted"}
+    return config_class(**from_stock_dict(config_class, fields, teacher_config.name_or_path or None, **options))
 
 
 @torch.no_grad()
 def parity_report(teacher: PreTrainedModel, student: PreTrainedModel) -> ParityReport:
     """Compares the student in softmax mode with its teacher at the native and at a rectangular size, in float32."""
     teacher, student = (m if m.dtype == torch.float32 else copy.deepcopy(m).float() for m in (teacher, student))
-    implementation = student.config._attn_implementation
-    student.set_attn_implementation(teacher.config._attn_implementation)
-    config, differences = teacher.config, {}
-    native = config.image_size if not isinstance(config.image_size, int) else (config.image_size,) * 2
-    patch = config.patch_size if not isinstance(config.patch_size, int) else (config.patch_size,) * 2
+    config, differences = vision_config(teacher.config), {}
+    rows, columns = patch_size(config)
     generator = torch.Generator().manual_seed(0)
-    try:
-        for height, width in (tuple(native), (4 * patch[0], 6 * patch[1])):
+    with attention_implementation(student, vision_tower(teacher).config._attn_implementation):
+        for height, width in (native_size(config), (4 * rows, 6 * columns)):
             pixels = torch.randn(1, config.num_channels, height, width, generator=generator)
             outputs = [forward_features(model, pixels.to(model.device)) for model in (teacher, student)]
             differences[f"{height}x{width}"] = (outputs[0] - outputs[1].to(outputs[0].device)).abs().max().item()
-    finally:
-        student.set_attn_implementation(implementation)
     return ParityReport(differences)
 
 
@@ -205,24 +205,33 @@ def _check_is_stock(config: PretrainedConfig, name: str) -> None:
     get_family(config.model_type)
 
 
-def _stock_class_name(config: PretrainedConfig, head: str | None) -> str:
+def _stock_class(config: PretrainedConfig, head: str | None) -> type[PreTrainedModel]:
     family = get_family(config.model_type)
-    prefix = family.classes["Model"].__name__.removeprefix("AdaLA").removesuffix("Model")
     if head is None:
-        architectures = config.architectures or [f"{prefix}Model"]
-        head = architectures[0].removeprefix(prefix)
-        head = head if head in family.classes else "Model"
+        saved_as = (config.architectures or [""])[0]
+        head = next((head for head, cls in family.classes.items() if cls.__name__ == f"AdaLA{saved_as}"), "Model")
     if head not in family.classes:
         raise UsageError(f"head={head!r} does not exist for {config.model_type}; choose {', '.join(family.classes)}.")
-    return prefix + head
+    return family.stock_class(head) or getattr(transformers, family.classes["Model"].__name__.removeprefix("AdaLA"))
 
 
-def _head_of(class_name: str, family: Family) -> str:
-    for head, student_class in family.classes.items():
-        if student_class.__name__ == f"AdaLA{class_name}":
+def _head_of(teacher: PreTrainedModel) -> str:
+    name = type(teacher).__name__
+    for head, student_class in get_family(teacher.config.model_type).classes.items():
+        if student_class.__name__ == f"AdaLA{name}":
             return head
     known = [cls.__name__.removeprefix("AdaLA") for family in FAMILIES.values() for cls in family.classes.values()]
-    raise UsageError(f"teacher class {class_name} has no linear counterpart; choose one of {', '.join(known)}.")
+    raise UsageError(f"teacher class {name} has no linear counterpart; choose one of {', '.join(known)}.")
+
+
+def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    same_head = type(student).__name__ == f"AdaLA{type(teacher).__name__}"
+    target, source = (student, teacher) if same_head else (vision_tower(student), vision_tower(teacher))
+    missing, unexpected = target.load_state_dict(source.state_dict(), strict=False)
+    missing = [key for key in missing if ".feature_map." not in key]
+    unexpected = [key for key in unexpected if same_head or not key.startswith(POOLERS)]
+    if missing or unexpected:
+        raise AdaLAError(f"conversion lost weights: missing {missing}, unexpected {unexpected}; please report this.")
 
 
 def _first_line(error: BaseException) -> str:

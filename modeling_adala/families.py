@@ -1,49 +1,43 @@
-"""The supported families: which AdaLA classes stand for which stock `model_type`, and their token layout."""
+"""The families: which classes each has, and how to treat their models alike."""
 
-import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
-from .configuration_adala import AdaLADinov2Config, AdaLAViTConfig
+from .configuration_adala import SAME_ARCHITECTURE, vision_config
 from .errors import UsageError
-from .modeling_adala import (
-    AdaLADinov2Backbone,
-    AdaLADinov2ForImageClassification,
-    AdaLADinov2Model,
-    AdaLAViTForImageClassification,
-    AdaLAViTForMaskedImageModeling,
-    AdaLAViTModel,
-)
+from .mixins import image_inputs, last_layernorm, num_special_tokens
+from .modeling_adala import CLASSES
+from .registration import head_of
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the family table. `classes` maps a head name (the stock class name without its family) to a class."""
+    """One row of the family table.
+
+    Args:
+        config_class (`type`): The AdaLA configuration.
+        classes (`dict[str, type]`): AdaLA class per head; a head is what the class name says after the family's.
+    """
 
     config_class: type[PretrainedConfig]
     classes: dict[str, type[PreTrainedModel]]
 
+    def stock_class(self, head: str) -> type[PreTrainedModel] | None:
+        """The softmax class of a head in Transformers, or `None` where only we have that head."""
+        return getattr(transformers, self.classes[head].__name__.removeprefix("AdaLA"), None)
+
 
 FAMILIES: dict[str, Family] = {
-    "vit": Family(
-        AdaLAViTConfig,
-        {
-            "Model": AdaLAViTModel,
-            "ForImageClassification": AdaLAViTForImageClassification,
-            "ForMaskedImageModeling": AdaLAViTForMaskedImageModeling,
-        },
-    ),
-    "dinov2": Family(
-        AdaLADinov2Config,
-        {
-            "Model": AdaLADinov2Model,
-            "ForImageClassification": AdaLADinov2ForImageClassification,
-            "Backbone": AdaLADinov2Backbone,
-        },
-    ),
+    config_class.model_type.removeprefix("adala_"): Family(config_class, {head_of(cls): cls for cls in classes})
+    for config_class, classes in CLASSES.items()
 }
 
 
@@ -54,46 +48,95 @@ def get_family(model_type: str) -> Family:
         UsageError: if it is not supported; the message names those that are.
     """
     name = model_type.removeprefix("adala_")
+    name = SAME_ARCHITECTURE.get(name, name)
     if name not in FAMILIES:
-        raise UsageError(f"model_type {model_type!r} is not supported; choose a teacher of {', '.join(FAMILIES)}.")
+        known = ", ".join([*FAMILIES, *SAME_ARCHITECTURE])
+        raise UsageError(f"model_type {model_type!r} is not supported; choose a teacher of {known}.")
     return FAMILIES[name]
 
 
+def vision_tower(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a stock or an AdaLA model that turns pixels into tokens, without head, projection or text tower."""
+    base = model.base_model if hasattr(model.base_model, "embeddings") else model  # DINOv3 calls its encoder `model`
+    return getattr(base, "vision_model", base)
+
+
+def patch_size(config: PretrainedConfig) -> tuple[int, int]:
+    """Height and width of a patch in pixels."""
+    patch = vision_config(config).patch_size
+    return (patch, patch) if isinstance(patch, int) else (patch[0], patch[1])
+
+
+def native_size(config: PretrainedConfig) -> tuple[int, int]:
+    """Height and width in pixels of the images that a model's positions were made for."""
+    config = vision_config(config)
+    size = getattr(config, "image_size", None)
+    if size is None:  # SigLIP 2 says how many patches, of a square
+        size = math.isqrt(config.num_patches) * config.patch_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 def token_groups(config: PretrainedConfig) -> dict[str, slice]:
-    """Where the class token, the registers (if any) and the patches stand in `last_hidden_state`."""
-    registers = getattr(config, "num_register_tokens", 0)
-    groups = {"cls": slice(0, 1), "patches": slice(1 + registers, None)}
-    if registers:
-        groups["registers"] = slice(1, 1 + registers)
-    return groups
+    """Where class token, registers and patches stand in `last_hidden_state`; absent groups are left out."""
+    config = vision_config(config)
+    special, registers = num_special_tokens(config), getattr(config, "num_register_tokens", 0)
+    groups = {
+        "cls": slice(0, special - registers),
+        "patches": slice(special, None),
+        "registers": slice(special - registers, special),
+    }
+    return {name: group for name, group in groups.items() if group.stop is None or group.stop > group.start}
 
 
-def forward_features(model: PreTrainedModel, pixel_values: Tensor, **kwargs) -> Tensor:
-    """Final features, after the last layer norm, of a stock or an AdaLA model, with or without a head, at any size.
+def forward_tower(model: PreTrainedModel, pixel_values: Tensor, **kwargs) -> Any:
+    """Output of the vision tower of a stock or an AdaLA model, with or without a head, for images of any size.
 
     Args:
-        model (`PreTrainedModel`): The model; of one with a head, the base model runs.
-        pixel_values (`Tensor`): `(batch, channels, height, width)`, sides multiples of the patch.
-
-    Returns:
-        `Tensor`: `last_hidden_state`, `(batch, tokens, hidden_size)`.
+        model (`PreTrainedModel`): The model.
+        pixel_values (`Tensor`): `(batch, channels, height, width)`, sides multiples of the patch. SigLIP 2 takes these
+            too, patched here.
+        kwargs: Such as `output_hidden_states=True`.
     """
-    base, kwargs = model.base_model, any_size_kwargs(model, pixel_values) | kwargs
-    if isinstance(base, BackboneMixin):  # its output holds maps of chosen stages only
-        return base.layernorm(base(pixel_values, **kwargs | {"output_hidden_states": True}).hidden_states[-1])
-    return base(pixel_values, **kwargs).last_hidden_state
+    tower = vision_tower(model)
+    if isinstance(tower, BackboneMixin):
+        return tower(pixel_values, **kwargs)
+    return tower(**image_inputs(tower.config, pixel_values), **kwargs)
 
 
-def any_size_kwargs(model: PreTrainedModel, pixel_values: Tensor) -> dict[str, bool]:
-    """What `forward` needs to take this image size: ViT interpolates its positions only when told, DINOv2 always."""
-    native = model.config.image_size
-    native = (native, native) if isinstance(native, int) else tuple(native)
-    if tuple(pixel_values.shape[-2:]) == native:
-        return {}
-    takes = "interpolate_pos_encoding" in inspect.signature(model.base_model.forward).parameters
-    return {"interpolate_pos_encoding": True} if takes else {}
+def forward_features(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    """Final features, after the last layer norm: `(batch, tokens, hidden_size)`. See `forward_tower`."""
+    tower = vision_tower(model)
+    if isinstance(tower, BackboneMixin):  # its output holds maps of chosen stages only
+        return last_layernorm(tower)(tower(pixel_values, output_hidden_states=True).hidden_states[-1])
+    return final_features(tower, forward_tower(model, pixel_values))
+
+
+def final_features(tower: PreTrainedModel, output: Any) -> Tensor:
+    """`last_hidden_state` after the last layer norm. CLIP gives it before, and normalizes the class token alone."""
+    if tower.config.model_type.removeprefix("adala_") == "clip_vision_model":
+        return tower.post_layernorm(output.last_hidden_state)
+    return output.last_hidden_state
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The self-attention modules of a stock or an AdaLA model, first layer first."""
-    return [module for module in model.modules() if hasattr(module, "q_proj") and hasattr(module, "o_proj")]
+    """The self-attention modules of the vision tower of a stock or an AdaLA model, first layer first."""
+    return [module for module in vision_tower(model).modules() if hasattr(module, "q_proj")]
+
+
+def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The transformer blocks (attention and MLP) of the vision tower, first layer first."""
+    tower = vision_tower(model)
+    attentions = [name for name, module in tower.named_modules() if hasattr(module, "q_proj")]
+    return [tower.get_submodule(name.rpartition(".")[0]) for name in attentions]
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Puts the vision tower of a model under another attention implementation for a while, such as `"sdpa"`."""
+    config = vision_tower(model).config
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,284 +1,375 @@
-"""Linear-attention ViTs: each family subclasses its stock classes and replaces nothing but the attention.
+"""Linear-attention ViTs: each class is its stock class, whose attention modules get a feature map.
 
-Parameter names are the stock ones (`q_proj`, `k_proj`, `v_proj`, `o_proj` in every attention), so that teacher
+Module and parameter names are the stock ones (`q_proj`, `k_proj`, `v_proj` in every attention), so that teacher
 weights, PEFT targets and hooks fit. `attn_implementation="sdpa"` or `"eager"` puts a model in softmax mode: it then
 equals its teacher as long as the weights do.
 
 This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
 """
 
-import torch
-import transformers
-from torch import nn
+from typing import Any
+
 from transformers import (
-    AutoBackbone,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForMaskedImageModeling,
+    CLIPForImageClassification,
+    CLIPModel,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTForMaskedImageModeling,
+    DeiTModel,
     Dinov2Backbone,
     Dinov2ForImageClassification,
     Dinov2Model,
+    Dinov2WithRegistersBackbone,
+    Dinov2WithRegistersForImageClassification,
+    Dinov2WithRegistersModel,
+    DINOv3ViTBackbone,
+    DINOv3ViTModel,
+    IJepaForImageClassification,
+    IJepaModel,
+    PreTrainedModel,
+    Siglip2ForImageClassification,
+    Siglip2Model,
+    Siglip2VisionModel,
+    SiglipForImageClassification,
+    SiglipModel,
+    SiglipVisionModel,
     ViTForImageClassification,
     ViTForMaskedImageModeling,
     ViTModel,
 )
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
+from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
+from transformers.models.deit.modeling_deit import DeiTPreTrainedModel
+from transformers.models.dinov2.modeling_dinov2 import Dinov2PreTrainedModel
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersPreTrainedModel
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTPreTrainedModel
+from transformers.models.ijepa.modeling_ijepa import IJepaPreTrainedModel
+from transformers.models.siglip.modeling_siglip import SiglipPreTrainedModel
+from transformers.models.siglip2.modeling_siglip2 import Siglip2PreTrainedModel
+from transformers.models.vit.modeling_vit import ViTPreTrainedModel
+
+from .configuration_adala import (
+    CONFIGS,
+    AdaLACLIPConfig,
+    AdaLACLIPVisionConfig,
+    AdaLADeiTConfig,
+    AdaLADinov2Config,
+    AdaLADinov2WithRegistersConfig,
+    AdaLADINOv3ViTConfig,
+    AdaLAIJepaConfig,
+    AdaLASiglip2Config,
+    AdaLASiglip2VisionConfig,
+    AdaLASiglipConfig,
+    AdaLASiglipVisionConfig,
+    AdaLAViTConfig,
 )
-from transformers.models.dinov2.modeling_dinov2 import (
-    Dinov2Attention,
-    Dinov2Embeddings,
-    Dinov2Encoder,
-    Dinov2Layer,
-)
-from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, ViTLayer, ViTPooler
-from transformers.utils import is_torchvision_available, is_vision_available
+from .mixins import AdaLABackboneMixin, AdaLAMixin, AdaLASegmentationMixin
+from .registration import register
 
-from .configuration_adala import AdaLADinov2Config, AdaLAViTConfig
-from .hub_code import ADALA_VERSION, auto_map
-from .linear_attention import FeatureMap, build_feature_map
-
-
-class AdaLAAttentionMixin:
-    """Gives a stock attention module its own feature map, or `None` where the layer keeps softmax."""
-
-    def __init__(self, config, layer_idx: int):
-        super().__init__(config)
-        self.layer_idx = layer_idx
-        self.feature_map = None
-        if layer_idx not in config.softmax_layers:
-            self.feature_map = build_feature_map(
-                config.feature_map, self.num_attention_heads, self.head_dim, **config.feature_map_kwargs
-            )
-
-
-class AdaLAMixin:
-    """What all AdaLA models share: linear attention by default, neutral feature maps; saved with in-memory names and
-    with their code, so that `trust_remote_code` opens them where this package is not installed."""
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        return super().get_correct_attn_implementation(requested_attention or "adala", is_init_check)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, FeatureMap):
-            module.reset_parameters()
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        # With the teacher family's old names on disk (the default), `Trainer` resumes and `load_best_model_at_end`
-        # silently leave most tensors as they were: transformers issues 43701 and 40187, open in 5.23.
-        kwargs.setdefault("save_original_format", False)
-        if self.is_remote_code():
-            # Transformers copies the code beside the weights, but would name no class other than this one.
-            self.config.auto_map = auto_map(self.config_class)
-        self.config.adala_version = ADALA_VERSION
-        return super().save_pretrained(save_directory, *args, **kwargs)
-
-
-# --- ViT -------------------------------------------------------------------------------------------------------------
-
-
-class AdaLAViTAttention(AdaLAAttentionMixin, ViTAttention):
-    pass
-
-
-class AdaLAViTLayer(ViTLayer):
-    def __init__(self, config: AdaLAViTConfig, layer_idx: int):
-        super().__init__(config)
-        self.attention = AdaLAViTAttention(config, layer_idx)
+# --- ViT (DINO, MAE and MSN encoders, too) ---------------------------------------------------------------------------
 
 
 class AdaLAViTModel(AdaLAMixin, ViTModel):
-    """`ViTModel` with linear attention. Opens AdaLA checkpoints and stock softmax ViT checkpoints alike."""
+    """`ViTModel` with linear attention. Opens AdaLA checkpoints and stock softmax checkpoints alike."""
 
     config: AdaLAViTConfig
-    config_class = AdaLAViTConfig
-    _no_split_modules = ["ViTEmbeddings", "AdaLAViTLayer"]
-
-    def __init__(self, config: AdaLAViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
-        # past ViTModel.__init__, which would build the softmax layers first
-        super(ViTModel, self).__init__(config)
-        self.embeddings = ViTEmbeddings(config, use_mask_token=use_mask_token)
-        self.layers = nn.ModuleList([AdaLAViTLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.pooler = ViTPooler(config) if add_pooling_layer else None
-        self.post_init()
 
 
 class AdaLAViTForImageClassification(AdaLAMixin, ViTForImageClassification):
     """`ViTForImageClassification` with linear attention."""
 
     config: AdaLAViTConfig
-    config_class = AdaLAViTConfig
-    _no_split_modules = AdaLAViTModel._no_split_modules
-
-    def __init__(self, config: AdaLAViTConfig):
-        super(ViTForImageClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.vit = AdaLAViTModel(config, add_pooling_layer=False)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
-        self.post_init()
 
 
 class AdaLAViTForMaskedImageModeling(AdaLAMixin, ViTForMaskedImageModeling):
     """`ViTForMaskedImageModeling` (SimMIM decoder) with linear attention."""
 
     config: AdaLAViTConfig
-    config_class = AdaLAViTConfig
-    _no_split_modules = AdaLAViTModel._no_split_modules
+
+
+class AdaLAViTBackbone(AdaLABackboneMixin, AdaLAMixin, ViTModel):
+    """Feature maps of chosen stages of a ViT with linear attention."""
+
+    config: AdaLAViTConfig
 
     def __init__(self, config: AdaLAViTConfig):
-        super(ViTForMaskedImageModeling, self).__init__(config)
-        self.vit = AdaLAViTModel(config, add_pooling_layer=False, use_mask_token=True)
-        self.decoder = nn.Sequential(
-            nn.Conv2d(config.hidden_size, config.encoder_stride**2 * config.num_channels, kernel_size=1),
-            nn.PixelShuffle(config.encoder_stride),
-        )
-        self.post_init()
+        super().__init__(config, add_pooling_layer=False)
+
+
+class AdaLAViTForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, ViTPreTrainedModel):
+    """A ViT with linear attention and the linear segmentation head."""
+
+    config: AdaLAViTConfig
+    backbone_class = AdaLAViTBackbone
+
+
+# --- DeiT (distilled) ------------------------------------------------------------------------------------------------
+
+
+class AdaLADeiTModel(AdaLAMixin, DeiTModel):
+    """`DeiTModel` with linear attention."""
+
+    config: AdaLADeiTConfig
+
+
+class AdaLADeiTForImageClassification(AdaLAMixin, DeiTForImageClassification):
+    """`DeiTForImageClassification` with linear attention."""
+
+    config: AdaLADeiTConfig
+
+
+class AdaLADeiTForImageClassificationWithTeacher(AdaLAMixin, DeiTForImageClassificationWithTeacher):
+    """`DeiTForImageClassificationWithTeacher` with linear attention."""
+
+    config: AdaLADeiTConfig
+
+
+class AdaLADeiTForMaskedImageModeling(AdaLAMixin, DeiTForMaskedImageModeling):
+    """`DeiTForMaskedImageModeling` (SimMIM decoder) with linear attention."""
+
+    config: AdaLADeiTConfig
+
+
+class AdaLADeiTBackbone(AdaLABackboneMixin, AdaLAMixin, DeiTModel):
+    """Feature maps of chosen stages of a DeiT with linear attention."""
+
+    config: AdaLADeiTConfig
+
+    def __init__(self, config: AdaLADeiTConfig):
+        super().__init__(config, add_pooling_layer=False)
+
+
+class AdaLADeiTForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, DeiTPreTrainedModel):
+    """A DeiT with linear attention and the linear segmentation head."""
+
+    config: AdaLADeiTConfig
+    backbone_class = AdaLADeiTBackbone
+
+
+# --- I-JEPA ----------------------------------------------------------------------------------------------------------
+
+
+class AdaLAIJepaModel(AdaLAMixin, IJepaModel):
+    """`IJepaModel` with linear attention."""
+
+    config: AdaLAIJepaConfig
+
+
+class AdaLAIJepaForImageClassification(AdaLAMixin, IJepaForImageClassification):
+    """`IJepaForImageClassification` with linear attention."""
+
+    config: AdaLAIJepaConfig
+
+
+class AdaLAIJepaBackbone(AdaLABackboneMixin, AdaLAMixin, IJepaModel):
+    """Feature maps of chosen stages of an I-JEPA encoder with linear attention."""
+
+    config: AdaLAIJepaConfig
+
+
+class AdaLAIJepaForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, IJepaPreTrainedModel):
+    """An I-JEPA encoder with linear attention and the linear segmentation head."""
+
+    config: AdaLAIJepaConfig
+    backbone_class = AdaLAIJepaBackbone
 
 
 # --- DINOv2 ----------------------------------------------------------------------------------------------------------
 
 
-class AdaLADinov2Attention(AdaLAAttentionMixin, Dinov2Attention):
-    pass
-
-
-class AdaLADinov2Layer(Dinov2Layer):
-    def __init__(self, config: AdaLADinov2Config, layer_idx: int):
-        super().__init__(config)
-        self.attention = AdaLADinov2Attention(config, layer_idx)
-
-
-class AdaLADinov2Encoder(AdaLAMixin, Dinov2Encoder):
-    config_class = AdaLADinov2Config
-
-    def __init__(self, config: AdaLADinov2Config):
-        super(Dinov2Encoder, self).__init__(config)
-        self.layer = nn.ModuleList([AdaLADinov2Layer(config, index) for index in range(config.num_hidden_layers)])
-        self.post_init()
-
-
 class AdaLADinov2Model(AdaLAMixin, Dinov2Model):
-    """`Dinov2Model` with linear attention. Opens AdaLA checkpoints and stock softmax DINOv2 checkpoints alike."""
+    """`Dinov2Model` with linear attention."""
 
     config: AdaLADinov2Config
-    config_class = AdaLADinov2Config
-    _no_split_modules = ["Dinov2Embeddings", "AdaLADinov2Layer"]
-
-    def __init__(self, config: AdaLADinov2Config):
-        super(Dinov2Model, self).__init__(config)
-        self.embeddings = Dinov2Embeddings(config)
-        self.encoder = AdaLADinov2Encoder(config)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.post_init()
 
 
 class AdaLADinov2ForImageClassification(AdaLAMixin, Dinov2ForImageClassification):
-    """`Dinov2ForImageClassification` (linear head on CLS and mean patch token) with linear attention."""
+    """`Dinov2ForImageClassification` with linear attention."""
 
     config: AdaLADinov2Config
-    config_class = AdaLADinov2Config
-    _no_split_modules = AdaLADinov2Model._no_split_modules
-
-    def __init__(self, config: AdaLADinov2Config):
-        super(Dinov2ForImageClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.dinov2 = AdaLADinov2Model(config)
-        features = config.hidden_size * 2
-        self.classifier = nn.Linear(features, config.num_labels) if config.num_labels > 0 else nn.Identity()
-        self.post_init()
 
 
 class AdaLADinov2Backbone(AdaLAMixin, Dinov2Backbone):
-    """`Dinov2Backbone` with linear attention: feature maps of chosen stages for dense heads."""
+    """`Dinov2Backbone` with linear attention."""
 
     config: AdaLADinov2Config
-    config_class = AdaLADinov2Config
-    _no_split_modules = AdaLADinov2Model._no_split_modules
-
-    def __init__(self, config: AdaLADinov2Config):
-        super(Dinov2Backbone, self).__init__(config)
-        self.num_features = [config.hidden_size for _ in range(config.num_hidden_layers + 1)]
-        self.embeddings = Dinov2Embeddings(config)
-        self.encoder = AdaLADinov2Encoder(config)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.post_init()
 
 
-# --- Looking inside and registration ---------------------------------------------------------------------------------
+class AdaLADinov2ForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, Dinov2PreTrainedModel):
+    """A DINOv2 with linear attention and the linear segmentation head."""
+
+    config: AdaLADinov2Config
+    backbone_class = AdaLADinov2Backbone
 
 
-@torch.no_grad()
-def attention_map(model: nn.Module, pixel_values: torch.Tensor, layer: int, **kwargs) -> torch.Tensor:
-    """Effective attention weights of one layer: who attends to whom, as linear attention really weighs it.
-
-    Args:
-        model (`PreTrainedModel`): An AdaLA model, with or without a head.
-        pixel_values (`Tensor`): `(batch, channels, height, width)`.
-        layer (`int`): Layer index; negative numbers count from the end.
-        kwargs: Passed to the model, such as `interpolate_pos_encoding=True`.
-
-    Returns:
-        `Tensor`: `(batch, heads, tokens, tokens)`, rows sum to 1 (just below it for linear layers).
-
-    Raises:
-        IndexError: for a layer that the model does not have.
-    """
-    attentions = [module for module in model.modules() if isinstance(module, AdaLAAttentionMixin)]
-    weights = []
-
-    def keep(module, args, kwargs, output):
-        weights.append(output[1])
-
-    handle = attentions[layer].register_forward_hook(keep, with_kwargs=True)
-    try:
-        model(pixel_values, output_attentions=True, **kwargs)
-    finally:
-        handle.remove()
-    return weights[0]
+# --- DINOv2 with registers -------------------------------------------------------------------------------------------
 
 
-# Checkpoints hold the old names of each family, and the renaming is looked up by class name. Without these lines a
-# stock checkpoint loads with all its attention and MLP weights left random, and only a printed report says so.
-for _name, _stock_name in {
-    "AdaLAViTModel": "ViTModel",
-    "AdaLADinov2Model": "Dinov2Model",
-    "AdaLADinov2Backbone": "Dinov2Backbone",
-}.items():
-    register_checkpoint_conversion_mapping(_name, get_checkpoint_conversion_mapping(_stock_name), overwrite=True)
+class AdaLADinov2WithRegistersModel(AdaLAMixin, Dinov2WithRegistersModel):
+    """`Dinov2WithRegistersModel` with linear attention."""
 
-for _config, _classes in {
-    AdaLAViTConfig: {
-        AutoModel: AdaLAViTModel,
-        AutoModelForImageClassification: AdaLAViTForImageClassification,
-        AutoModelForMaskedImageModeling: AdaLAViTForMaskedImageModeling,
-    },
-    AdaLADinov2Config: {
-        AutoModel: AdaLADinov2Model,
-        AutoModelForImageClassification: AdaLADinov2ForImageClassification,
-        AutoBackbone: AdaLADinov2Backbone,
-    },
-}.items():
-    for _auto, _class in _classes.items():
-        _auto.register(_config, _class, exist_ok=True)
-        _class.register_for_auto_class(_auto)  # its checkpoints carry this code
-if is_vision_available():  # without Pillow AutoImageProcessor cannot be used
-    for _config, _processor in {AdaLAViTConfig: "ViTImageProcessor", AdaLADinov2Config: "BitImageProcessor"}.items():
-        _processors = {"pil": getattr(transformers, f"{_processor}Pil")}
-        if is_torchvision_available():  # asking for the torchvision one without it prints a warning
-            _processors["torchvision"] = getattr(transformers, _processor)
-        AutoImageProcessor.register(_config, image_processor_classes=_processors, exist_ok=True)
+    config: AdaLADinov2WithRegistersConfig
 
-__all__ = [
-    "AdaLADinov2Backbone",
-    "AdaLADinov2ForImageClassification",
-    "AdaLADinov2Model",
-    "AdaLAViTForImageClassification",
-    "AdaLAViTForMaskedImageModeling",
-    "AdaLAViTModel",
-    "attention_map",
-]
+
+class AdaLADinov2WithRegistersForImageClassification(AdaLAMixin, Dinov2WithRegistersForImageClassification):
+    """`Dinov2WithRegistersForImageClassification` with linear attention."""
+
+    config: AdaLADinov2WithRegistersConfig
+
+
+class AdaLADinov2WithRegistersBackbone(AdaLAMixin, Dinov2WithRegistersBackbone):
+    """`Dinov2WithRegistersBackbone` with linear attention."""
+
+    config: AdaLADinov2WithRegistersConfig
+
+
+class AdaLADinov2WithRegistersForSemanticSegmentation(
+    AdaLASegmentationMixin, AdaLAMixin, Dinov2WithRegistersPreTrainedModel
+):
+    """A DINOv2 with registers with linear attention and the linear segmentation head."""
+
+    config: AdaLADinov2WithRegistersConfig
+    backbone_class = AdaLADinov2WithRegistersBackbone
+
+
+# --- DINOv3 ----------------------------------------------------------------------------------------------------------
+
+
+class AdaLADINOv3ViTModel(AdaLAMixin, DINOv3ViTModel):
+    """`DINOv3ViTModel` with linear attention."""
+
+    config: AdaLADINOv3ViTConfig
+
+
+class AdaLADINOv3ViTBackbone(AdaLAMixin, DINOv3ViTBackbone):
+    """`DINOv3ViTBackbone` with linear attention."""
+
+    config: AdaLADINOv3ViTConfig
+
+
+class AdaLADINOv3ViTForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, DINOv3ViTPreTrainedModel):
+    """A DINOv3 with linear attention and the linear segmentation head."""
+
+    config: AdaLADINOv3ViTConfig
+    base_model_prefix = "dinov3_vit"  # the stock prefix is the name of a module inside
+    backbone_class = AdaLADINOv3ViTBackbone
+
+
+# --- CLIP ------------------------------------------------------------------------------------------------------------
+
+
+class AdaLACLIPVisionModel(AdaLAMixin, CLIPVisionModel):
+    """`CLIPVisionModel` with linear attention."""
+
+    config: AdaLACLIPVisionConfig
+
+
+class AdaLACLIPVisionModelWithProjection(AdaLAMixin, CLIPVisionModelWithProjection):
+    """`CLIPVisionModelWithProjection` with linear attention."""
+
+    config: AdaLACLIPVisionConfig
+
+
+class AdaLACLIPVisionBackbone(AdaLABackboneMixin, AdaLAMixin, CLIPVisionModel):
+    """Feature maps of chosen stages of a CLIP vision tower with linear attention."""
+
+    config: AdaLACLIPVisionConfig
+
+
+class AdaLACLIPVisionForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, CLIPPreTrainedModel):
+    """A CLIP vision tower with linear attention and the linear segmentation head."""
+
+    config: AdaLACLIPVisionConfig
+    backbone_class = AdaLACLIPVisionBackbone
+
+
+class AdaLACLIPModel(AdaLAMixin, CLIPModel):
+    """`CLIPModel` with linear attention in the vision tower."""
+
+    config: AdaLACLIPConfig
+
+
+class AdaLACLIPForImageClassification(AdaLAMixin, CLIPForImageClassification):
+    """`CLIPForImageClassification` with linear attention in the vision tower."""
+
+    config: AdaLACLIPConfig
+
+
+# --- SigLIP ----------------------------------------------------------------------------------------------------------
+
+
+class AdaLASiglipVisionModel(AdaLAMixin, SiglipVisionModel):
+    """`SiglipVisionModel` with linear attention."""
+
+    config: AdaLASiglipVisionConfig
+
+
+class AdaLASiglipVisionBackbone(AdaLABackboneMixin, AdaLAMixin, SiglipVisionModel):
+    """Feature maps of chosen stages of a SigLIP vision tower with linear attention."""
+
+    config: AdaLASiglipVisionConfig
+
+
+class AdaLASiglipVisionForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, SiglipPreTrainedModel):
+    """A SigLIP vision tower with linear attention and the linear segmentation head."""
+
+    config: AdaLASiglipVisionConfig
+    backbone_class = AdaLASiglipVisionBackbone
+
+
+class AdaLASiglipModel(AdaLAMixin, SiglipModel):
+    """`SiglipModel` with linear attention in the vision tower."""
+
+    config: AdaLASiglipConfig
+
+
+class AdaLASiglipForImageClassification(AdaLAMixin, SiglipForImageClassification):
+    """`SiglipForImageClassification` with linear attention in the vision tower."""
+
+    config: AdaLASiglipConfig
+
+
+# --- SigLIP 2 (NaFlex) -----------------------------------------------------------------------------------------------
+
+
+class AdaLASiglip2VisionModel(AdaLAMixin, Siglip2VisionModel):
+    """`Siglip2VisionModel` with linear attention."""
+
+    config: AdaLASiglip2VisionConfig
+
+
+class AdaLASiglip2VisionBackbone(AdaLABackboneMixin, AdaLAMixin, Siglip2VisionModel):
+    """Feature maps of chosen stages of a SigLIP 2 vision tower with linear attention."""
+
+    config: AdaLASiglip2VisionConfig
+
+
+class AdaLASiglip2VisionForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, Siglip2PreTrainedModel):
+    """A SigLIP 2 vision tower with linear attention and the linear segmentation head."""
+
+    config: AdaLASiglip2VisionConfig
+    backbone_class = AdaLASiglip2VisionBackbone
+
+
+class AdaLASiglip2Model(AdaLAMixin, Siglip2Model):
+    """`Siglip2Model` with linear attention in the vision tower."""
+
+    config: AdaLASiglip2Config
+
+
+class AdaLASiglip2ForImageClassification(AdaLAMixin, Siglip2ForImageClassification):
+    """`Siglip2ForImageClassification` with linear attention in the vision tower."""
+
+    config: AdaLASiglip2Config
+
+
+# All classes of this module, by the configuration that opens them.
+CLASSES: dict[type[Any], list[type[PreTrainedModel]]] = {config: [] for config in CONFIGS}
+for _class in list(globals().values()):
+    if isinstance(_class, type) and issubclass(_class, AdaLAMixin) and _class is not AdaLAMixin:
+        CLASSES[_class.config_class].append(_class)
+        register(_class)
+
+__all__ = ["CLASSES"]
+__all__ += [_class.__name__ for _classes in CLASSES.values() for _class in _classes]

@@ -581,9 +581,12 @@ def test_json_that_is_no_object_is_refused(text):
 def configs(monkeypatch) -> list[RecipeConfig]:
     """Catches what `run` would run."""
     caught: list[RecipeConfig] = []
-    monkeypatch.setattr(
-        "vit_adala.commands.run.run_recipe", lambda config, from_stage: caught.append(config) or Path("report.md")
-    )
+
+    def run_recipe(config, from_stage):
+        caught.append(config)
+        return Path("report.md")
+
+    monkeypatch.setattr("vit_adala.commands.run.run_recipe", run_recipe)
     return caught
 
 

@@ -1,11 +1,12 @@
 """Two processes on the CPU give the losses and the weights of one process with the same global batch.
 
-`accelerate launch --cpu --num_processes 2` starts one process only (accelerate 1.15, without mpirun), so the two
-are started by torchrun, which is what `accelerate launch` hands several processes of a machine to.
+Started by torchrun, and by `accelerate launch` where MPI is installed: without a host file for mpirun, accelerate 1.15
+starts a single process on a CPU, whatever `--num_processes` says.
 """
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ FOLDERS = {stage.name: stage.directory for stage in STAGES.values()}
 DRIVER = """
 import json, os, sys
 import torch
+from accelerate import PartialState
 from vit_adala.commands import common
 from vit_adala.cli import main
 
@@ -35,7 +37,7 @@ run_stage = common.run_stage
 
 def keep_weights(stage, *args, **kwargs):
     result = run_stage(stage, *args, **kwargs)
-    torch.save(result.model.state_dict(), os.path.join(sys.argv[2], f"{stage.name}-{os.environ['RANK']}.pt"))
+    torch.save(result.model.state_dict(), os.path.join(sys.argv[2], f"{stage.name}-{PartialState().process_index}.pt"))
     return result
 
 
@@ -85,8 +87,24 @@ def commands(teacher: str, out: Path, source: Path, batch_size: int) -> list[lis
     ]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, Path]:
+def torchrun(folder: Path) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+
+
+def accelerate(folder: Path) -> list[str]:
+    (folder / "hosts").write_text("localhost slots=2\n")
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--mixed_precision", "no"]
+    return [*launch, "--num_machines", "1", "--num_processes", "2", "--mpirun_hostfile", str(folder / "hosts")]
+
+
+no_mpi = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is missing (Debian: openmpi-bin)")
+
+
+@pytest.fixture(scope="module", params=[torchrun, pytest.param(accelerate, marks=no_mpi)])
+def runs(request, tmp_path_factory) -> tuple[Path, Path]:
     """The folders of one process and of two."""
     root = tmp_path_factory.mktemp("distributed")
     teacher, single, double = save_teacher(root / "teacher"), root / "single", root / "double"
@@ -94,14 +112,11 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
         assert main(arguments) == 0
     double.mkdir()
     (root / "driver.py").write_text(DRIVER)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     payload = json.dumps(commands(teacher, double, source=single, batch_size=4))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # in a container we are root
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [*launcher, str(root / "driver.py"), payload, str(double)]
+    command = [*request.param(root), str(root / "driver.py"), payload, str(double)]
     launched = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert launched.returncode == 0, launched.stderr
     return single, double

@@ -438,7 +438,7 @@ def test_attention_map_of_linear_and_softmax_layers(model_class):
         assert weights.shape == (2, 4, tokens, tokens)
         assert torch.equal(weights, attentions[layer])
     assert (attentions[0].amax() - 1 / tokens).abs() > 1e-3  # not uniform
-    with pytest.raises(IndexError):
+    with pytest.raises(UsageError, match="layers 0 to"):
         attention_map(model, inputs, 3)
     assert not any(module._forward_hooks_with_kwargs for module in attention_modules(model))  # nothing left behind
 
@@ -588,4 +588,5 @@ def test_exports_with_dynamic_batch(model_class):
 
 def test_nothing_is_left_on_disk_but_the_model(tmp_path: Path):
     make(AdaLAViTModel).save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    names = {path.name for path in tmp_path.iterdir() if path.suffix != ".py"}  # the code: test_hub_code.py
+    assert names == {"config.json", "model.safetensors"}

@@ -10,10 +10,12 @@ from .losses import attention_alignment_loss, feature_alignment_loss
 from .metrics import Accuracy, FeatureCosine, FeatureRelativeError, KNNAccuracy, MeanIoU
 from .recipe import run_recipe
 from .recipe_config import RecipeConfig
+from .segmentation import evaluate_segmentation
+from .segmentation_data import SegmentationData, SegmentationDataset
 from .sources import load_images
 from .supervised_config import SupervisedConfig
 from .supervised_trainer import SupervisedTrainer
-from .transforms import ImageTransform
+from .transforms import ImageTransform, SegmentationTransform
 
 __all__ = [
     "Accuracy",
@@ -30,11 +32,15 @@ __all__ = [
     "KNNAccuracy",
     "MeanIoU",
     "RecipeConfig",
+    "SegmentationData",
+    "SegmentationDataset",
+    "SegmentationTransform",
     "StreamingImageDataset",
     "SupervisedConfig",
     "SupervisedTrainer",
     "attention_alignment_loss",
     "collate_images",
+    "evaluate_segmentation",
     "feature_alignment_loss",
     "load_images",
     "run_recipe",

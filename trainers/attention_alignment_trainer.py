@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modeling_adala.configuration_adala import vision_config
 from modeling_adala.errors import UsageError
-from modeling_adala.families import any_size_kwargs, attention_modules
+from modeling_adala.families import attention_modules, forward_tower
 
 from .attention_alignment_config import AttentionAlignmentConfig
 from .base_trainer import AlignmentTrainer, freeze_all_but
@@ -49,19 +50,20 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         args: AttentionAlignmentConfig,
         **kwargs: Any,
     ):
-        if not model.config.linear_layers:
+        linear_layers = vision_config(model.config).linear_layers
+        if not linear_layers:
             raise UsageError(
                 "softmax_layers names every layer, so that none is left to align; leave some of them out."
             )
         linear = _linear_prefixes(model)
         freeze_all_but(model, lambda name: any(part in name for part in TRAINED) and name.startswith(linear))
         super().__init__(model=model, teacher_model=teacher_model, args=args, **kwargs)
-        self.layers: list[int] = model.config.linear_layers
+        self.layers: list[int] = linear_layers
         self._variances: list[Tensor] | None = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        hidden_states, targets = self.teacher_attention(inputs["pixel_values"])
-        outputs = self.run_as_forward(model, self.student_attention, hidden_states)
+        calls, targets = self.teacher_attention(inputs["pixel_values"])
+        outputs = self.run_as_forward(model, self.student_attention, calls)
         components = attention_alignment_loss(outputs, targets, self.variances())
         loss = components["loss"] / len(self.layers)
         for layer, error in zip(self.layers, components["blocks"], strict=True):
@@ -69,29 +71,32 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         return (loss, None) if return_outputs else loss
 
     @torch.no_grad()
-    def teacher_attention(self, pixel_values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Input and output `(batch, tokens, hidden_size)` of the teacher's attention, for each linear block."""
-        taps: dict[int, tuple[Tensor, Tensor]] = {}
+    def teacher_attention(self, pixel_values: Tensor) -> tuple[list[tuple[tuple, dict]], list[Tensor]]:
+        """Arguments and output `(batch, tokens, hidden_size)` of the teacher's attention, for each linear block.
+
+        The arguments are the hidden states and what a family adds to them, such as DINOv3's rotary positions.
+        """
+        taps: dict[int, tuple[tuple[tuple, dict], Tensor]] = {}
 
         def tap(layer: int):
             def hook(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
-                taps[layer] = (args[0] if args else kwargs["hidden_states"], output[0])
+                taps[layer] = ((args, kwargs), output[0])
 
             return hook
 
         modules = attention_modules(self.teacher_model)
         handles = [modules[i].register_forward_hook(tap(i), with_kwargs=True) for i in self.layers]
         try:
-            self.teacher_model.base_model(pixel_values, **any_size_kwargs(self.teacher_model, pixel_values))
+            forward_tower(self.teacher_model, pixel_values)
         finally:
             for handle in handles:
                 handle.remove()
         return [taps[i][0] for i in self.layers], [taps[i][1] for i in self.layers]
 
-    def student_attention(self, student: PreTrainedModel, hidden_states: list[Tensor]) -> list[Tensor]:
-        """Output of each linear student attention on the teacher's input of that block."""
+    def student_attention(self, student: PreTrainedModel, calls: list[tuple[tuple, dict]]) -> list[Tensor]:
+        """Output of each linear student attention on the teacher's arguments of that block."""
         modules = attention_modules(student)
-        return [modules[i](states)[0] for i, states in zip(self.layers, hidden_states, strict=True)]
+        return [modules[i](*args, **kwargs)[0] for i, (args, kwargs) in zip(self.layers, calls, strict=True)]
 
     def variances(self) -> list[Tensor]:
         """Variance of each block's teacher output over the calibration images."""
@@ -106,4 +111,4 @@ def _linear_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
     """What the parameter names of the linear attention modules start with."""
     paths = {id(module): path for path, module in model.named_modules()}
     modules = attention_modules(model)
-    return tuple(f"{paths[id(modules[layer])]}." for layer in model.config.linear_layers)
+    return tuple(f"{paths[id(modules[layer])]}." for layer in vision_config(model.config).linear_layers)

@@ -21,6 +21,7 @@ from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoi
 from transformers.utils import CONFIG_NAME
 
 from hub_cards import write_card
+from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import load_teacher
 from modeling_adala.errors import DataError, UsageError
 
@@ -259,7 +260,7 @@ class AlignmentTrainer(AdaLATrainer):
 
 def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     """Raises `UsageError` unless the student is the linear counterpart of the teacher, layer for layer."""
-    ours, theirs = student.config, teacher.config
+    ours, theirs = vision_config(student.config), vision_config(teacher.config)
     if ours.model_type != f"adala_{theirs.model_type}":
         raise UsageError(
             f"model is of type {ours.model_type!r} and teacher_model of type {theirs.model_type!r}; convert this"

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modeling_adala.families import any_size_kwargs, token_groups
+from modeling_adala.families import forward_tower, token_groups, vision_tower
+from modeling_adala.mixins import image_inputs
 
 from .base_config import has_fast_bf16
 from .data_config import DataModule
@@ -80,7 +81,9 @@ class Comparison:
         for batch in self.eval_loader:
             if "labels" not in batch:
                 return None
-            predictions.append(self._forward(model, batch["pixel_values"]).logits.argmax(-1).cpu())
+            inputs = image_inputs(vision_tower(model).config, batch["pixel_values"].to(model.device))
+            with self._autocast(model.device):
+                predictions.append(model(**inputs).logits.argmax(-1).cpu())
             labels.append(batch["labels"])
         return accuracy(torch.cat(predictions), torch.cat(labels))
 
@@ -93,11 +96,10 @@ class Comparison:
         patches = token_groups(self.teacher.config)["patches"]
         states: list[list[Tensor]] = []
         for model in (self.teacher, student.eval()):
-            outputs = self._forward(model.base_model, pixels, output_hidden_states=True)
+            with self._autocast(model.device):
+                outputs = forward_tower(model, pixels.to(model.device), output_hidden_states=True)
             states.append([state[:, patches].float().flatten(0, 1) for state in outputs.hidden_states[1:]])
         return [relative_error(ours, theirs) for theirs, ours in zip(*states, strict=True)]
 
-    def _forward(self, model: PreTrainedModel, pixels: Tensor, **kwargs: Any) -> Any:
-        pixels = pixels.to(model.device)
-        with torch.autocast(pixels.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return model(pixels, **any_size_kwargs(model, pixels), **kwargs)
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)

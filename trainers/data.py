@@ -9,7 +9,8 @@ import io
 import logging
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from contextlib import contextmanager
+from typing import Any, TypeAlias, cast
 
 import datasets
 import numpy as np
@@ -30,30 +31,34 @@ _NAMED = 3
 _EXIF_ORIENTATION = 0x0112
 
 
-class BrokenImagesError(DataError):
-    """More images are broken than `max_broken_fraction` allows."""
+class RowError(DataError):
+    """A row of the data is wrong; the message names it."""
 
     def __init__(self, message: str) -> None:
         # PyTorch rebuilds a DataLoader worker's error from its whole traceback, which ends with the message.
         super().__init__(message.strip().split(f"{type(self).__name__}: ")[-1])
 
 
-class _Unreadable(Exception):
+class BrokenImagesError(RowError):
+    """More images are broken than `max_broken_fraction` allows."""
+
+
+class Unreadable(Exception):
     """One image does not decode; the message says why."""
 
 
-def _open_image(value: Any, draft_size: Callable[[tuple[int, int]], tuple[int, int] | None] | None) -> Image.Image:
+def open_image(value: Any, draft_size: Callable[[tuple[int, int]], tuple[int, int] | None] | None) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     encoded = encoded_bytes(value)
     if encoded == b"":
-        raise _Unreadable("the file is empty")
+        raise Unreadable("the file is empty")
     if encoded is None:
         path = value.get("path") if isinstance(value, dict) else value
         if not isinstance(path, str):
-            raise _Unreadable("the row has no image")
+            raise Unreadable("the row has no image")
         if "://" not in path:
-            raise _Unreadable("the file does not exist")
+            raise Unreadable("the file does not exist")
         return datasets.Image().decode_example({"bytes": None, "path": path})
     image: Image.Image = Image.open(io.BytesIO(encoded))
     if draft_size is not None and (size := draft_size(image.size)) is not None:
@@ -67,8 +72,8 @@ def _open_image(value: Any, draft_size: Callable[[tuple[int, int]], tuple[int, i
 def _why_unreadable(value: Any) -> str | None:
     """Why an image does not decode; None if it does, so that a transform's own error is not blamed on the file."""
     try:
-        _open_image(value, None).convert("RGB")
-    except _Unreadable as error:
+        open_image(value, None).convert("RGB")
+    except Unreadable as error:
         return str(error)
     except UnidentifiedImageError:
         return "Pillow does not know its format"
@@ -77,7 +82,19 @@ def _why_unreadable(value: Any) -> str | None:
     return None
 
 
-class _ImageReader:
+@contextmanager
+def blaming(value: Any) -> Iterator[None]:
+    """Raises `Unreadable` for what fails inside if the image does not decode; any other error is not the image's."""
+    try:
+        yield
+    except Exception as error:
+        reason = _why_unreadable(value)
+        if reason is None:
+            raise
+        raise Unreadable(reason) from error
+
+
+class ImageReader:
     """What map-style and streamed images share: a row to an example, and a count of the rows that are broken."""
 
     def __init__(
@@ -98,9 +115,10 @@ class _ImageReader:
         for argument, column in wanted.items():
             if column not in columns:
                 raise UsageError(f"{argument}={column!r} does not exist: use one of {', '.join(columns)}")
+        dataset = dataset.with_format(None)
         if label_column is not None:
-            check_labels(dataset, label_column)
-        self.dataset = undecoded(dataset.with_format(None), image_column).select_columns(list(wanted.values()))
+            dataset = self._with_labels(dataset, label_column)
+        self.dataset = undecoded(dataset, image_column).select_columns(list(wanted.values()))
         self.transform, self.image_column, self.label_column = transform, image_column, label_column
         self.seed, self.max_broken_fraction = seed, max_broken_fraction
         # Shared memory, or persistent DataLoader workers would stay in their first epoch.
@@ -115,24 +133,28 @@ class _ImageReader:
         """Sets the epoch, also in running DataLoader workers: every epoch has its own crops."""
         self._epoch.fill_(epoch)
 
+    def _with_labels(self, dataset: HFDataset, column: str) -> HFDataset:
+        check_labels(dataset, column)
+        return dataset
+
+    def _rng(self, key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self.epoch, key])
+
     def _example(self, row: dict[str, Any], key: int, name: str) -> dict[str, Any]:
-        """Makes an example of a row. Raises `_Unreadable` for a broken image; any other error is not the image's."""
-        value = row[self.image_column]
-        rng = np.random.default_rng([self.seed, self.epoch, key])
-        try:
-            image = _open_image(value, getattr(self.transform, "draft_size", None))
+        """Makes an example of a row. Raises `Unreadable` for a broken image."""
+        value, rng = row[self.image_column], self._rng(key)
+        with blaming(value):
+            image = open_image(value, getattr(self.transform, "draft_size", None))
             example: dict[str, Any] = {"pixel_values": self.transform(image, rng)}
-        except Exception as error:
-            reason = _why_unreadable(value)
-            if reason is None:
-                raise
-            raise _Unreadable(reason) from error
         if self.label_column is not None:
-            label = row[self.label_column]
-            if label is None:
-                raise DataError(f"label_column={self.label_column!r} is empty in {name}: remove the row or label it")
-            example["labels"] = int(label)
+            example["labels"] = int(self._label(row, name))
         return example
+
+    def _label(self, row: dict[str, Any], name: str) -> Any:
+        label = row[cast(str, self.label_column)]
+        if label is None:
+            raise RowError(f"label_column={self.label_column!r} is empty in {name}: remove the row or label it")
+        return label
 
     def _name(self, row: dict[str, Any], place: str) -> str:
         value = row[self.image_column]
@@ -149,7 +171,7 @@ class _ImageReader:
         )
 
 
-class ImageDataset(_ImageReader, torch.utils.data.Dataset):
+class ImageDataset(ImageReader, torch.utils.data.Dataset):
     """Map-style data set of examples `{"pixel_values": float (C, H, W)}`, plus `"labels": int` with a label column.
 
     The augmentation of row i is drawn from (seed, epoch, i) alone: it does not depend on the workers, the processes,
@@ -198,7 +220,7 @@ class ImageDataset(_ImageReader, torch.utils.data.Dataset):
             name = self._name(row, f"row {row_index}")
             try:
                 return self._example(row, first, name)
-            except _Unreadable as error:
+            except Unreadable as error:
                 self._add_broken(row_index, name, str(error))
         raise self._too_many(size, size, self._first_broken())
 
@@ -227,7 +249,7 @@ class ImageDataset(_ImageReader, torch.utils.data.Dataset):
             raise self._too_many(count, len(self), self._first_broken())
 
 
-class StreamingImageDataset(_ImageReader, torch.utils.data.IterableDataset):
+class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
     """Stream of the examples that `ImageDataset` gives, over a `datasets.IterableDataset`.
 
     DataLoader workers share the stream by its shards, each image going to one of them; workers beyond the number of
@@ -279,7 +301,7 @@ class StreamingImageDataset(_ImageReader, torch.utils.data.IterableDataset):
             key = self._load_bytes(row)
             try:
                 example = self._example(row, key, name)
-            except _Unreadable as error:
+            except Unreadable as error:
                 counts[1] += 1
                 names.append(name)
                 logger.warning("skipped %s: %s", name, error)
@@ -311,9 +333,14 @@ class StreamingImageDataset(_ImageReader, torch.utils.data.IterableDataset):
         return zlib.crc32(encoded)
 
 
-def collate_images(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Makes a batch: `pixel_values` (B, C, H, W) and, where the examples have them, int64 `labels` (B,)."""
-    batch = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
+def collate_images(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Makes a batch: `pixel_values` (B, C, H, W) and, where the examples have them, int64 `labels`.
+
+    Labels are (B,) class numbers, or (B, height, width) masks; masks that differ in size remain a list.
+    """
+    batch: dict[str, Any] = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
     if "labels" in examples[0]:
-        batch["labels"] = torch.tensor([example["labels"] for example in examples], dtype=torch.int64)
+        labels = [torch.as_tensor(example["labels"], dtype=torch.int64) for example in examples]
+        same_size = len({label.shape for label in labels}) == 1
+        batch["labels"] = torch.stack(labels) if same_size else labels
     return batch

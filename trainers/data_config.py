@@ -8,11 +8,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PretrainedConfig
 
+from modeling_adala.configuration_adala import vision_config
 from modeling_adala.errors import UsageError
+from modeling_adala.families import native_size
 
 from .data import ImageDataset, StreamingImageDataset, collate_images
-from .sources import class_names, has_class_numbers, load_images
-from .transforms import ImageTransform, check_image_size
+from .sources import HFDataset, class_names, has_class_numbers, load_images
+from .transforms import ImageTransform, check_image_size, parse_size
 
 
 @dataclass
@@ -27,7 +29,8 @@ class DataConfig:
         image_column (`str`, *optional*, defaults to `"image"`)
         label_column (`str`, *optional*, defaults to `"label"`): Used where it exists; stage 3 requires it.
         streaming (`bool`, *optional*, defaults to `False`): Read while training.
-        image_size (`int`, *optional*): Side in pixels, a multiple of the patch. Default: the teacher's.
+        image_size (`int` or `str`, *optional*): Side in pixels, a multiple of the patch, or `"336x448"` for height x
+            width. Default: the teacher's.
         crop_scale (`float`, *optional*, defaults to 0.5): Smallest share of the image that a training crop covers.
         horizontal_flip (`float`, *optional*, defaults to 0.5): Probability of a flip in training.
     """
@@ -40,13 +43,19 @@ class DataConfig:
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels, where there are any."})
     streaming: bool = field(default=False, metadata={"help": "Read the training images while training."})
-    image_size: int | None = field(default=None, metadata={"help": "Side in pixels. Default: the teacher's."})
+    # in this order: HfArgumentParser reads the second type of a union as that of the option
+    image_size: int | str | None = field(
+        default=None, metadata={"help": "Side in pixels, or HEIGHTxWIDTH. Default: the teacher's."}
+    )
     crop_scale: float = field(default=0.5, metadata={"help": "Smallest share of the image in a training crop."})
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
 
     def __post_init__(self):
         if self.dataset is None:
             raise UsageError("dataset is missing; pass a Hub id, a folder, a parquet file, or 'mnist-digits'.")
+        if self.image_size is not None:
+            size = parse_size("image_size", self.image_size)
+            self.image_size = size if isinstance(size, int) else self.image_size
         if not 0 < self.crop_scale <= 1:
             raise UsageError(f"crop_scale={self.crop_scale} must be above 0 and at most 1.")
         if not 0 <= self.horizontal_flip <= 1:
@@ -81,8 +90,8 @@ class DataModule:
         image_processor: Any | None = None,
         require_labels: bool = False,
     ):
-        self.config = config
-        size = model_config.image_size if config.image_size is None else config.image_size
+        self.config, model_config = config, vision_config(model_config)
+        size = native_size(model_config) if config.image_size is None else parse_size("image_size", config.image_size)
         self.image_size = check_image_size(size, model_config.patch_size)
         self.columns: dict[str, Any] = {"image_column": config.image_column, "label_column": config.label_column}
         self.raw_train = load_images(
@@ -93,16 +102,7 @@ class DataModule:
             **self.columns,
         )
         self.raw_eval = self._load_eval(require_labels)
-        channels = model_config.num_channels
-        self.train_transform = ImageTransform.from_processor(
-            image_processor,
-            self.image_size,
-            channels,
-            train=True,
-            crop_scale=(config.crop_scale, 1.0),
-            horizontal_flip=config.horizontal_flip,
-        )
-        self.eval_transform = ImageTransform.from_processor(image_processor, self.image_size, channels, train=False)
+        self.train_transform, self.eval_transform = self._transforms(image_processor, model_config.num_channels)
 
     @property
     def labels(self) -> list[str] | None:
@@ -117,8 +117,7 @@ class DataModule:
         return 0 if self.raw_eval is None else len(self.raw_eval)
 
     def train_dataset(self, seed: int) -> ImageDataset | StreamingImageDataset:
-        kind = ImageDataset if isinstance(self.raw_train, datasets.Dataset) else StreamingImageDataset
-        return kind(self.raw_train, self.train_transform, seed=seed, **self._columns_of(self.raw_train))
+        return self._dataset(self.raw_train, self.train_transform, seed=seed)
 
     def eval_dataset(self, limit: int | None = None) -> Dataset | None:
         """Evaluation images, or `limit` of them, spread over the split; `None` where there is no split for it."""
@@ -135,8 +134,23 @@ class DataModule:
             return None
         return DataLoader(dataset, batch_size=batch_size, collate_fn=collate_images)
 
+    def _transforms(self, image_processor: Any | None, channels: int) -> tuple[Any, Any]:
+        train = ImageTransform.from_processor(
+            image_processor,
+            self.image_size,
+            channels,
+            train=True,
+            crop_scale=(self.config.crop_scale, 1.0),
+            horizontal_flip=self.config.horizontal_flip,
+        )
+        return train, ImageTransform.from_processor(image_processor, self.image_size, channels, train=False)
+
+    def _dataset(self, raw: HFDataset, transform: Any, **kwargs: Any) -> Any:
+        kind = ImageDataset if isinstance(raw, datasets.Dataset) else StreamingImageDataset
+        return kind(raw, transform, **self._columns_of(raw), **kwargs)
+
     def _without_augmentation(self, raw: datasets.Dataset, limit: int | None) -> Dataset:
-        dataset = ImageDataset(raw, self.eval_transform, **self._columns_of(raw))
+        dataset = self._dataset(raw, self.eval_transform)
         if limit is None or limit >= len(dataset):
             return dataset
         # many datasets are sorted by class

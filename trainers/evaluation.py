@@ -256,7 +256,7 @@ class _BankBuilder:
         self.labels: list[Tensor] = []
 
     def add(self, features: Tensor, groups: dict[str, slice], labels: Tensor | None) -> None:
-        self.cls.append(features[:, groups["cls"]].mean(dim=1).float().cpu())
+        self.cls.append(features[:, groups.get("cls", groups["patches"])].mean(dim=1).float().cpu())
         self.patch_mean.append(features[:, groups["patches"]].mean(dim=1).float().cpu())
         if isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
             self.labels.append(labels.cpu().long())

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modeling_adala.configuration_adala import vision_config
 from modeling_adala.errors import UsageError
-from modeling_adala.families import any_size_kwargs, token_groups
+from modeling_adala.families import final_features, forward_tower, token_groups, vision_tower
 
 from .base_trainer import AlignmentTrainer, freeze_all_but
 from .feature_alignment_config import FeatureAlignmentConfig
 from .losses import feature_alignment_loss, teacher_variance
 
 # they have no part in the final features; left trainable, DDP would wait for gradients that never come
-UNUSED = (".pooler.", "pooler.", "mask_token")
+UNUSED = ("pooler.", "head.", "embeddings.mask_token")
 
 
 class FeatureAlignmentTrainer(AlignmentTrainer):
@@ -41,7 +42,7 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
         peft_config: Any | None = None,
         **kwargs: Any,
     ):
-        layers = model.config.num_hidden_layers
+        layers = vision_config(model.config).num_hidden_layers
         if args.hidden_states is None:
             args.hidden_states = sorted({max(layers * quarter // 4 - 1, 0) for quarter in (1, 2, 3)})
         wrong = [layer for layer in args.hidden_states if not -layers <= layer < layers]
@@ -54,7 +55,7 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
 
             wrapped = get_peft_model(model, peft_config)
         else:
-            trained = {id(p) for n, p in model.base_model.named_parameters() if not any(u in n for u in UNUSED)}
+            trained = {id(p) for n, p in vision_tower(model).named_parameters() if not n.startswith(UNUSED)}
             names = {name for name, parameter in model.named_parameters() if id(parameter) in trained}
             freeze_all_but(model, names.__contains__)
             wrapped = model
@@ -86,9 +87,11 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
     def features(self, model: PreTrainedModel, pixel_values: Tensor) -> list[Tensor]:
         """Final features, then the outputs of the chosen blocks, each `(batch, tokens, hidden_size)`."""
         model = model.get_base_model() if hasattr(model, "get_base_model") else model  # past PEFT's wrapper
-        kwargs = any_size_kwargs(model, pixel_values)
-        outputs = model.base_model(pixel_values, output_hidden_states=bool(self.layers), **kwargs)
-        return [outputs.last_hidden_state, *(outputs.hidden_states[layer + 1] for layer in self.layers)]
+        tower = vision_tower(model)
+        if hasattr(tower, "rope_embeddings"):  # in training mode DINOv3 moves its positions, the teacher's stay
+            tower.rope_embeddings.eval()
+        outputs = forward_tower(model, pixel_values, output_hidden_states=bool(self.layers))
+        return [final_features(tower, outputs), *(outputs.hidden_states[layer + 1] for layer in self.layers)]
 
     @torch.no_grad()
     def variances(self) -> list[dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 
 from hub_cards import write_card
 from hub_cards.records import find_license, read_manifest
+from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import convert, load_teacher, load_teacher_config, student_config
 from modeling_adala.errors import UsageError
 
@@ -93,7 +94,7 @@ class _Run:
     def _evaluate_before_training(self) -> PreTrainedModel:
         set_seed(self.config.seed)
         student, parity = convert(copy.deepcopy(self.teacher).cpu(), **self.config.feature_options)
-        student.config.teacher_name_or_path = self.config.teacher
+        vision_config(student.config).teacher_name_or_path = self.config.teacher
         if parity is not None and "parity" not in self.manifest:
             self._record(parity=parity.differences)
         if self.main and "teacher" not in self._evaluated():

@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hub_cards.card import code, plain
+from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import convert
-from modeling_adala.families import forward_features, token_groups
+from modeling_adala.families import forward_features, patch_size, token_groups
+from modeling_adala.mixins import patch_grid
 
 from .callbacks import read_metrics
 from .checkpoints import whole_file
@@ -148,7 +150,7 @@ def draw_features(path: Path, comparison: Comparison, students: dict[str, PreTra
     }
     mean, basis = _principal_components(features["teacher"].flatten(0, 1))
     low, high = _limits((features["teacher"].flatten(0, 1) - mean) @ basis)
-    grid = _grid(comparison.teacher, pixels)
+    grid = patch_grid(vision_config(comparison.teacher.config), pixels)
     figure, axes = plt.subplots(len(pixels), len(models) + 1, figsize=(1.7 * (len(models) + 1), 1.8 * len(pixels)))
     for row, image in enumerate(pixels.cpu()):
         axes[row, 0].imshow(_displayable(image), cmap="gray")
@@ -172,8 +174,8 @@ def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: fl
         `dict`: `machine`, `batch_size`, `autocast`, `teacher_attention`, and one of `rows` per size.
     """
     teacher, student = teacher.eval(), student.eval()
-    config, rows, start = teacher.config, [], time.perf_counter()
-    patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+    config, rows, start = vision_config(teacher.config), [], time.perf_counter()
+    patch = patch_size(config)[0]
     sides = (8, 16, 32, 48, 64, 96, 128)
     for side, following in zip(sides, (*sides[1:], 0), strict=True):
         pixels = torch.randn(1, config.num_channels, side * patch, side * patch, device=teacher.device)
@@ -303,12 +305,6 @@ def _principal_components(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _limits(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.quantile(0.02, dim=0), values.quantile(0.98, dim=0)
-
-
-def _grid(model: PreTrainedModel, pixels: Tensor) -> tuple[int, int]:
-    patch = model.config.patch_size
-    patch = (patch, patch) if isinstance(patch, int) else patch
-    return pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1]
 
 
 def _displayable(image: Tensor) -> np.ndarray:

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from modeling_adala.errors import UsageError
+
 from .base_config import AdaLATrainingArguments
+from .transforms import check_image_size, parse_size
 
 
 @dataclass
@@ -10,13 +13,48 @@ class SupervisedConfig(AdaLATrainingArguments):
     r"""Settings of `SupervisedTrainer`, on top of `AdaLATrainingArguments`.
 
     Args:
-        learning_rate (`float`, *optional*, defaults to 1e-4): Peak of the schedule.
+        learning_rate (`float`, *optional*, defaults to 3e-5): Peak of the schedule for what is pretrained.
+        head_learning_rate (`float`, *optional*, defaults to 1e-3): The same for the head, which starts at random.
         max_steps (`int`, *optional*, defaults to 500): Optimizer steps.
         weight_decay (`float`, *optional*, defaults to 0.05): As usual for fine-tuned ViTs.
         freeze_backbone (`bool`, *optional*, defaults to `False`): Train the head alone, a linear probe.
+        window (`int` or `str`, *optional*): For segmentation: side, or `"224x448"`, of the windows that slide over an
+            image at evaluation. Default: whole images.
+        stride (`int` or `str`, *optional*): Pixels from one window to the next. Default: half a window.
+
+    Raises:
+        UsageError: for a stride that is 0, larger than the window, or without one.
     """
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate of the backbone."})
+    head_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the head."})
     max_steps: int = field(default=500, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
     freeze_backbone: bool = field(default=False, metadata={"help": "Train the head alone."})
+    window: int | str | None = field(
+        default=None,
+        metadata={"help": "Segmentation: side or HEIGHTxWIDTH of evaluation windows. Default: whole images."},
+    )
+    stride: int | str | None = field(
+        default=None, metadata={"help": "Segmentation: pixels from window to window. Default: half a window."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _ = self.windows
+
+    @property
+    def windows(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """Size and stride of the windows, both (height, width); `None` for whole images."""
+        if self.window is None:
+            if self.stride is not None:
+                raise UsageError(f"stride={self.stride!r} needs a window: pass window too")
+            return None
+        height, width = check_image_size(parse_size("window", self.window), 1)
+        if self.stride is None:
+            return (height, width), (max(1, height // 2), max(1, width // 2))
+        size = parse_size("stride", self.stride)
+        down, right = (size, size) if isinstance(size, int) else size
+        if not (1 <= down <= height and 1 <= right <= width):
+            raise UsageError(f"stride={self.stride!r} must be 1 to the window's {height}x{width}, to leave no gap")
+        return (height, width), (down, right)

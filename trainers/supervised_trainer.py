@@ -3,20 +3,29 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
+
+from modeling_adala.families import FAMILIES, image_inputs, vision_tower
 
 from .base_trainer import AdaLATrainer, freeze_all_but
 from .metric_functions import compute_accuracy
+from .segmentation import SegmentationMetrics, is_segmenter, score_masks, segment
 from .supervised_config import SupervisedConfig
 
 
 class SupervisedTrainer(AdaLATrainer):
-    """Fine-tunes an image classifier, linear or softmax, and reports its accuracy at evaluation.
+    """Fine-tunes a model, linear or softmax, for image classification or semantic segmentation.
+
+    Evaluation reports accuracy, or mean IoU, IoU by class and pixel accuracy: over the whole split, at the resolution
+    of each mask, on whole images or on windows.
 
     Args:
-        model (`PreTrainedModel`): A model for image classification, AdaLA or stock.
+        model (`PreTrainedModel`): A model for image classification or semantic segmentation, AdaLA or stock.
         args (`SupervisedConfig`): Settings.
-        compute_metrics (`Callable`, *optional*): As for `Trainer`. Default: accuracy.
+        compute_metrics (`Callable`, *optional*): As for `Trainer`. Default: as above. For segmentation, it gets the
+            confusion matrices of a batch `(batch, num_labels, num_labels)` as predictions, and `compute_result`.
         kwargs: As for `Trainer`; items hold `pixel_values` and `labels`.
     """
 
@@ -30,11 +39,48 @@ class SupervisedTrainer(AdaLATrainer):
         compute_metrics: Callable | None = None,
         **kwargs: Any,
     ):
+        self.head: set[nn.Parameter] = set()
         if isinstance(model, PreTrainedModel):
-            backbone = {id(parameter) for parameter in model.base_model.parameters()}
-            names = {name for name, parameter in model.named_parameters() if id(parameter) not in backbone}
+            self.head = set(model.parameters()) - set(vision_tower(model).parameters())
+            names = {name for name, parameter in model.named_parameters() if parameter in self.head}
             # the class token's mask twin never sees a gradient in classification
             freeze_all_but(
                 model, lambda name: "mask_token" not in name and (name in names or not args.freeze_backbone)
             )
+        self.segments = is_segmenter(model)
+        if self.segments:
+            args.batch_eval_metrics = True
+            labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
+            compute_metrics = compute_metrics or SegmentationMetrics(labels)
         super().__init__(model=model, args=args, compute_metrics=compute_metrics or compute_accuracy, **kwargs)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As in `Trainer`, with a learning rate of its own for the head: a new head on a pretrained backbone needs one
+        that would wreck the backbone (docs/experiments.md)."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        for group in list(optimizer.param_groups):
+            head = [parameter for parameter in group["params"] if parameter in self.head]
+            if head:
+                group["params"] = [parameter for parameter in group["params"] if parameter not in self.head]
+                optimizer.add_param_group(group | {"params": head, "lr": self.args.head_learning_rate})
+        return optimizer
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        family = getattr(self.model.config, "model_type", "").removeprefix("adala_")
+        if family in FAMILIES and not self.segments:  # segmentation models take any size by themselves
+            inputs = inputs | image_inputs(vision_tower(self.model).config, inputs["pixel_values"])
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if not self.segments:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        # a confusion matrix per image: unlike scores and masks, of one size, small, and right to gather and to add up
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = segment(model, inputs["pixel_values"], self.args.windows)
+        losses, confusions = score_masks(logits, inputs["labels"])
+        if prediction_loss_only:
+            return losses.mean(), None, None
+        return losses.mean(), confusions, confusions.sum(dim=-1)

@@ -5,7 +5,7 @@ Torchvision is not needed: the crop and the resize are one call to Pillow, which
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -57,6 +57,18 @@ def check_image_size(image_size: int | tuple[int, int], patch_size: int | tuple[
     return size
 
 
+def parse_size(name: str, value: Any) -> int | tuple[int, int]:
+    """A size as written on the command line or in YAML: `224`, `"224"`, or `"336x448"` for height x width.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    sides = str(value).lower().split("x")
+    if not all(side.isdecimal() for side in sides) or len(sides) > 2:
+        raise UsageError(f"{name}={value!r} is no size: pass an integer such as 224, or HEIGHTxWIDTH such as 336x448")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
 def _channels(name: str, values: float | Sequence[float], num_channels: int) -> np.ndarray:
     array = np.atleast_1d(np.asarray(values, dtype=np.float64))
     if array.shape not in ((1,), (num_channels,)):
@@ -74,30 +86,8 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
-class ImageTransform:
-    """PIL image of any mode and size -> float32 tensor of shape (C, H, W).
-
-    For evaluation (`train=False`), the largest centered crop of the output's aspect ratio is resized to `image_size`:
-    the same as resizing the shortest edge and cropping the center. For training, a random crop (torchvision's
-    `RandomResizedCrop`) is resized and flipped at random. Pixels are then multiplied by `rescale_factor` and
-    normalized by channel. Alpha is dropped, as the image processors of Transformers do; 16-bit grayscale is scaled to
-    8 bits.
-
-    Args:
-        image_size: output side or (height, width) in pixels.
-        image_mean: one value, or one per channel, subtracted after rescaling.
-        image_std: one value, or one per channel, divided by after that.
-        rescale_factor: factor for pixels of 0..255.
-        num_channels: 3 for RGB or 1 for grayscale.
-        resample: Pillow's number of a filter; 3 is bicubic.
-        train: whether to augment.
-        crop_scale: range of the crop's share of the image's area.
-        crop_ratio: range of the crop's width / height.
-        horizontal_flip: probability of a flip.
-
-    Raises:
-        UsageError: an argument is out of its range.
-    """
+class _Transform:
+    """What transforms of images, with or without masks, share: how a box of the image becomes a normalized tensor."""
 
     def __init__(
         self,
@@ -143,7 +133,7 @@ class ImageTransform:
         num_channels: int = 3,
         train: bool = False,
         **overrides: Any,
-    ) -> "ImageTransform":
+    ) -> Self:
         """Builds the transform that normalizes as an image processor of Transformers does.
 
         Args:
@@ -171,6 +161,75 @@ class ImageTransform:
                 options["resample"] = int(image_processor.resample)
         return cls(image_size, **{**options, "num_channels": num_channels, "train": train, **overrides})
 
+    def _check_rng(self, rng: np.random.Generator | None) -> np.random.Generator:
+        if rng is None:
+            raise UsageError("rng=None with train=True: pass numpy.random.default_rng(seed), or use train=False")
+        return rng
+
+    def _cut(self, image: Image.Image, box: tuple[float, float, float, float], flip: bool) -> torch.Tensor:
+        mode = _MODES[self.num_channels]
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = _to_8_bit(image)
+        elif image.mode not in ("L", mode):
+            # Palettes cannot be interpolated, and the other modes only coincide with this order.
+            image = image.convert(mode)
+        height, width = self.image_size
+        gap = _REDUCING_GAP if self.train else None
+        image = image.resize((width, height), self.resample, box=box, reducing_gap=gap)
+        if image.mode != mode:
+            image = image.convert(mode)
+        pixels = np.asarray(image).reshape(height, width, self.num_channels)
+        if flip:
+            pixels = pixels[:, ::-1]
+        output = np.empty((self.num_channels, height, width), dtype=np.float32)
+        np.multiply(pixels.transpose(2, 0, 1), self._factor, out=output)
+        output -= self._offset
+        return torch.from_numpy(output)
+
+    def _random_box(
+        self, size: tuple[int, int], rng: np.random.Generator, aspect: float = 1.0
+    ) -> tuple[int, int, int, int]:
+        width, height = size
+        low, high = (aspect * ratio for ratio in self.crop_ratio)
+        for _ in range(_TRIES):
+            area = width * height * rng.uniform(self.crop_scale[0], self.crop_scale[1])
+            ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                left = int(rng.integers(0, width - crop_width + 1))
+                top = int(rng.integers(0, height - crop_height + 1))
+                return left, top, left + crop_width, top + crop_height
+        crop_width = min(width, max(1, round(height * high)))
+        crop_height = min(height, max(1, round(width / low)))
+        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+        return left, top, left + crop_width, top + crop_height
+
+
+class ImageTransform(_Transform):
+    """PIL image of any mode and size -> float32 tensor of shape (C, H, W).
+
+    For evaluation (`train=False`), the largest centered crop of the output's aspect ratio is resized to `image_size`:
+    the same as resizing the shortest edge and cropping the center. For training, a random crop (torchvision's
+    `RandomResizedCrop`) is resized and flipped at random. Pixels are then multiplied by `rescale_factor` and
+    normalized by channel. Alpha is dropped, as the image processors of Transformers do; 16-bit grayscale is scaled to
+    8 bits.
+
+    Args:
+        image_size: output side or (height, width) in pixels.
+        image_mean: one value, or one per channel, subtracted after rescaling.
+        image_std: one value, or one per channel, divided by after that.
+        rescale_factor: factor for pixels of 0..255.
+        num_channels: 3 for RGB or 1 for grayscale.
+        resample: Pillow's number of a filter; 3 is bicubic.
+        train: whether to augment.
+        crop_scale: range of the crop's share of the image's area.
+        crop_ratio: range of the crop's width / height.
+        horizontal_flip: probability of a flip.
+
+    Raises:
+        UsageError: an argument is out of its range.
+    """
+
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
         """Transforms one image.
 
@@ -185,28 +244,10 @@ class ImageTransform:
             UsageError: `rng` is missing in training.
         """
         if not self.train:
-            rng = None
-        elif rng is None:
-            raise UsageError("rng=None with train=True: pass numpy.random.default_rng(seed), or use train=False")
-        mode = _MODES[self.num_channels]
-        if image.mode == "F" or image.mode.startswith("I"):
-            image = _to_8_bit(image)
-        elif image.mode not in ("L", mode):
-            # Palettes cannot be interpolated, and the other modes only coincide with this order.
-            image = image.convert(mode)
-        box = self._center_box(image.size) if rng is None else self._random_box(image.size, rng)
-        height, width = self.image_size
-        gap = _REDUCING_GAP if self.train else None
-        image = image.resize((width, height), self.resample, box=box, reducing_gap=gap)
-        if image.mode != mode:
-            image = image.convert(mode)
-        pixels = np.asarray(image).reshape(height, width, self.num_channels)
-        if rng is not None and rng.random() < self.horizontal_flip:
-            pixels = pixels[:, ::-1]
-        output = np.empty((self.num_channels, height, width), dtype=np.float32)
-        np.multiply(pixels.transpose(2, 0, 1), self._factor, out=output)
-        output -= self._offset
-        return torch.from_numpy(output)
+            return self._cut(image, self._center_box(image.size), flip=False)
+        rng = self._check_rng(rng)
+        box = self._random_box(image.size, rng)
+        return self._cut(image, box, flip=rng.random() < self.horizontal_flip)
 
     def draft_size(self, size: tuple[int, int]) -> tuple[int, int] | None:
         """Smallest (width, height) at which a JPEG of `size` may be decoded without blurring any crop.
@@ -233,18 +274,40 @@ class ImageTransform:
         left, top = (width - crop_width) / 2, (height - crop_height) / 2
         return left, top, min(width, left + crop_width), min(height, top + crop_height)
 
-    def _random_box(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
-        width, height = size
-        low, high = self.crop_ratio
-        for _ in range(_TRIES):
-            area = width * height * rng.uniform(self.crop_scale[0], self.crop_scale[1])
-            ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
-            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < crop_width <= width and 0 < crop_height <= height:
-                left = int(rng.integers(0, width - crop_width + 1))
-                top = int(rng.integers(0, height - crop_height + 1))
-                return left, top, left + crop_width, top + crop_height
-        crop_width = min(width, max(1, round(height * high)))
-        crop_height = min(height, max(1, round(width / low)))
-        left, top = (width - crop_width) // 2, (height - crop_height) // 2
-        return left, top, left + crop_width, top + crop_height
+
+class SegmentationTransform(_Transform):
+    """PIL image and its mask -> float32 tensor (C, H, W) and int64 labels, cut and flipped alike.
+
+    For training, a random crop is resized to `image_size` (the mask by nearest neighbor) and flipped at random. For
+    evaluation, the whole image is resized to `image_size`, and the mask stays as it is: what counts is the prediction
+    at the mask's own resolution.
+
+    Args: those of `ImageTransform`, but `crop_ratio` is relative to the image's own width / height, so that a crop is
+    on average distorted just as the whole image is at evaluation.
+    """
+
+    def __call__(
+        self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transforms one image and its mask.
+
+        Args:
+            image: of any mode and size.
+            mask: integers (height, width) of the image.
+            rng: source of the crop and the flip; needed for training, ignored for evaluation.
+
+        Returns:
+            Float32 pixels (C, H, W), and int64 labels: (H, W) for training, (height, width) for evaluation.
+
+        Raises:
+            UsageError: `rng` is missing in training.
+        """
+        if not self.train:
+            return self._cut(image, (0, 0, *image.size), flip=False), torch.from_numpy(mask.astype(np.int64))
+        rng = self._check_rng(rng)
+        box = self._random_box(image.size, rng, aspect=image.width / image.height)
+        flip = rng.random() < self.horizontal_flip
+        height, width = self.image_size
+        cut = Image.fromarray(mask.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST, box=box)
+        labels: np.ndarray = np.asarray(cut)[:, ::-1] if flip else np.asarray(cut)
+        return self._cut(image, box, flip), torch.from_numpy(labels.astype(np.int64))

@@ -10,10 +10,12 @@ COMMANDS = {
     "run": "all stages from a recipe or from flags, resumable, with a report",
     "align": "stage 1, attention alignment: a softmax teacher gives an aligned student",
     "distill": "stage 2, feature alignment: an aligned (or freshly converted) student learns the teacher's features",
-    "finetune": "stage 3, labels: train a classifier on a linear or a softmax checkpoint",
+    "finetune": "stage 3, labels: train a classifier or a segmenter on a linear or a softmax checkpoint",
     "evaluate": "teacher beside student: k-NN, linear probe, cosine and error of the features",
     "doctor": "one line per check of this machine and of a model: PASS, WARN or FAIL, and the remedy",
     "push": "a checkpoint folder onto the Hub in one commit, with its card and the code that opens it",
+    "inspect": "what a model is, what linear attention replaces in it, and what that saves; no weights needed",
+    "features": "pictures: patch features and attention maps, student beside teacher",
 }
 
 
@@ -91,8 +93,12 @@ def _quiet_libraries() -> None:
     import warnings
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("trainers").setLevel(logging.INFO)
-    logging.getLogger("modeling_adala").setLevel(logging.INFO)
+    from accelerate.utils import get_int_from_env
+
+    # torchrun, and the flavors of MPI; the other processes would say the same once more
+    rank = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0)
+    for package in ("trainers", "modeling_adala"):
+        logging.getLogger(package).setLevel(logging.ERROR if rank else logging.INFO)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     from transformers.utils import logging as transformers_logging
 

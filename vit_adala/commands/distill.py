@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from transformers import set_seed
+import torch
+from transformers import PreTrainedModel, set_seed
 
 from modeling_adala.conversion import convert, load_teacher_config
 from modeling_adala.errors import UsageError
+from modeling_adala.families import transformer_blocks
 from trainers.data_config import DataConfig, check_counts
 from trainers.feature_alignment_config import FeatureAlignmentConfig
 from trainers.stages import check_stage_directory, load_student
@@ -23,8 +24,7 @@ class DistillArguments(TeacherArguments):
     )
     lora_r: int | None = field(default=None, metadata={"help": "Train LoRA adapters of this rank, merged at the end."})
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
-        metadata={"help": "Modules that get adapters."},
+        default_factory=list, metadata={"help": "Modules that get adapters. Default: all of attention and MLP."}
     )
 
 
@@ -47,16 +47,24 @@ def main(arguments: Sequence[str]) -> None:
     student = load_student(model_args.model) if model_args.model is not None else convert(model_args.teacher)[0]
     peft_config = None
     if model_args.lora_r is not None:
-        _check_lora(model_args, student)
         from peft import LoraConfig
 
-        peft_config = LoraConfig(r=model_args.lora_r, target_modules=model_args.lora_target_modules)
+        targets = _lora_targets(student, model_args.lora_target_modules)
+        peft_config = LoraConfig(r=model_args.lora_r, target_modules=targets)
     options = {"teacher_model": model_args.teacher, "peft_config": peft_config}
     run_and_report("feature-alignment", student, args, data, processor, **options)
 
 
-def _check_lora(args: DistillArguments, student: Any) -> None:
-    modules = {name.rsplit(".", 1)[-1] for name, module in student.named_modules() if hasattr(module, "in_features")}
-    unknown = [name for name in args.lora_target_modules if name.rsplit(".", 1)[-1] not in modules]
-    if unknown and args.lora_target_modules != DistillArguments("").lora_target_modules:
-        raise UsageError(f"lora_target_modules={unknown}: no such modules; choose from {', '.join(sorted(modules))}.")
+def _lora_targets(student: PreTrainedModel, chosen: list[str]) -> list[str]:
+    """Full names of the linear modules in the blocks of the vision tower, or of those with a chosen last name."""
+    in_blocks = {id(module) for block in transformer_blocks(student) for module in block.modules()}
+    names = [
+        name
+        for name, module in student.named_modules()
+        if id(module) in in_blocks and isinstance(module, torch.nn.Linear)
+    ]
+    known = sorted({name.rsplit(".", 1)[-1] for name in names})
+    unknown = sorted(set(chosen) - set(known))
+    if unknown:
+        raise UsageError(f"lora_target_modules={unknown}: no such modules; choose from {', '.join(known)}.")
+    return [name for name in names if not chosen or name.rsplit(".", 1)[-1] in chosen]

@@ -2,15 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+from rich.console import Console
+from rich.table import Table
 from transformers import set_seed
 
 from modeling_adala.conversion import load_config
 from modeling_adala.errors import UsageError
 from modeling_adala.families import get_family
+from trainers.callbacks import append_metrics
 from trainers.comparison import Comparison
 from trainers.data_config import DataConfig
-from trainers.stages import check_stage_directory, load_classifier
+from trainers.recipe import load_image_processor
+from trainers.segmentation import evaluate_segmentation
+from trainers.segmentation_data import SegmentationData, read_labels
+from trainers.stages import StageResult, check_stage_directory, load_classifier, load_segmenter
 from trainers.supervised_config import SupervisedConfig
 
 from ..arguments import CommandParser
@@ -20,20 +28,30 @@ from .common import load_data, run_and_report
 @dataclass
 class FinetuneArguments:
     model: str = field(metadata={"help": "Linear checkpoint (folder of stage 2) or a softmax one as the baseline."})
-    task: str = field(default="image-classification", metadata={"help": "image-classification."})
+    task: str = field(
+        default="image-classification", metadata={"help": "image-classification or semantic-segmentation."}
+    )
+    labels: str | None = field(
+        default=None,
+        metadata={"help": "Segmentation: class names, a,b,c or a JSON file. Default: the data's, or else numbers."},
+    )
+    reduce_labels: bool = field(
+        default=False, metadata={"help": "Segmentation: mask value 0 is no class, 1 the first (ADE20K)."}
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
     """`vit-adala finetune --model O/2-feature-alignment --dataset D --output-dir O`"""
     parser = CommandParser(
         "finetune",
-        "Stage 3: trains a classifier; give it the softmax teacher to get the baseline under the same command.",
+        "Stage 3: trains a classifier or a segmenter; give it the softmax teacher to get the baseline under the same"
+        " command.",
         (FinetuneArguments, DataConfig, SupervisedConfig),
         "vit-adala finetune --model out/2-feature-alignment --dataset uoft-cs/cifar10 --output-dir out/3-supervised",
     )
     model_args, data_args, args = parser.parse(arguments)
-    if model_args.task != "image-classification":
-        raise UsageError(f"task={model_args.task!r} is not supported; choose image-classification.")
+    if model_args.task not in TASKS:
+        raise UsageError(f"task={model_args.task!r} is not supported; choose from {', '.join(TASKS)}.")
     config = load_config(model_args.model)
     get_family(config.model_type)
     if config.model_type.startswith("adala_"):
@@ -41,9 +59,60 @@ def main(arguments: Sequence[str]) -> None:
             model_args.model, ("feature-alignment", "supervised", "attention-alignment", "converted"), "stage 3"
         )
     set_seed(args.seed)
+    TASKS[model_args.task](model_args, data_args, args)
+
+
+def _classify(model_args: FinetuneArguments, data_args: DataConfig, args: SupervisedConfig) -> None:
+    for name, value in {**vars(model_args), "window": args.window, "stride": args.stride}.items():
+        if name in ("labels", "reduce_labels", "window", "stride") and value:
+            raise UsageError(f"{name}={value!r} is for --task semantic-segmentation; leave it out.")
     data, processor = load_data(data_args, model_args.model, require_labels=True)
     model = load_classifier(model_args.model, data.labels or [])
     result = run_and_report("supervised", model, args, data, processor, eval_dataset=data.eval_dataset())
     if data.raw_eval is not None:
         metrics = Comparison(model, data, probe=False).classifier_accuracy(result.model.to(model.device))
         print(f"accuracy {metrics:.4f} on {len(data.raw_eval):,} images")
+
+
+def _segment(model_args: FinetuneArguments, data_args: DataConfig, args: SupervisedConfig) -> None:
+    processor, windows = load_image_processor(model_args.model), args.windows
+    data = SegmentationData(
+        data_args,
+        load_config(model_args.model),
+        processor,
+        labels=None if model_args.labels is None else read_labels(model_args.labels),
+        reduce_labels=model_args.reduce_labels,
+        window=None if windows is None else windows[0],
+    )
+    model = load_segmenter(model_args.model, data.labels)
+    dataset: Any = data.eval_dataset()
+    result: StageResult = run_and_report("supervised", model, args, data, processor, eval_dataset=dataset)
+    if dataset is None:
+        return
+    metrics = evaluate_segmentation(
+        result.model,
+        data.loader(dataset, args.per_device_eval_batch_size) or [],
+        windows=windows,
+        autocast_dtype=torch.bfloat16 if args.bf16 else None,
+        disable_progress=args.disable_tqdm or None,
+    )
+    if args.process_index == 0:
+        line: dict[str, Any] = {"stage": "supervised", "step": result.resumed_from_step + result.steps}
+        line |= {f"eval_{name}": value for name, value in metrics.items()}
+        append_metrics(result.directory.parent / "metrics.jsonl", line)
+        _print_table(metrics, data.labels)
+        print(f"mean IoU {metrics['mean_iou']:.4f} on {dataset.summary()}")
+
+
+def _print_table(metrics: dict[str, float], labels: list[str]) -> None:
+    table = Table("", "IoU")
+    for label in labels:
+        value = metrics.get(f"iou_{label}")
+        table.add_row(label, "" if value is None else f"{value:.4f}")
+    table.add_section()
+    for name in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
+        table.add_row(name.replace("_", " ").replace("iou", "IoU"), f"{metrics[name]:.4f}")
+    Console().print(table)
+
+
+TASKS = {"image-classification": _classify, "semantic-segmentation": _segment}

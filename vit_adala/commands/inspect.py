@@ -1,0 +1,189 @@
+"""`vit-adala inspect`: what a model is, what linear attention would replace in it, and what that saves."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PretrainedConfig
+
+from modeling_adala.configuration_adala import vision_config
+from modeling_adala.conversion import load_config
+from modeling_adala.families import native_size, patch_size, token_groups
+from modeling_adala.flops import (
+    ATTENTIONS,
+    break_even,
+    count_tokens,
+    has_attention_pooling,
+    head_dim,
+    image_cost,
+    linear_config,
+    nearest_size,
+    num_features,
+)
+from trainers.transforms import parse_size
+
+from ..arguments import CommandParser, print_json
+
+SIZES = ("224", "512", "1024", "2048")
+CONVENTION = (
+    "1 multiply-add = 2 FLOPs; matrix products and convolutions only, as torch.utils.flop_counter counts. Attention is"
+    " what lies between the q, k, v projections and the output projection. Memory is what training keeps for the"
+    " backward pass (batch 1, float32, no checkpointing); weights and optimizer come on top."
+)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`vit-adala inspect MODEL [--image-size S ...] [--json]`"""
+    parser = CommandParser(
+        "inspect",
+        "What a model is, what linear attention replaces in it, and what that saves. Reads the configuration alone.",
+        (),
+        "vit-adala inspect facebook/dinov2-large --image-size 518 1036x1554",
+    )
+    parser.usage = "vit-adala inspect MODEL [options]"
+    parser.add_argument("model", help="folder, config.json, or Hub id in the cache; softmax or linear")
+    parser.add_argument(
+        "--image-size",
+        "--image_size",
+        nargs="+",
+        help=f"sides in pixels, or HEIGHTxWIDTH. Default: the model's own, {', '.join(SIZES)}",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else on stdout")
+    args = parser.parse_args(["--help"] if "--help-all" in arguments else list(arguments))
+    config = load_config(args.model)
+    facts = describe(config) | {"model": args.model}
+    facts["sizes"] = [compare(config, size) for size in _sizes(config, args.image_size)]
+    if args.json:
+        print_json(facts)
+    else:
+        _show(facts)
+
+
+def describe(config: PretrainedConfig) -> dict[str, Any]:
+    """What a stock or an AdaLA model is and what of it is, or would become, linear.
+
+    Raises:
+        UsageError: for a model that is not supported.
+    """
+    linear = linear_config(config)
+    groups, met = token_groups(config), break_even(config)
+    text = getattr(config, "text_config", None)
+    softmax = [f"attention of layer {layer} (softmax_layers)" for layer in linear.softmax_layers]
+    if has_attention_pooling(linear):
+        softmax.append("attention pooling after the last layer (one query, so linear in the tokens already)")
+    if text is not None:
+        softmax.append(f"text tower ({text.num_hidden_layers} layers)")
+    return {
+        "model_type": config.model_type,
+        "is_linear": config.model_type.startswith("adala_"),
+        "num_hidden_layers": linear.num_hidden_layers,
+        "hidden_size": linear.hidden_size,
+        "num_attention_heads": linear.num_attention_heads,
+        "head_dim": head_dim(linear),
+        "patch_size": patch_size(config),
+        "tokens_before_patches": {
+            name: group.stop - group.start for name, group in groups.items() if group.stop is not None
+        },
+        "native_size": native_size(config),
+        "feature_map": linear.feature_map,
+        "features_per_head": num_features(linear),
+        "linear_layers": linear.linear_layers,
+        "stays_softmax": softmax,
+        "break_even": None if met is None else dataclasses.asdict(met),
+    }
+
+
+def compare(config: PretrainedConfig, requested: tuple[int, int]) -> dict[str, Any]:
+    """Softmax beside linear at the valid size nearest to `requested`, `(height, width)` in pixels."""
+    size = nearest_size(config, requested)
+    costs = {name: dataclasses.asdict(image_cost(config, size, name)) for name in ATTENTIONS}
+    return {"requested": requested, "image_size": size, "tokens": count_tokens(config, size), **costs}
+
+
+def _sizes(config: PretrainedConfig, given: Sequence[str] | None) -> list[tuple[int, int]]:
+    parsed = [parse_size("image_size", size) for size in given or SIZES]
+    sizes = [(size, size) if isinstance(size, int) else size for size in parsed]
+    return sizes if given else sorted({native_size(config), *sizes})
+
+
+def _show(facts: dict[str, Any]) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    extra = [f"{count} {name}" for name, count in facts["tokens_before_patches"].items()]
+    console.print(f"[bold]{facts['model']}[/]: {facts['model_type']}, {'linear' if facts['is_linear'] else 'softmax'}")
+    lines = {
+        "layers": f"{facts['num_hidden_layers']}, hidden size {facts['hidden_size']}",
+        "heads": f"{facts['num_attention_heads']} of {facts['head_dim']}",
+        "tokens": " + ".join([f"patches of {_pixels(facts['patch_size'])}", *extra]),
+        "made for": _pixels(facts["native_size"]),
+        "linear" if facts["is_linear"] else "would be linear": _swapped(facts),
+        "stays softmax": "; ".join(facts["stays_softmax"]) or "nothing",
+    }
+    for name, text in lines.items():
+        console.print(f"  [dim]{name:<16}[/]{text}")
+    console.print()
+    _print_tables(facts["sizes"])
+    met = facts["break_even"]
+    if met is not None:
+        console.print(
+            f"\nbreak-even in FLOPs: {met['tokens']:,} tokens ({_pixels((met['image_size'],) * 2)}). In time it comes"
+            " later: below about a thousand tokens expect no gain."
+        )
+    rounded = [size for size in facts["sizes"] if size["requested"] != size["image_size"]]
+    if rounded:
+        changes = ", ".join(f"{_pixels(size['requested'])} -> {_pixels(size['image_size'])}" for size in rounded)
+        console.print(f"rounded to whole patches of {_pixels(facts['patch_size'])}: {changes}")
+    console.print(f"[dim]{CONVENTION}[/]")
+
+
+def _swapped(facts: dict[str, Any]) -> str:
+    layers = facts["linear_layers"]
+    if not layers:
+        return "nothing"
+    all_of_them = len(layers) == facts["num_hidden_layers"]
+    which = f"all {len(layers)} layers" if all_of_them else f"layers {', '.join(map(str, layers))}"
+    return f"attention of {which} ({facts['feature_map']}, {facts['features_per_head']} features per head)"
+
+
+def _print_tables(sizes: list[dict[str, Any]]) -> None:
+    # one below the other: side by side they would not fit a terminal
+    console = Console()
+    console = Console(width=max(console.width, 100))
+    for title, kind, columns, unit in (
+        ("FLOPs", "flops", ("sdpa", "linear"), ""),
+        ("activation memory", "memory", ATTENTIONS, "B"),
+    ):
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for heading in ("image", "tokens"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for part in ("attention", "model"):
+            for name in columns:
+                label = "softmax" if kind == "flops" and name == "sdpa" else name
+                table.add_column(f"{part}\n{label}", justify="right", no_wrap=True)
+            if kind == "flops":
+                table.add_column("ratio\n", justify="right", no_wrap=True)
+        for size in sizes:
+            row = [_pixels(size["image_size"]), f"{size['tokens']:,}"]
+            for key in (f"attention_{kind}", kind):
+                values = [size[name][key] for name in columns]
+                row += [_human(value, unit) for value in values]
+                row += [f"{values[0] / values[1]:.2f}"] if kind == "flops" else []
+            table.add_row(*row)
+        console.print(table)
+
+
+def _human(value: float, unit: str) -> str:
+    """Three digits and an SI prefix."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < 999.5:
+            break
+        value /= 1000
+    else:
+        prefix = "P"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{digits}f} {prefix}{unit}".strip()
+
+
+def _pixels(size: Sequence[int]) -> str:
+    return f"{size[0]}x{size[1]}"
