@@ -204,7 +204,9 @@ def load_segmenter(name_or_path: str, labels: list[str]) -> PreTrainedModel:
             config.num_hidden_layers,
         )
         kwargs["softmax_layers"] = list(range(config.num_hidden_layers))
-    return segmenter.from_pretrained(name_or_path, dtype=torch.float32, ignore_mismatched_sizes=True, **kwargs)
+    return segmenter.from_pretrained(
+        name_or_path, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True, **kwargs
+    )
 
 
 def _label_names(config: PretrainedConfig, labels: list[str]) -> dict[str, Any]:
