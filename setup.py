@@ -18,6 +18,7 @@ REQUIRED = [
     "datasets>=5.2",
     "evaluate>=0.4.6",
     "huggingface_hub>=2.4",
+    "jinja2>=3.1",
     "matplotlib>=3.9",
     "peft>=0.21",
     "pillow>=11",
@@ -65,7 +66,7 @@ setup(
     package_data={
         "vit_adala": ["recipes/*.yaml"],
         "trainers": ["*.yaml", "*.jinja"],
-        "hub_cards": ["*.jinja", "*.md", "templates/*"],
+        "hub_cards": ["templates/*.jinja"],
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .errors import UsageError
+from .hub_code import warn_if_newer
 from .linear_attention import FEATURE_MAPS, build_feature_map
 
 DEFAULT_FEATURE_MAP = "hedgehog"
@@ -50,6 +51,7 @@ class AdaLAConfigMixin:
         teacher_revision (`str`, *optional*): Its commit, where it came from the Hub.
         adala_stage (`str`, *optional*): The training stage that this checkpoint has behind it: `converted`,
             `attention-alignment`, `feature-alignment` or `supervised`.
+        adala_version (`str`, *optional*): Version of vit-adala that saved the checkpoint.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255): Label that a segmentation loss leaves out.
 
     Raises:
@@ -62,10 +64,12 @@ class AdaLAConfigMixin:
     teacher_name_or_path: str | None = None
     teacher_revision: str | None = None
     adala_stage: str | None = None
+    adala_version: str | None = None
     semantic_loss_ignore_index: int = 255
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        warn_if_newer(self.adala_version)
         self._validate_linear_attention()
 
     # Linear is what a model built from this configuration does unless somebody asks for softmax, be it ours or a stock

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from .checkpoint_safety import check_checkpoint
 from .configuration_adala import from_stock_dict, vision_config
 from .errors import AdaLAError, DataError, UsageError
 from .families import (
@@ -66,13 +67,14 @@ def load_teacher(teacher: str | os.PathLike | PreTrainedModel, head: str | None 
     Raises:
         UsageError: for an unsupported family, or a student given as a teacher.
         DataError: where neither a local folder nor the Hub has it.
+        CheckpointError: for a local folder that `check_checkpoint` refuses.
     """
     teacher = os.fspath(teacher) if isinstance(teacher, os.PathLike) else teacher
     if isinstance(teacher, str):
         config = load_config(teacher, **{key: kwargs[key] for key in ("revision",) if key in kwargs})
         _check_is_stock(config, teacher)
         kwargs.setdefault("dtype", torch.float32)
-        teacher = _stock_class(config, head).from_pretrained(teacher, **kwargs)
+        teacher = _stock_class(config, head).from_pretrained(teacher, use_safetensors=True, **kwargs)
     else:
         _check_is_stock(teacher.config, type(teacher).__name__)
         if vision_tower(teacher).config._attn_implementation == "adala":
@@ -83,11 +85,14 @@ def load_teacher(teacher: str | os.PathLike | PreTrainedModel, head: str | None 
 
 
 def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
-    """`AutoConfig.from_pretrained` with one-line errors.
+    """`AutoConfig.from_pretrained` with one-line errors. A local folder is checked first, its weights included.
 
     Raises:
         DataError: if nothing is there, or the Hub cannot be reached.
+        CheckpointError: for a local folder that `check_checkpoint` refuses.
     """
+    if os.path.isfile(os.path.join(name_or_path, "config.json")):
+        check_checkpoint(name_or_path)
     try:
         return AutoConfig.from_pretrained(name_or_path, **kwargs)
     except UsageError:

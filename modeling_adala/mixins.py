@@ -13,8 +13,9 @@ from transformers.backbone_utils import BackboneMixin, filter_output_hidden_stat
 from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutput
 from transformers.utils import can_return_tuple
 
-from .configuration_adala import AdaLAConfigMixin
+from .configuration_adala import AdaLAConfigMixin, vision_config
 from .errors import UsageError
+from .hub_code import ADALA_VERSION, auto_map
 from .linear_attention import FeatureMap, build_feature_map
 
 LAST_LAYER_NORMS = ("layernorm", "norm", "post_layernorm")
@@ -27,7 +28,8 @@ ANY_SIZE = {"dinov2", "dinov2_with_registers", "dinov3_vit"}
 
 
 class AdaLAMixin:
-    """What all AdaLA models share: feature maps in the attention modules, neutral at first; in-memory names on disk.
+    """What all AdaLA models share: feature maps in the attention modules, neutral at first; saved with in-memory names
+    and with their code, so that `trust_remote_code` opens them where this package is not installed.
 
     Stands in front of the stock class. The attention modules of a text tower have a configuration of their own, which
     is no AdaLA configuration, and stay as they are.
@@ -62,6 +64,10 @@ class AdaLAMixin:
         # With the teacher family's old names on disk (the default), `Trainer` resumes and `load_best_model_at_end`
         # silently leave most tensors as they were: transformers issues 43701 and 40187, open in 5.23.
         kwargs.setdefault("save_original_format", False)
+        if self.is_remote_code():
+            # Transformers copies the code beside the weights, but would name no class other than this one.
+            self.config.auto_map = auto_map(self.config_class)
+        vision_config(self.config).adala_version = ADALA_VERSION
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     AutoModelForZeroShotImageClassification,
     DINOv3ViTConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.conversion_mapping import (
@@ -20,7 +21,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import WeightRenaming
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torchvision_available, is_vision_available
 
 AUTO_CLASSES = {
     "Model": AutoModel,
@@ -53,9 +54,15 @@ def register(model_class: type[PreTrainedModel]) -> None:
     config_class, head = model_class.config_class, head_of(model_class)
     if head in AUTO_CLASSES:
         AUTO_CLASSES[head].register(config_class, model_class, exist_ok=True)
+        model_class.register_for_auto_class(AUTO_CLASSES[head])  # its checkpoints carry this code
     if head == "Model" and "text_config" in config_class.sub_configs:
         AutoModelForZeroShotImageClassification.register(config_class, model_class, exist_ok=True)
     _register_names_on_disk(model_class)
+    if is_vision_available():  # without Pillow there is no image processor
+        _register_image_processor(config_class)
+
+
+def _register_image_processor(config_class: type[PretrainedConfig]) -> None:
     family = config_class.__name__.removeprefix("AdaLA")
     processor = IMAGE_PROCESSORS[next(name for name in IMAGE_PROCESSORS if family.startswith(name))]
     processors = {"pil": getattr(transformers, f"{processor}Pil")}

@@ -37,6 +37,8 @@ from trainers.stages import STAGES
 from vit_adala.arguments import parse_settings, read_json_dict
 from vit_adala.cli import COMMANDS, main
 
+# these train or evaluate on images; the others have tests of their own
+ON_DATA = [command for command in COMMANDS if command not in ("doctor", "push")]
 FOLDERS = [stage.directory for stage in STAGES.values()]
 ALIGNED, DISTILLED, FINETUNED = FOLDERS
 TRAINING = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 8, "bf16": "false", "use_cpu": "true"}
@@ -213,11 +215,11 @@ REFUSED = {
     # the data
     **{
         f"no data to {command}": (command, {"dataset": None}, 2, ("dataset is missing", "mnist-digits"))
-        for command in COMMANDS
+        for command in ON_DATA
     },
     **{
         f"unknown data to {command}": (command, {"dataset": "nobody/nothing"}, 1, ("'nobody/nothing'", "network"))
-        for command in COMMANDS
+        for command in ON_DATA
     },
     "folder that is not there": ("align", {"dataset": "./no/such"}, 1, ("'./no/such'", "check the path")),
     "folder without images": ("align", {"dataset": "@nothing"}, 1, ("nothing'", "give a folder of images")),
@@ -228,7 +230,7 @@ REFUSED = {
             2,
             ("image_column='img'", "image, label"),
         )
-        for command in COMMANDS
+        for command in ON_DATA
     },
     "no such label column": ("finetune", {"label_column": "cls"}, 2, ("label_column='cls'", "image, label")),
     "no such label column of a run": (
@@ -251,7 +253,7 @@ REFUSED = {
     "empty split of a run": ("run", {"train-split": "train[:0]"}, 1, ("'train[:0]'", "choose another")),
     **{
         f"image size beside the patch to {command}": (command, {"image_size": 30}, 2, ("image_size=30", "28 or 35"))
-        for command in COMMANDS
+        for command in ON_DATA
     },
     "crop of nothing": ("align", {"crop_scale": 0}, 2, ("crop_scale=0.0", "above 0")),
     "no images to evaluate on": ("evaluate", {"eval-images": 0}, 2, ("eval_images=0", "1 or more")),
@@ -291,7 +293,7 @@ REFUSED = {
     "fraction of a step": ("run", {"set": "supervised.max_steps=2.5"}, 2, ("supervised.max_steps=2.5", "an integer")),
     **{
         f"word for an image size to {command}": (command, {"image_size": "abc"}, 2, ("image", "size", "'abc'", "int"))
-        for command in COMMANDS
+        for command in ON_DATA
     },
     "word for a crop of a run": ("run", {"crop-scale": "abc"}, 2, ("crop_scale='abc'", "a number")),
     "word for a seed of a run": ("run", {"seed": "abc"}, 2, ("seed='abc'", "an integer")),
@@ -341,7 +343,7 @@ def test_modules_that_lora_does_not_find_are_refused(refused, places, out):
 
 
 def test_option_without_its_value_is_refused(refused, places, out):
-    for command in COMMANDS:
+    for command in ON_DATA:
         refused(2, [*arguments(command, out, places), "--image-size"], ("--image-size", "expected one argument"))
 
 
@@ -439,7 +441,7 @@ def options_of(text: str) -> list[str]:
     return [name.removeprefix("--") for name in found]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ON_DATA)
 @pytest.mark.parametrize("flag", ["--help", "--help-all"])
 def test_help_fits_and_spells_every_option_one_way(capsys, command, flag):
     text = helped(capsys, command, flag)
@@ -476,7 +478,7 @@ def test_help_of_commands_without_a_trainer_has_nothing_of_it(capsys, command):
 
 
 @pytest.mark.parametrize("spelling", ["--image-size", "--image_size"])
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ON_DATA)
 def test_hyphens_and_underscores_are_the_same(refused, places, out, command, spelling):
     refused(2, [*arguments(command, out, places), spelling, "29"], ("image_size=29", "28 or 35"))
 

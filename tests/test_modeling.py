@@ -588,4 +588,5 @@ def test_exports_with_dynamic_batch(model_class):
 
 def test_nothing_is_left_on_disk_but_the_model(tmp_path: Path):
     make(AdaLAViTModel).save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    names = {path.name for path in tmp_path.iterdir() if path.suffix != ".py"}  # the code: test_hub_code.py
+    assert names == {"config.json", "model.safetensors"}

@@ -17,14 +17,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints
+from transformers.utils import CONFIG_NAME
 
+from hub_cards import write_card
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import load_teacher
 from modeling_adala.errors import DataError, UsageError
 
 from .checkpoints import complete_checkpoints, writing
 from .data import collate_images
+from .facts import record_stage
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +120,8 @@ class AdaLATrainer(Trainer):
         shutil.rmtree(os.path.join(run_dir, name), ignore_errors=True)
         os.replace(os.path.join(staging, name), os.path.join(run_dir, name))
         os.rmdir(staging)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(os.path.join(run_dir, name))
         rotate_checkpoints(
             output_dir=run_dir,
             save_total_limit=self.args.save_total_limit,
@@ -133,6 +138,43 @@ class AdaLATrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             del self.model.save_pretrained
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the card of an AdaLA model into `output_dir`, from the facts of this training.
+
+        Args:
+            language, license, tags (*optional*): Stated in the card's metadata; tags on top of its own.
+            kwargs: As for `Trainer.create_model_card`, which takes them for any other model, stock or with adapters.
+                Here the record says what they would.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not is_student(model):
+            return super().create_model_card(language=language, license=license, tags=tags, **kwargs)
+        if not self.is_world_process_zero():
+            return None
+        if not os.path.isfile(os.path.join(self.args.output_dir, CONFIG_NAME)):  # nothing was saved there yet
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(self.args.output_dir)
+        record_stage(self.args.output_dir, self, model, self.stage)
+        tags = [tags] if isinstance(tags, str) else tags
+        write_card(self.args.output_dir, self.hub_model_id, language=language, license=license, tags=tags)
+        return None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Called while the checkpoint has its final name only: the stock upload runs on in the background, reads all of
+        # output_dir, and would take the half-written folder with it. Stock also pushes no card before the end.
+        if self._staging_dir is not None or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self.is_world_process_zero() and is_student(self.accelerator.unwrap_model(self.model)):
+            shutil.copy(os.path.join(checkpoint_folder, CONFIG_NAME), self.args.output_dir)
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     _staging_dir: str | None = None
 
@@ -230,6 +272,11 @@ def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
                 f"model and teacher_model differ in {name} ({getattr(ours, name)} and {getattr(theirs, name)}); pass"
                 " the teacher that the student was converted from."
             )
+
+
+def is_student(model: nn.Module) -> bool:
+    """Whether this is one of our models, without adapters around it."""
+    return isinstance(model, PreTrainedModel) and model.config.model_type.startswith("adala_")
 
 
 def freeze_all_but(model: nn.Module, trainable: Callable[[str], bool]) -> list[str]:

@@ -9,6 +9,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from hub_cards.records import read_metrics
+
 from .checkpoints import whole_file
 
 
@@ -58,18 +60,6 @@ class MetricsFileCallback(TrainerCallback):
         return line.get("stage") == self.stage and (line.get("step", step + 1) > step or "train_runtime" in line)
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The whole lines of a `metrics.jsonl`; none if there is no such file."""
-    lines = []
-    if Path(path).is_file():
-        for line in Path(path).read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:  # the line that was being written when the process was killed
-                continue
-    return lines
-
-
 def append_metrics(path: str | Path, values: dict[str, Any]) -> None:
     """Adds one line, apart from what a kill may have left of the line before."""
     with Path(path).open("a+b") as file:
@@ -78,3 +68,6 @@ def append_metrics(path: str | Path, values: dict[str, Any]) -> None:
             file.seek(-1, os.SEEK_END)
             torn = file.read(1) != b"\n"
         file.write(b"\n" * torn + json.dumps(values).encode() + b"\n")
+
+
+__all__ = ["CompactProgressCallback", "MetricsFileCallback", "append_metrics", "read_metrics"]

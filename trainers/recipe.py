@@ -4,20 +4,17 @@ import copy
 import hashlib
 import json
 import logging
-import os
-import platform
 import shutil
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate import PartialState
 from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 
-from modeling_adala import __version__
+from hub_cards import write_card
+from hub_cards.records import find_license, read_manifest
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import convert, load_teacher, load_teacher_config, student_config
 from modeling_adala.errors import UsageError
@@ -27,6 +24,7 @@ from .callbacks import append_metrics, read_metrics
 from .checkpoints import whole_file
 from .comparison import Comparison
 from .data_config import DataModule
+from .facts import data_facts, describe_machine, software_versions
 from .recipe_config import RecipeConfig
 from .report import write_report
 from .sources import fingerprint
@@ -82,13 +80,15 @@ class _Run:
                 student = load_student(str(directory))
                 if self.main:
                     remove_checkpoints(directory)  # a kill may have come between the two
-                self._finish(stage, None, student)
+                self._finish(stage, student)
                 continue
             student = self._run_stage(stage, student).model
         if self.config.control:
             self._run_control()
         if self.main:
-            return write_report(self.out, self.comparison, self.config)
+            write_report(self.out, self.comparison, self.config)
+            for stage in self.stages:
+                write_card(self.out / stage.directory)  # with speed and pictures
         return self.out / "report.md"
 
     def _evaluate_before_training(self) -> PreTrainedModel:
@@ -116,24 +116,19 @@ class _Run:
             kwargs["eval_dataset"] = self.data.eval_dataset(self.config.eval_images)
         else:
             kwargs["teacher_model"] = self.teacher
-        result = run_stage(stage, student, args, metrics_file=self.out / "metrics.jsonl", **kwargs)
-        self._finish(stage, result, result.model, summary=dataset.summary())
+        metrics = self.out / "metrics.jsonl"
+        result = run_stage(stage, student, args, metrics_file=metrics, facts=data_facts(self.data), **kwargs)
+        self._finish(stage, result.model)
         return result
 
-    def _finish(self, stage: Stage, result: StageResult | None, student: PreTrainedModel, summary: str = "") -> None:
+    def _finish(self, stage: Stage, student: PreTrainedModel) -> None:
         """Records a stage, also one whose process was killed between its checkpoint and this line."""
-        facts = self.manifest["stages"].get(stage.name, {})
-        if result is not None:
-            facts = {
-                "seconds": round(result.seconds, 1),
-                "steps": result.steps,
-                "resumed_from_step": result.resumed_from_step,
-                "images": summary,
-                "settings": _changed_settings(self.config, stage),
-            }
+        facts = read_manifest(self.out / stage.directory)["stages"][stage.name]
         self._record(stages={**self.manifest["stages"], stage.name: facts})
         if self.main and stage.name not in self._evaluated():
             self._evaluate(stage.name, student)
+        if self.main:
+            write_card(self.out / stage.directory)  # with its figures, which a stage alone does not have
         PartialState().wait_for_everyone()
 
     def _run_control(self) -> None:
@@ -159,6 +154,7 @@ class _Run:
             metrics_file=self.out / "metrics-control.jsonl",
             teacher_model=self.teacher,
             train_dataset=self.data.train_dataset(self.config.seed),
+            facts=data_facts(self.data),
         )
         self._record(control={"seconds": round(result.seconds, 1), "steps": result.steps})
         if self.main:
@@ -239,10 +235,12 @@ class _Run:
             "teacher": self.config.teacher,
             "teacher_revision": getattr(self.teacher.config, "_commit_hash", None),
             "teacher_sha256": _hash_weights(self.teacher),
-            "dataset": str(self.config.dataset),
+            "teacher_license": find_license(
+                self.config.teacher, getattr(self.teacher.config, "_commit_hash", None), download=True
+            ),
+            **data_facts(self.data),
             "data_fingerprint": fingerprint(self.data.raw_train),
-            "versions": {"vit-adala": __version__, "python": platform.python_version()}
-            | {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
+            "versions": software_versions(),
             "machine": describe_machine(),
             "bf16": has_fast_bf16(),
             "stages": {},
@@ -268,27 +266,9 @@ def load_image_processor(name_or_path: str) -> Any | None:
         return None
 
 
-def describe_machine() -> str:
-    """Device and cores in a few words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores"
-
-
 def _hash_weights(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _changed_settings(config: RecipeConfig, stage: Stage) -> dict[str, Any]:
-    args = config.stage_arguments(stage)
-    names = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "weight_decay", "bf16")
-    return {name: getattr(args, name) for name in names} | getattr(config, stage.name.replace("-", "_"))

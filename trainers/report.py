@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from hub_cards.card import code, plain
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import convert
 from modeling_adala.families import forward_features, patch_size
@@ -20,6 +21,7 @@ from modeling_adala.families import forward_features, patch_size
 from .callbacks import read_metrics
 from .checkpoints import whole_file
 from .comparison import Comparison
+from .facts import describe_machine
 from .features import ColorBasis, draw_colors, patch_features
 from .recipe_config import RecipeConfig
 from .stages import STAGES, load_student
@@ -74,10 +76,13 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
     if comparison.eval_loader is not None:
         draw_features(out / "features.png", comparison, students)
         pictures["features.png"] = "Patch features as PCA colors, one basis (the teacher's) for all"
-    speed = measure_speed(comparison.teacher, students["last"])
-    draw_speed(out / "speed.png", speed)
-    pictures["speed.png"] = f"Forward pass over resolution, batch 1, on {manifest['machine']}"
-    whole_file(out / "report.md", _render(table, manifest, pictures, speed, config))
+    if not (out / "speed.json").is_file():  # the stages to come change the weights, not what they cost
+        measured = measure_speed(comparison.teacher, students["last"])
+        whole_file(out / "speed.json", json.dumps(measured, indent=2) + "\n")
+    speed = json.loads((out / "speed.json").read_text())
+    draw_speed(out / "speed.png", speed["rows"])
+    pictures["speed.png"] = f"Forward pass over resolution, batch 1, on {speed['machine']}"
+    whole_file(out / "report.md", _render(table, manifest, pictures, speed["rows"], config))
     _print(table)
     return out / "report.md"
 
@@ -145,8 +150,14 @@ def draw_features(path: Path, comparison: Comparison, students: dict[str, PreTra
 
 
 @torch.no_grad()
-def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: float = 20.0) -> list[dict[str, float]]:
-    """Seconds per image of teacher (SDPA) and student over growing sizes, batch 1, within a time budget."""
+def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: float = 20.0) -> dict[str, Any]:
+    """Seconds per image of teacher (SDPA) and student over growing sizes, batch 1, within a time budget.
+
+    On a GPU also `teacher_bytes` and `student_bytes`: the peak of memory above what was in use before.
+
+    Returns:
+        `dict`: `machine`, `batch_size`, `autocast`, `teacher_attention`, and one of `rows` per size.
+    """
     teacher, student = teacher.eval(), student.eval()
     config, rows, start = vision_config(teacher.config), [], time.perf_counter()
     patch = patch_size(config)[0]
@@ -154,22 +165,31 @@ def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: fl
     for side, following in zip(sides, (*sides[1:], 0), strict=True):
         pixels = torch.randn(1, config.num_channels, side * patch, side * patch, device=teacher.device)
         times: dict[str, list[float]] = {"teacher": [], "student": []}
+        peaks: dict[str, float] = {}
         for repeat in range(4):  # the first is the warm-up
             for name, model in (("teacher", teacher), ("student", student)):
+                in_use = _reset_peak(pixels.device)
                 begin = time.perf_counter()
                 with torch.autocast(pixels.device.type, torch.bfloat16):
                     forward_features(model, pixels)
                 if pixels.is_cuda:
                     torch.cuda.synchronize()
+                    peaks[f"{name}_bytes"] = torch.cuda.max_memory_allocated(pixels.device) - in_use
                 if repeat:
                     times[name].append(time.perf_counter() - begin)
         medians = {name: statistics.median(values) for name, values in times.items()}
-        rows.append({"size": side * patch, "tokens": side * side + 1, **medians})
+        rows.append({"size": side * patch, "tokens": side * side + 1, **medians, **peaks})
         # softmax costs the square of the tokens, and the tokens grow with the square of the side
         forecast = 4 * (medians["teacher"] + medians["student"]) * (following / side) ** 4
         if time.perf_counter() - start + forecast > budget:
             break
-    return rows
+    return {
+        "machine": describe_machine(),
+        "batch_size": 1,
+        "autocast": "bfloat16",
+        "teacher_attention": config._attn_implementation,
+        "rows": rows,
+    }
 
 
 def draw_speed(path: Path, speed: list[dict[str, float]]) -> None:
@@ -189,7 +209,7 @@ def draw_speed(path: Path, speed: list[dict[str, float]]) -> None:
 def _render(
     table: list[list[str]], manifest: dict, pictures: dict[str, str], speed: list[dict], config: RecipeConfig
 ) -> str:
-    teacher_revision = f" at {manifest['teacher_revision']}" if manifest["teacher_revision"] else ""
+    teacher_revision = f" at {plain(manifest['teacher_revision'])}" if manifest["teacher_revision"] else ""
     parity = ", ".join(f"{size}: {value:.1e}" for size, value in manifest["parity"].items())
     stages = []
     for name, facts in manifest["stages"].items():
@@ -197,22 +217,22 @@ def _render(
             resumed = f", resumed from step {facts['resumed_from_step']}" if facts["resumed_from_step"] else ""
             stages.append(
                 f"- Stage {STAGES[name].number}, {name}: {facts['steps']} steps in {facts['seconds']:.0f} s{resumed};"
-                f" {facts['images']}; `{json.dumps(facts['settings'])}`"
+                f" {plain(facts['images'])}; {code(facts['settings'])}"
             )
     rows = [f"| {row['size']:.0f} | {row['tokens']:.0f} | {1000 * row['teacher']:.1f} | {1000 * row['student']:.1f} "
             f"| {row['teacher'] / row['student']:.2f} |" for row in speed]  # fmt: skip
     return "\n".join(
         [
-            f"# {manifest['teacher']} made linear",
+            f"# {plain(manifest['teacher'])} made linear",
             "",
             *_markdown(table),
             "",
             "Figures are of each model's own forward pass on the evaluation images. cos patches is the cosine of the"
             " mean patch feature, error is ‖student - teacher‖ / ‖teacher‖ over all tokens of the final features.",
             "",
-            f"- Teacher: `{manifest['teacher']}`{teacher_revision}, weights {manifest['teacher_sha256'][:12]}",
-            f"- Data: `{manifest['dataset']}`, fingerprint {manifest['data_fingerprint']}",
-            f"- Student: `{json.dumps(config.feature_options)}` (empty: defaults); conversion parity {parity}",
+            f"- Teacher: {code(manifest['teacher'])}{teacher_revision}, weights {manifest['teacher_sha256'][:12]}",
+            f"- Data: {code(manifest['dataset'])}, fingerprint {manifest['data_fingerprint']}",
+            f"- Student: {code(config.feature_options)} (empty: defaults); conversion parity {parity}",
             *stages,
             f"- Machine: {manifest['machine']}; bf16 autocast {'on' if manifest['bf16'] else 'off'};"
             f" {', '.join(f'{name} {number}' for name, number in manifest['versions'].items())}",
@@ -253,6 +273,13 @@ def _students(out: Path, comparison: Comparison, config: RecipeConfig) -> dict[s
     if not students:
         students["swapped"], _ = convert(comparison.teacher, check_parity=False, **config.feature_options)
     return {**students, "last": list(students.values())[-1]}
+
+
+def _reset_peak(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _save(figure: Any, path: Path) -> bool:

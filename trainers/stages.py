@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from hub_cards import write_card
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import load_config
 from modeling_adala.errors import UsageError
@@ -19,9 +20,10 @@ from modeling_adala.families import get_family
 from .attention_alignment_config import AttentionAlignmentConfig
 from .attention_alignment_trainer import AttentionAlignmentTrainer
 from .base_config import AdaLATrainingArguments
-from .base_trainer import AdaLATrainer
+from .base_trainer import AdaLATrainer, is_student
 from .callbacks import CompactProgressCallback, MetricsFileCallback
 from .checkpoints import complete_checkpoints, step_of, whole_directory
+from .facts import record_stage
 from .feature_alignment_config import FeatureAlignmentConfig
 from .feature_alignment_trainer import FeatureAlignmentTrainer
 from .supervised_config import SupervisedConfig
@@ -86,6 +88,7 @@ def run_stage(
     *,
     image_processor: Any | None = None,
     metrics_file: str | Path | None = None,
+    facts: dict[str, Any] | None = None,
     **trainer_kwargs: Any,
 ) -> StageResult:
     """Runs one stage, or goes on where a killed run of it stopped, and writes the stage folder.
@@ -96,6 +99,7 @@ def run_stage(
         args (`AdaLATrainingArguments`): The stage's settings; `output_dir` is the stage folder.
         image_processor (*optional*): Saved beside the model.
         metrics_file (*optional*): A `metrics.jsonl` to append to. Default: beside the stage folder.
+        facts (`dict`, *optional*): What the model card should say of the data, see `facts.data_facts`.
         trainer_kwargs: For the stage's trainer, such as `teacher_model`, `train_dataset`, `eval_dataset`.
 
     Raises:
@@ -126,6 +130,14 @@ def run_stage(
             student.save_pretrained(staging, state_dict=state_dict)
             if image_processor is not None:
                 image_processor.save_pretrained(staging)
+            if is_student(student):
+                clock = {
+                    "seconds": round(seconds, 1),
+                    "steps": output.global_step - resumed,
+                    "resumed_from_step": resumed,
+                }
+                record_stage(staging, trainer, student, stage.name, **clock, **(facts or {}))
+                write_card(staging)
         remove_checkpoints(directory)
     trainer.accelerator.wait_for_everyone()
     return StageResult(directory, student, seconds, output.global_step - resumed, resumed, output.metrics)
@@ -136,6 +148,7 @@ def load_student(name_or_path: str) -> PreTrainedModel:
 
     Raises:
         DataError: if nothing is there.
+        CheckpointError: for a local folder that `check_checkpoint` refuses.
         UsageError: if it is no AdaLA checkpoint.
     """
     config = load_config(name_or_path)
@@ -144,8 +157,10 @@ def load_student(name_or_path: str) -> PreTrainedModel:
             f"model {name_or_path!r} is of type {config.model_type!r}, no AdaLA checkpoint; convert it first."
         )
     classes = {cls.__name__: cls for cls in get_family(config.model_type).classes.values()}
-    student_class = classes[(config.architectures or [next(iter(classes))])[0]]
-    return student_class.from_pretrained(name_or_path, dtype=torch.float32)
+    architecture = (config.architectures or [next(iter(classes))])[0]
+    if architecture not in classes:
+        raise UsageError(f"model {name_or_path!r} is of class {architecture!r}; choose one of {', '.join(classes)}.")
+    return classes[architecture].from_pretrained(name_or_path, dtype=torch.float32, use_safetensors=True)
 
 
 def load_classifier(name_or_path: str, labels: list[str], **kwargs: Any) -> PreTrainedModel:
@@ -153,13 +168,14 @@ def load_classifier(name_or_path: str, labels: list[str], **kwargs: Any) -> PreT
 
     Raises:
         DataError: if nothing is there.
+        CheckpointError: for a local folder that `check_checkpoint` refuses.
         UsageError: if its architecture has no classifier.
     """
     config = load_config(name_or_path)
     kwargs |= _label_names(config, labels)
     try:
         return AutoModelForImageClassification.from_pretrained(
-            name_or_path, dtype=torch.float32, ignore_mismatched_sizes=True, **kwargs
+            name_or_path, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True, **kwargs
         )
     except ValueError as error:
         raise UsageError(f"model {name_or_path!r} cannot be opened for image classification: {error}.") from error
@@ -188,7 +204,9 @@ def load_segmenter(name_or_path: str, labels: list[str]) -> PreTrainedModel:
             config.num_hidden_layers,
         )
         kwargs["softmax_layers"] = list(range(config.num_hidden_layers))
-    return segmenter.from_pretrained(name_or_path, dtype=torch.float32, ignore_mismatched_sizes=True, **kwargs)
+    return segmenter.from_pretrained(
+        name_or_path, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True, **kwargs
+    )
 
 
 def _label_names(config: PretrainedConfig, labels: list[str]) -> dict[str, Any]:
@@ -218,6 +236,6 @@ def _finished_student(trainer: AdaLATrainer, stage: Stage) -> PreTrainedModel:
     if hasattr(student, "merge_and_unload"):
         student = student.merge_and_unload()
     student.requires_grad_(True)
-    if student.config.model_type.startswith("adala_"):
+    if is_student(student):
         vision_config(student.config).adala_stage = stage.name
     return student

@@ -12,6 +12,8 @@ COMMANDS = {
     "distill": "stage 2, feature alignment: an aligned (or freshly converted) student learns the teacher's features",
     "finetune": "stage 3, labels: train a classifier or a segmenter on a linear or a softmax checkpoint",
     "evaluate": "teacher beside student: k-NN, linear probe, cosine and error of the features",
+    "doctor": "one line per check of this machine and of a model: PASS, WARN or FAIL, and the remedy",
+    "push": "a checkpoint folder onto the Hub in one commit, with its card and the code that opens it",
     "inspect": "what a model is, what linear attention replaces in it, and what that saves; no weights needed",
     "features": "pictures: patch features and attention maps, student beside teacher",
 }

@@ -8,6 +8,7 @@ from accelerate import PartialState
 
 from modeling_adala.conversion import load_config
 from trainers.data_config import DataConfig, DataModule
+from trainers.facts import data_facts
 from trainers.recipe import load_image_processor
 from trainers.stages import STAGES, run_stage
 
@@ -28,7 +29,8 @@ def run_and_report(name: str, model: Any, args: Any, data: DataModule, image_pro
     if args.eval_strategy != "no" and "eval_dataset" not in kwargs:
         kwargs["eval_dataset"] = data.eval_dataset()
     stage = STAGES[name]
-    result = run_stage(stage, model, args, image_processor=image_processor, train_dataset=train_dataset, **kwargs)
+    kwargs |= {"image_processor": image_processor, "train_dataset": train_dataset, "facts": data_facts(data)}
+    result = run_stage(stage, model, args, **kwargs)
     if PartialState().is_main_process:
         print(
             f"stage {stage.number}, {stage.name}: {result.steps} steps in {result.seconds:.0f} s,"

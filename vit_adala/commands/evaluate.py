@@ -11,6 +11,7 @@ from modeling_adala.errors import UsageError
 from trainers.base_trainer import check_pair
 from trainers.comparison import Comparison
 from trainers.data_config import DataConfig, check_counts
+from trainers.facts import data_facts
 from trainers.stages import load_student
 
 from ..arguments import CommandParser, print_json
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     if teacher_accuracy is not None:
         results["teacher_head_accuracy"] = teacher_accuracy
     if model_args.json:
-        print_json(results)
+        print_json(data_facts(data) | results)
         return
     table = Table("", "student", "teacher")
     for name, value in results.items():

@@ -1,0 +1,8 @@
+"""Model cards from recorded facts, and the way to the Hub. Adds `huggingface_hub` and `jinja2` to `modeling_adala`."""
+
+from .card import build_card, write_card
+from .card_data import AdaLACardData
+from .checks import check_checkpoint
+from .push import PushPlan, plan_push, push
+
+__all__ = ["AdaLACardData", "PushPlan", "build_card", "check_checkpoint", "plan_push", "push", "write_card"]

@@ -1,0 +1,251 @@
+"""Renders the facts of a checkpoint as a model card. Whatever comes from a record appears as plain text."""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from modeling_adala.errors import CheckpointError
+
+from .card_data import METRICS, PICTURES, AdaLACardData, Metric, dataset_name, last_part
+from .records import mapping, number, one_line
+from .usage import usage
+
+STAGES = {
+    "swapped": "softmax replaced, untrained",
+    "attention-alignment": "1, attention alignment",
+    "feature-alignment": "2, feature alignment",
+    "supervised": "3, supervised fine-tuning",
+}
+_MARKDOWN = re.compile(r"[\\`*_\[\]~$#!^]|:(?=//)|(?<=www)\.|@")
+_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
+
+
+class Markdown(str):
+    """A text that goes into the card as it is. All other values are escaped on their way."""
+
+
+def build_card(directory: str | Path, repo_id: str | None = None) -> ModelCard:
+    """The model card of a checkpoint folder, as it belongs on the Hub: pictures lie beside it.
+
+    Args:
+        directory (`str` or `Path`): The checkpoint.
+        repo_id (`str`, *optional*): Its place on the Hub, which the examples then open.
+
+    Raises:
+        CheckpointError, DataError, UsageError: see `AdaLACardData.from_checkpoint`.
+    """
+    return render_card(AdaLACardData.from_checkpoint(directory, repo_id))
+
+
+def write_card(directory: str | Path, repo_id: str | None = None, **stated: Any) -> Path:
+    """Writes `README.md` into a checkpoint folder; pictures are shown from where they are.
+
+    Args: see `AdaLACardData.from_checkpoint`.
+
+    A card that would not change is not touched, and a new one replaces the old one in one step.
+
+    Raises:
+        CheckpointError: if it cannot be written, or see `build_card`.
+    """
+    directory = Path(directory)
+    data = AdaLACardData.from_checkpoint(directory, repo_id, **stated)
+    links = {path.name: Path(os.path.relpath(path, directory)).as_posix() for path in data.pictures}
+    path, staging = directory / "README.md", directory / ".README.md.writing"
+    content = str(render_card(data, links)).encode()
+    if path.is_file() and path.read_bytes() == content:
+        return path
+    try:
+        staging.write_bytes(content)
+        os.replace(staging, path)
+    except OSError as error:
+        staging.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write {path}: {error}. Free some space or check the permissions.") from error
+    return path
+
+
+def render_card(data: AdaLACardData, links: dict[str, str] | None = None) -> ModelCard:
+    """The card of these facts; `links` says where pictures are, by name. Default: beside the card."""
+    shown = {path.name for path in data.pictures}
+    content = _template().render(
+        metadata=Markdown(data.metadata().to_yaml()),
+        card=data,
+        base_url=Markdown(f"https://huggingface.co/{data.base_model}"),
+        usage=Markdown(usage(data)),
+        remote_usage=Markdown(usage(data, trust_remote_code=True)) if data.has_remote_code else "",
+        results=result_rows(data),
+        history=history_rows(data),
+        stages=stage_rows(data),
+        speed=speed_rows(data),
+        conditions=speed_conditions(data.speed),
+        details=training_details(data),
+        dataset=dataset_name(data.protocol),
+        pictures={
+            name: Markdown(f"![{title}]({(links or {}).get(name, name)})")
+            for name, title in PICTURES.items()
+            if name in shown
+        },
+    )
+    return ModelCard(re.sub(r"\n{3,}", "\n\n", content))
+
+
+def result_rows(data: AdaLACardData) -> list[list[str]]:
+    """Teacher beside student, figure by figure: heading and rows; no teacher where none was measured."""
+    taken = [metric for metric in METRICS if metric.student in data.evaluation]
+    columns = [["", *(metric.name for metric in taken)]]
+    columns.append(
+        ["softmax teacher", *(_figure(metric, data.evaluation.get(metric.teacher or "")) for metric in taken)]
+    )
+    columns.append(["this model", *(_figure(metric, data.evaluation[metric.student]) for metric in taken)])
+    return _rows(columns)
+
+
+def history_rows(data: AdaLACardData) -> list[list[str]]:
+    """What each stage brought: heading and rows; columns that nobody measured are left out."""
+    if len(data.history) < 2:
+        return []
+    columns = [["after stage", *(stage_title(name) for name in data.history)]]
+    for metric in METRICS:
+        values = [figures.get(metric.student) for figures in data.history.values()]
+        columns.append([metric.name, *(_figure(metric, value) for value in values)])
+    columns.append(["images", *(_count(figures.get("num_eval_images")) for figures in data.history.values())])
+    return _rows(columns)
+
+
+def stage_rows(data: AdaLACardData) -> list[list[str]]:
+    """The training, stage by stage: heading and rows; columns without any entry are left out."""
+    columns = [["stage", *(stage_title(name) for name in data.stages)]]
+    records = list(data.stages.values())
+    columns.append(
+        ["data", *(dataset_name(facts if "dataset" in facts else data.manifest) or "" for facts in records)]
+    )
+    for heading, name in {"images": "images", "hardware": "machine"}.items():
+        columns.append([heading, *(one_line(facts.get(name, data.manifest.get(name))) or "" for facts in records)])
+    steps = [(number(facts.get("steps")), number(facts.get("resumed_from_step"))) for facts in records]
+    columns.append(["steps", *("" if last is None else _count(last + (first or 0)) for last, first in steps)])
+    columns.append(["images per step", *(_count(facts.get("images_per_step")) for facts in records)])
+    columns.append(["time", *(_seconds(facts) for facts in records)])
+    return _rows(columns)
+
+
+def speed_rows(data: AdaLACardData) -> list[list[str]]:
+    """Time and memory over resolution: heading and rows; columns that nobody measured are left out."""
+    rows = data.speed.get("rows")
+    measured = [row for row in rows if number(mapping(row).get("student"))] if isinstance(rows, list) else []
+    columns: list[list[str]] = []
+    for heading, name, scale, form in (
+        ("side in pixels", "size", 1, "{:.0f}"),
+        ("tokens", "tokens", 1, "{:,.0f}"),
+        ("teacher, ms", "teacher", 1e3, "{:.1f}"),
+        ("this model, ms", "student", 1e3, "{:.1f}"),
+        ("teacher, MiB", "teacher_bytes", 2**-20, "{:,.1f}"),
+        ("this model, MiB", "student_bytes", 2**-20, "{:,.1f}"),
+    ):
+        values = [number(row.get(name)) for row in measured]
+        columns.append([heading, *("" if value is None else form.format(value * scale) for value in values)])
+    ratios = [(number(row.get("teacher")), row["student"]) for row in measured]
+    columns.append(["times as fast", *("" if one is None else f"{one / other:.2f}" for one, other in ratios)])
+    return _rows(columns)
+
+
+def speed_conditions(speed: dict[str, Any]) -> list[str]:
+    """Under which conditions the speed was measured, as far as that is on record."""
+    batch = number(speed.get("batch_size"))
+    conditions = [f"batch {batch:.0f}"] if batch else []
+    for name, text in {
+        "autocast": "{} autocast",
+        "teacher_attention": "teacher with attention {}",
+        "machine": "on {}",
+    }.items():
+        value = one_line(speed.get(name))
+        conditions += [text.format(value)] if value else []
+    return conditions
+
+
+def training_details(data: AdaLACardData) -> list[Markdown]:
+    """Settings of each stage, versions, and what identifies teacher and data."""
+    lines: dict[str, Any] = {
+        f"Settings of stage {stage_title(name)}": mapping(facts.get("settings")) for name, facts in data.stages.items()
+    }
+    versions = mapping(data.manifest.get("versions"))
+    lines["Software"] = ", ".join(f"{name} {value}" for name, value in versions.items() if isinstance(value, str))
+    lines["SHA256 of the teacher's weights"] = one_line(data.manifest.get("teacher_sha256"))
+    lines["Fingerprint of the training data"] = one_line(data.manifest.get("data_fingerprint"))
+    return [Markdown(f"{plain(name)}: {code(value)}") for name, value in lines.items() if value]
+
+
+def stage_title(name: str) -> str:
+    return STAGES.get(name, name)
+
+
+def plain(value: Any) -> Markdown:
+    """A value as text on one line that no Markdown or HTML reader takes for anything else."""
+    if isinstance(value, Markdown):
+        return value
+    line = one_line(str(value)) or ""
+    line = "".join(_HTML.get(character, character) for character in line)
+    return Markdown(_MARKDOWN.sub(lambda found: "\\" + found[0], line))
+
+
+def code(value: Any) -> Markdown:
+    """A value in a code span, whose fence is longer than any run of backticks in it. Not for tables."""
+    line = one_line(value if isinstance(value, str) else json.dumps(value)) or " "
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    padding = " " if line.startswith("`") or line.endswith("`") else ""
+    return Markdown(f"{fence}{padding}{line}{padding}{fence}")
+
+
+def table(rows: Iterable[list[str]]) -> Markdown:
+    """Rows of cells as a Markdown table, the first as its heading."""
+    lines = ["| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows]
+    columns = lines[0].count("|") - 1
+    return Markdown("\n".join([lines[0], "|" + " --- |" * columns, *lines[1:]]))
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader(__package__),
+        finalize=plain,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"code": code, "table": table, "count": _count, "size": _size, "last_part": last_part}
+    return environment.get_template("model_card.md.jinja")
+
+
+def _rows(columns: list[list[str]]) -> list[list[str]]:
+    """Columns with a heading each, as rows; columns without any entry are left out, and so is a table of none."""
+    filled = [column for column in columns if any(column[1:])]
+    return [list(row) for row in zip(*filled, strict=True)]
+
+
+def _figure(metric: Metric, value: float | None) -> str:
+    return "" if value is None else metric.form.format(value)
+
+
+def _count(value: Any) -> str:
+    found = number(value)
+    return "" if found is None else f"{found:,.0f}"
+
+
+def _size(value: Any) -> str:
+    """The side of a square, or height and width."""
+    sides = list(map(number, value if isinstance(value, list | tuple) else [value]))
+    sides = sides[: len(set(sides))]
+    return " x ".join(f"{side:.0f}" for side in sides if side)
+
+
+def _seconds(facts: dict[str, Any]) -> str:
+    seconds, resumed = number(facts.get("seconds")), number(facts.get("resumed_from_step"))
+    if seconds is None:
+        return ""
+    return f"{seconds:,.0f} s" + (f" from step {resumed:,.0f} on" if resumed else "")

@@ -1,0 +1,324 @@
+"""From a checkpoint folder to a Hub repository in one commit: first the plan, then the upload.
+
+What goes up is chosen file by file and never the folder as a whole: weights as safetensors, the configuration with the
+complete `auto_map`, the image processor, the code that opens the model without this package, the card and the pictures
+it shows. Checkpoints of the Trainer, optimizer states, pickles and manifests with local paths stay where they are.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from transformers.dynamic_module_utils import get_relative_import_files
+
+import modeling_adala
+from modeling_adala.conversion import load_config
+from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
+from modeling_adala.hub_code import auto_map
+
+from .card import build_card, render_card
+from .card_data import AdaLACardData
+
+CARD = "README.md"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+_INDEX = "model.safetensors.index.json"
+# `from_pretrained` prefers one file to shards and falls back on pickles, so none of an earlier push may stay behind
+_WEIGHTS = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file of the commit.
+
+    Args:
+        path (`str`): Its path in the repository.
+        change (`str`): `"new"`, `"changed"`, `"same"` or `"deleted"`, against the repository.
+        size (`int`): Bytes; of a deleted file, those that are on the Hub.
+        source (`Path` or `bytes`, *optional*): Where the content comes from; nowhere if deleted.
+    """
+
+    path: str
+    change: str
+    size: int
+    source: Path | bytes | None = None
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What a push would do. Made by `plan_push`, carried out by `push`.
+
+    Args:
+        repo_id (`str`): `"name"` or `"organization/name"`.
+        revision (`str`): The branch that takes the commit.
+        private (`bool`): Whether a new repository becomes private.
+        files (`list[PlannedFile]`): Everything that makes up the model, and what gets deleted.
+        card (`str`): The rendered card.
+        exists (`bool`): Whether the repository is there, with content of its own.
+        parent_commit (`str`, *optional*): The commit that the files were compared with. Default: no repository yet.
+        new_branch (`bool`): Whether `revision` has to be created, from `parent_commit`.
+        notes (`list[str]`): What the user should know before saying yes.
+    """
+
+    repo_id: str
+    revision: str
+    private: bool
+    files: list[PlannedFile]
+    card: str
+    exists: bool = False
+    parent_commit: str | None = None
+    new_branch: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def changes(self) -> list[PlannedFile]:
+        return [file for file in self.files if file.change != "same"]
+
+
+def plan_push(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    revision: str = "main",
+    private: bool = False,
+    compare: bool = True,
+    api: HfApi | None = None,
+) -> PushPlan:
+    """Decides what a push uploads, and changes nothing anywhere.
+
+    The card is built from the recorded facts, and the code files are those of the running package, whatever lies in
+    the folder: neither hand-made figures nor a stranger's code goes up under the user's name.
+
+    Args:
+        directory (`str` or `Path`): A checkpoint folder, such as the `3-supervised/` of a run.
+        repo_id (`str`): `"name"` or `"organization/name"`.
+        revision (`str`, *optional*, defaults to `"main"`): The branch; it is created where it does not exist.
+        private (`bool`, *optional*, defaults to `False`): Make a new repository private.
+        compare (`bool`, *optional*, defaults to `True`): Look at the repository; `False` takes everything for new and
+            needs no network.
+        api (`HfApi`, *optional*): Endpoint and token. Default: those of the environment.
+
+    Raises:
+        UsageError: for a folder that is no AdaLA checkpoint, a malformed `repo_id`, a `revision` that is no branch, or
+            `private` on a public repository.
+        CheckpointError: for a folder that `check_checkpoint` refuses, or without weights.
+        AdaLAError: if the Hub refuses, fails or cannot be reached.
+    """
+    directory, api = Path(directory), api or HfApi()
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"repo_id={repo_id!r} is no repository name: {error}") from error
+    sources, card, notes = _collect(directory, repo_id)
+    plan: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "private": private, "card": card, "notes": notes}
+    remote: dict[str, RepoFile] = {}
+    if compare:
+        with _hub_errors(repo_id, api):
+            remote = _compare_with(api, plan)
+    files = [_planned(path, source, remote.get(path)) for path, source in sources.items()]
+    stale = [entry for path, entry in remote.items() if _WEIGHTS.fullmatch(path) and path not in sources]
+    files += [PlannedFile(entry.path, "deleted", entry.size) for entry in stale]
+    return PushPlan(files=files, exists=bool(remote.keys() - {".gitattributes"}), **plan)
+
+
+def push(plan: PushPlan, api: HfApi | None = None) -> str:
+    """Uploads a plan in one commit. Whatever fails, the branch holds all of it or is as it was.
+
+    Args:
+        plan (`PushPlan`): From `plan_push`.
+        api (`HfApi`, *optional*): Endpoint and token. Default: those of the environment.
+
+    Returns:
+        `str`: URL of the commit, or of the repository if nothing had changed.
+
+    Raises:
+        AdaLAError: if the Hub refuses, fails or cannot be reached, or the branch has moved since the plan was made.
+    """
+    api = api or HfApi()
+    operations: list[Any] = [
+        CommitOperationDelete(file.path)
+        if file.source is None
+        else CommitOperationAdd(path_in_repo=file.path, path_or_fileobj=file.source)
+        for file in plan.changes
+    ]
+    with _hub_errors(plan.repo_id, api):
+        api.whoami()  # a missing or wrong token looks like a missing repository further on
+        repo_id, parent = plan.repo_id, plan.parent_commit
+        if parent is None:
+            repo_id = api.create_repo(repo_id, private=plan.private).repo_id
+            parent = api.model_info(repo_id).sha
+        if plan.new_branch:
+            api.create_branch(repo_id, branch=plan.revision, revision=parent, exist_ok=True)
+        if not operations:
+            return f"{api.endpoint}/{repo_id}/tree/{plan.revision}"
+        message = f"Upload with vit-adala {modeling_adala.__version__}"
+        commit = api.create_commit(
+            repo_id, operations, commit_message=message, revision=plan.revision, parent_commit=parent
+        )
+        return str(commit.commit_url)
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def _collect(directory: Path, repo_id: str) -> tuple[dict[str, Path | bytes], str, list[str]]:
+    """Content by path in the repository, the card, and what is to be said about them."""
+    if not (directory / "config.json").is_file():
+        below = sorted(path.parent.name for path in directory.glob("*/config.json"))
+        remedy = f"one of the folders in it ({', '.join(below)})" if below else "a folder that save_pretrained wrote"
+        raise UsageError(f"directory={str(directory)!r} has no config.json; pass {remedy}.")
+    config = load_config(str(directory))
+    if not config.model_type.startswith("adala_"):
+        raise UsageError(
+            f"directory={str(directory)!r} holds a {config.model_type!r}, no AdaLA model; push it with"
+            " `model.push_to_hub`, or convert it first."
+        )
+    data, notes = AdaLACardData.from_checkpoint(directory, repo_id), []
+    card = str(render_card(data))
+    if not _is_from_records(directory):
+        notes.append(f"{directory / CARD} is not what the records give; the card that goes up is built from them")
+    processors: dict[str, Path | bytes] = {
+        name: directory / name for name in PROCESSORS if (directory / name).is_file()
+    }
+    if not processors:
+        notes.append(f"{directory} has no {PROCESSORS[0]}: AutoImageProcessor and pipelines will not open this model")
+    values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    values["auto_map"] = auto_map(type(config))
+    sources: dict[str, Path | bytes] = {CARD: card.encode(), "config.json": _as_json(values)}
+    sources |= processors | _code(values["auto_map"]) | _weights(directory)
+    sources |= {picture.name: picture for picture in data.pictures if f"({picture.name})" in card}
+    return sources, card, notes
+
+
+def _is_from_records(directory: Path) -> bool:
+    """Whether nobody has edited the card in the folder, which shows pictures from where they are."""
+    path = directory / CARD
+    return not path.is_file() or path.read_text(encoding="utf-8").replace("](../", "](") == str(build_card(directory))
+
+
+def _weights(directory: Path) -> dict[str, Path | bytes]:
+    names = ["model.safetensors"]
+    if not (directory / names[0]).is_file() and (directory / _INDEX).is_file():
+        index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
+        names = [_INDEX, *sorted(set(index["weight_map"].values()))]
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"directory={str(directory)!r} has no {missing[0]}; save the model as safetensors first."
+        )
+    return {name: directory / name for name in names}
+
+
+def _code(names: dict[str, str]) -> dict[str, Path | bytes]:
+    package = Path(modeling_adala.__file__).parent
+    files = {package / f"{name.partition('.')[0]}.py" for name in names.values()}
+    files |= {Path(needed) for file in files for needed in get_relative_import_files(file)}
+    return {file.name: file for file in sorted(files)}
+
+
+def _as_json(values: dict[str, Any]) -> bytes:
+    """As `PretrainedConfig.to_json_file` writes it, so that an unchanged configuration counts as unchanged."""
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
+# --- the repository --------------------------------------------------------------------------------------------------
+
+
+def _compare_with(api: HfApi, plan: dict[str, Any]) -> dict[str, RepoFile]:
+    """The files of the branch (of `main` if it has to be created), and what the plan has to know of the repository."""
+    repo_id, revision = plan["repo_id"], plan["revision"]
+    try:
+        refs = api.list_repo_refs(repo_id)
+    except RepositoryNotFoundError:
+        plan["new_branch"] = revision != "main"
+        return {}
+    branches = {branch.name: branch.target_commit for branch in refs.branches}
+    if revision not in branches and revision in {tag.name for tag in refs.tags}:
+        raise UsageError(f"revision={revision!r} is a tag of {repo_id}, and tags stay put; pass the name of a branch.")
+    if plan["private"] and not api.model_info(repo_id).private:
+        raise UsageError(
+            f"private=True, but {repo_id} is public and stays so; change that in its settings on the Hub, or push"
+            " without it."
+        )
+    plan["new_branch"] = revision not in branches
+    plan["parent_commit"] = branches.get(revision, branches["main"])
+    entries = api.list_repo_tree(repo_id, revision=plan["parent_commit"], recursive=True)
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _planned(path: str, source: Path | bytes, remote: RepoFile | None) -> PlannedFile:
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    change = "new" if remote is None else "same" if _is_same(source, size, remote) else "changed"
+    return PlannedFile(path, change, size, source)
+
+
+def _is_same(source: Path | bytes, size: int, remote: RepoFile) -> bool:
+    if size != remote.size:
+        return False
+    if remote.lfs is None:
+        return git_hash(source if isinstance(source, bytes) else source.read_bytes()) == remote.blob_id
+    if isinstance(source, bytes):
+        return False  # what we write ourselves is text, which no repository keeps in LFS
+    with open(source, "rb") as file:
+        return sha_fileobj(file).hex() == remote.lfs.sha256
+
+
+@contextlib.contextmanager
+def _hub_errors(repo_id: str, api: HfApi) -> Iterator[None]:
+    """Turns what the Hub's client raises into one line that says what to do."""
+    try:
+        yield
+    except AdaLAError:
+        raise
+    except Exception as error:
+        # a failed LFS upload arrives wrapped in a RuntimeError
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
+        message = _explain(cause, repo_id, api)
+        if message is None:
+            raise
+        raise AdaLAError(message) from error
+
+
+def _explain(error: BaseException, repo_id: str, api: HfApi) -> str | None:
+    again = "A push arrives whole or not at all; run the same command again"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE=1 forbids the network; unset it to push."
+    if isinstance(error, LocalTokenNotFoundError):
+        return "no token for the Hub was found; run `hf auth login`, or set HF_TOKEN."
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        said = error.server_message or error.response.headers.get("X-Error-Message") or f"status {status}"
+        if status == 401:
+            return f"{api.endpoint} does not accept the token; run `hf auth login`, or set HF_TOKEN to a valid one."
+        if status == 403:
+            return f"the token may not write to {repo_id}; use one with write access to that account. Hub: {said}"
+        if status in (409, 412):
+            return f"{repo_id} has changed since it was looked at, so nothing was pushed; try again. Hub: {said}"
+        if status >= 500 or status == 429:
+            return f"{api.endpoint} failed with status {status}. {again} later. Hub: {said}"
+        if isinstance(error, RevisionNotFoundError):
+            return f"{repo_id} has lost the branch meanwhile. Run the same command again to create it. Hub: {said}"
+        return f"{api.endpoint} refused with status {status}: {said}"
+    if isinstance(error, HTTPError | ConnectionError | TimeoutError):
+        reason = str(error) or type(error).__name__
+        return f"the connection to {api.endpoint} broke: {reason}. {again}."
+    return None
+
+
+__all__ = ["PlannedFile", "PushPlan", "plan_push", "push"]

@@ -1,0 +1,43 @@
+"""The lines of Python in a card that open its checkpoint: they run as they are pasted."""
+
+from .card_data import AdaLACardData
+
+FOLDER = "path/to/this/folder"
+# What a model gives, by the Auto class that opens it.
+_OUTPUTS = {
+    "AutoModel": "features = model(**inputs).last_hidden_state",
+    "AutoModelForImageClassification": "print(model.config.id2label[model(**inputs).logits.argmax(-1).item()])",
+    "AutoModelForSemanticSegmentation": "classes = model(**inputs).logits.argmax(1)",
+    "AutoBackbone": "feature_maps = model(**inputs).feature_maps",
+}
+
+
+def usage(data: AdaLACardData, *, trust_remote_code: bool = False) -> str:
+    """How to open a checkpoint and run it on an image, with the package or by the code that travels with the weights.
+
+    Holds nothing from a record but a valid repo id and the name of a class of this package.
+    """
+    arguments = f'"{data.repo_id or FOLDER}"' + (", trust_remote_code=True" if trust_remote_code else "")
+    head = data.head
+    lines = [] if trust_remote_code else ["import modeling_adala  # registers the classes with Transformers"]
+    if head.pipeline_tag == "zero-shot-image-classification":
+        lines += ["from transformers import pipeline", ""]
+        lines += [f'classifier = pipeline("{head.pipeline_tag}", model={arguments})']
+        lines += ['print(classifier("image.jpg", candidate_labels=["a cat", "a dog"]))']
+        return "\n".join(lines)
+    # AutoBackbone refuses local folders (transformers 5.23)
+    name = data.class_name if head.auto_class == "AutoBackbone" and not data.repo_id else head.auto_class
+    imported = [name] if name.startswith("Auto") else []
+    if not imported:
+        lines = [f"from modeling_adala import {name}"]
+    if data.has_processor:
+        lines += ["from PIL import Image"]
+        imported = ["AutoImageProcessor", *imported]
+    if imported:
+        lines += [f"from transformers import {', '.join(imported)}"]
+    lines += ["", f"model = {name}.from_pretrained({arguments}).eval()"]
+    if data.has_processor:
+        lines += [f'processor = AutoImageProcessor.from_pretrained("{data.repo_id or FOLDER}")']
+        lines += ['inputs = processor(Image.open("image.jpg"), return_tensors="pt")']
+        lines += [_OUTPUTS.get(head.auto_class, "outputs = model(**inputs)")]
+    return "\n".join(lines)

