@@ -113,10 +113,10 @@ def image_cost(config: PretrainedConfig, image_size: tuple[int, int], attention:
     flops += 2 * layers * tokens * width * (4 * inner + mlp_products * mlp_width)
     # each layer keeps the input and output of its two norms, and the input of its two layer scales
     per_token = 4 * width + mlp_kept * mlp_width + (2 * width if hasattr(config, "layerscale_value") else 0)
-    whole = kept + patches * pixels + layers * tokens * per_token + tokens * width
+    whole = kept + patches * pixels + layers * tokens * per_token + 2 * tokens * width  # the last norm's
     if has_attention_pooling(config):  # keys and values of all tokens; one query
         flops += 4 * tokens * width * (width + 1) + 4 * width * (width + config.intermediate_size)
-        whole += 3 * tokens * width
+        whole += 2 * tokens * width
     return Cost(attention_flops, flops, _FLOAT32 * kept, _FLOAT32 * whole)
 
 

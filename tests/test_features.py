@@ -1,4 +1,4 @@
-"""Pictures of features and attention: the right numbers behind them, files that open, and mistakes told in one line."""
+"""Pictures of features and attention: the numbers behind them, files that open, and mistakes told in one line."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_the_model_is_left_as_it_was():
     teacher = tiny_dinov2()
     known = set(ALL_ATTENTION_FUNCTIONS)
     query_attention(teacher, PIXELS, 0, (0, 0))
-    with pytest.raises(RuntimeError):  # three channels for a model of one
+    with pytest.raises(RuntimeError):  # a model of another dtype
         query_attention(teacher, torch.randn(1, 1, 35, 49).double(), 0, (0, 0))
     assert teacher.config._attn_implementation == "sdpa"
     assert set(ALL_ATTENTION_FUNCTIONS) == known
@@ -89,7 +89,7 @@ def test_the_model_is_left_as_it_was():
 
 @pytest.mark.parametrize("layer, query", [(2, (0, 0)), (-3, (0, 0)), (0, (5, 0)), (0, (0, 7)), (0, (-1, 0))])
 def test_layers_and_patches_that_do_not_exist_are_refused(layer, query):
-    with pytest.raises(UsageError, match="layers 0 to 1|patches 0,0 to 4,6"):
+    with pytest.raises(UsageError, match=r"layers 0 to 1|patches 0,0 to 4,6"):
         query_attention(tiny_dinov2(), PIXELS, layer, query)
 
 

@@ -40,7 +40,7 @@ REAL = {
     ),
     "DINOv3-L": DINOv3ViTConfig(**LARGE, intermediate_size=4096, num_register_tokens=4),
 }
-TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 4}
+TINY = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 4}
 TOWERS = [name for name in FAMILIES if name not in ("clip", "siglip", "siglip2")]
 VARIANTS = {
     **{name: (name, {}) for name in TOWERS},
