@@ -92,7 +92,6 @@ def figures_of(out: Path) -> list[dict]:
 def test_run_leaves_settings_facts_figures_report_and_three_checkpoints(finished, teacher):
     names = ["alignment.png", "blocks.png", "config.yaml", "features.png", "manifest.json", "metrics.jsonl"]
     names += ["report.md", "speed.json", "speed.png"]
-    )
     assert yaml.safe_load((finished / "config.yaml").read_text())["teacher"] == teacher
     manifest = json.loads((finished / "manifest.json").read_text())
     assert {name: facts["steps"] for name, facts in manifest["stages"].items()} == STEPS

@@ -58,6 +58,24 @@ class HelpFormatter(argparse.HelpFormatter):
         return text + (f" (default: {str(default).replace('%', '%%')})" if shown and "efault" not in text else "")
 
 
+class PlainParser(argparse.ArgumentParser):
+    """For a command without `Trainer`: positional arguments, one level of help, `UsageError` for what is wrong."""
+
+    def __init__(self, command: str, positional: str, description: str, example: str):
+        super().__init__(
+            prog=f"vit-adala {command}",
+            usage=f"vit-adala {command} {positional} [options]",
+            description=description,
+            epilog=f"example: {example}",
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--help-all", action="help", help="the same as --help")
+
+    def error(self, message: str):
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
 class CommandParser(HfArgumentParser):
     """`HfArgumentParser` that raises `UsageError` and hides inherited options unless `--help-all` is given."""
 

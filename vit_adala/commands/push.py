@@ -13,7 +13,7 @@ from rich.table import Table
 from hub_cards.push import PushPlan, plan_push, push
 from modeling_adala.errors import UsageError
 
-from ..arguments import HelpFormatter, print_json
+from ..arguments import PlainParser, print_json
 
 STYLES = {"new": "green", "changed": "yellow", "deleted": "red", "same": "dim"}
 
@@ -42,19 +42,12 @@ def main(arguments: Sequence[str]) -> None:
         print_json(result | ({"card": plan.card} if args.dry_run else {}))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="vit-adala push",
-        usage="vit-adala push DIR REPO_ID [options]",
-        description="Uploads weights, configuration, image processor, code, card and pictures in one commit.",
-        epilog="example: vit-adala push out/3-supervised my-org/vit-adala-digits",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+    parser = PlainParser(
+        "push",
+        "DIR REPO_ID",
+        "Uploads weights, configuration, image processor, code, card and pictures in one commit.",
+        "vit-adala push out/3-supervised my-org/vit-adala-digits",
     )
     parser.add_argument("directory", metavar="DIR", help="checkpoint folder, such as the 3-supervised/ of a run")
     parser.add_argument("repo_id", metavar="REPO_ID", help="name or organization/name; created if it does not exist")
