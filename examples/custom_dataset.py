@@ -32,7 +32,6 @@ from trainers import (
 from trainers.digits import load_digits
 
 TEACHER = Path(__file__).parent / "teachers" / "vit-digits"
-LABELS = ["even", "odd"]
 
 
 class Parity(torch.utils.data.Dataset):
@@ -68,30 +67,25 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.smoke:
-        args.steps, args.batch_size = 12, 8
+        args.steps, args.batch_size = 16, 12
     set_seed(0)
 
     processor = AutoImageProcessor.from_pretrained(TEACHER)
     teacher = AutoModelForImageClassification.from_pretrained(
         TEACHER,
-        id2label=dict(enumerate(LABELS)),
-        label2id={label: index for index, label in enumerate(LABELS)},
+        id2label={0: "even", 1: "odd"},
+        label2id={"even": 0, "odd": 1},
         ignore_mismatched_sizes=True,  # a new head for the new classes
     )
     size, channels = native_size(teacher.config), teacher.config.num_channels
 
     # a data set in PyTorch, which decides on everything itself
-    train_transform = ImageTransform.from_processor(processor, size, channels, train=True, horizontal_flip=0.0)
-    train = Parity(train_transform)
+    train = Parity(ImageTransform.from_processor(processor, size, channels, train=True, horizontal_flip=0.0))
     # rows of `datasets` under whatever column names; broken image files would be skipped, counted and named
     rows = load_digits("test").shuffle(seed=0).select(range(100 if args.smoke else 1000))
     rows = rows.rename_column("image", "scan").add_column("parity", [label % 2 for label in rows["label"]])
-    test = ImageDataset(
-        rows,
-        ImageTransform.from_processor(processor, size, channels),
-        image_column="scan",
-        label_column="parity",
-    )
+    transform = ImageTransform.from_processor(processor, size, channels)
+    test = ImageDataset(rows, transform, image_column="scan", label_column="parity")
 
     student, _ = convert(teacher)
     common = {"max_steps": args.steps, "per_device_train_batch_size": args.batch_size, "save_strategy": "no"}

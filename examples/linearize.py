@@ -48,7 +48,7 @@ def main() -> None:
     parser.set_defaults(dataset="mnist-digits")
     args, data_config = parser.parse_args_into_dataclasses()
     if args.smoke:
-        args.attention_steps, args.feature_steps, args.batch_size = 15, 15, 8
+        args.attention_steps, args.feature_steps, args.batch_size = 20, 20, 8
         args.eval_images, args.knn_images = 40, 100
     set_seed(0)
 

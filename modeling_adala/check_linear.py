@@ -18,8 +18,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from transformers import MODEL_MAPPING, AttentionInterface, AutoModel, PretrainedConfig, PreTrainedModel
 
+from .attention_interface import feature_map_of
 from .errors import UsageError
-from .linear_attention import feature_map_of
 
 
 @dataclass(frozen=True)

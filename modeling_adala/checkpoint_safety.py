@@ -30,6 +30,7 @@ _AT_LEAST_ONE = _LAYERS | {
     "num_attention_heads",
     "num_channels",
     "image_size",
+    "num_patches",
     "patch_size",
     "encoder_stride",
     "mlp_ratio",
@@ -190,7 +191,8 @@ def _fewest_parameters(config: PretrainedConfig, shapes: dict[str, list[int]]) -
         patch = math.prod(pair(config.patch_size))
         count += width * patch * config.num_channels
         if any("position_embedding" in name for name in shapes):
-            count += width * math.prod(pair(config.image_size)) // patch
+            size = getattr(config, "image_size", None)  # SigLIP 2 says how many patches
+            count += width * (config.num_patches if size is None else math.prod(pair(size)) // patch)
     return count
 
 

@@ -1,4 +1,4 @@
-"""Non-causal linear attention: feature maps, the operator, its quadratic twin, and the attention interface `"adala"`.
+"""Non-causal linear attention: feature maps, the operator, and its quadratic twin.
 
 Canonical form (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 5), with the state written as a mean over the tokens:
 
@@ -10,12 +10,11 @@ documentation, the oracle of the tests and what draws attention maps.
 This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import initialization as init
-from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.masking_utils import bidirectional_mask_function
 
 from .errors import UsageError
 
@@ -202,15 +201,14 @@ def linear_attention(
         eps (`float`, *optional*): Added to the normalizer. Default: the feature map's own, 1e-6 (1e-12 for `exp`).
 
     Returns:
-        `Tensor`: `(batch, heads, query_tokens, value_dim)` in the dtype of `query`, a view of `(batch, query_tokens,
+        `Tensor`: `(batch, heads, query_tokens, value_dim)` in the dtype of `value`, a view of `(batch, query_tokens,
         heads, value_dim)` memory, which is how an output projection reads it.
     """
     eps = feature_map.eps if eps is None else eps
-    dtype, input_dtype = _accumulation_dtype(query), query.dtype
-    with torch.autocast(query.device.type, enabled=False):
-        if input_dtype != dtype:
-            # the cast writes new tensors anyway: in the layout that one batched product takes
-            query, key, value = (x.to(dtype, memory_format=torch.contiguous_format) for x in (query, key, value))
+    dtype, output_dtype = _accumulation_dtype(query), value.dtype
+    with _no_autocast(query):
+        # one by one: rotary positions leave query and key in float32 where autocast has value in bfloat16
+        query, key, value = (_cast(x, dtype) for x in (query, key, value))
         phi_q, phi_k = feature_map(query, key, key_mask)
         phi_k, count = _mask_keys(phi_k, key_mask)
         normalizer = phi_k.sum(dim=2) / count
@@ -218,7 +216,7 @@ def linear_attention(
         # one product gives numerator and normalizer
         output = _matmul(phi_q, torch.cat((state, normalizer[..., None]), dim=-1))
         output = output[..., :-1] / (output[..., -1:] + eps)
-    output = output.transpose(1, 2).to(input_dtype, memory_format=torch.contiguous_format)
+    output = output.transpose(1, 2).to(output_dtype, memory_format=torch.contiguous_format)
     return output.contiguous().transpose(1, 2)  # `to` alone leaves a tensor that has the dtype already as it is
 
 
@@ -232,7 +230,7 @@ def linear_attention_reference(
 ) -> Tensor:
     """The same as `linear_attention` from the explicit weights, O(N^2). Arguments and result are the same."""
     weights = attention_weights(query, key, feature_map, key_mask, eps)
-    return (weights @ value.to(weights.dtype)).to(query.dtype)
+    return (weights @ value.to(weights.dtype)).to(value.dtype)
 
 
 def attention_weights(
@@ -240,7 +238,7 @@ def attention_weights(
 ) -> Tensor:
     """The weights that linear attention applies, `(batch, heads, query_tokens, tokens)`: rows sum to just below 1."""
     eps = feature_map.eps if eps is None else eps
-    with torch.autocast(query.device.type, enabled=False):
+    with _no_autocast(query):
         dtype = _accumulation_dtype(query)
         phi_q, phi_k = feature_map(query.to(dtype), key.to(dtype), key_mask)
         phi_k, count = _mask_keys(phi_k, key_mask)
@@ -250,6 +248,17 @@ def attention_weights(
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # the cast writes a new tensor anyway: in the layout that one batched product takes
+    return x if x.dtype == dtype else x.to(dtype, memory_format=torch.contiguous_format)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager:
+    """Autocast switched off, where the device has one ("meta" has none)."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -281,119 +290,3 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`(batch, heads, tokens, head_dim)` times a weight per head, `(heads, head_dim, features)`."""
     x = torch.einsum("bhnd,hdf->bhnf", x, weight.to(x.dtype))
     return x if bias is None else x + bias.to(x.dtype)
-
-
-_PLAIN_FEATURE_MAP = EluFeatureMap(num_heads=1, head_dim=1)
-# bias, cap and sinks of the scores, windows, packing, selected keys: a linear form has no place for them
-_SOFTMAX_ONLY = ("position_bias", "softcap", "s_aux", "sliding_window", "cu_seq_lens_q", "indices", "block_indices")
-
-
-def feature_map_of(module: nn.Module) -> FeatureMap | None:
-    """phi of a module: its `feature_map` (`None`: it keeps softmax), or parameter-free elu+1 in a stock module."""
-    return getattr(module, "feature_map", _PLAIN_FEATURE_MAP)
-
-
-def adala_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention interface `"adala"` of Transformers: `(batch, tokens, heads, head_dim)` output, and weights if asked.
-
-    phi is that of `feature_map_of`. Keys and values may have fewer heads than queries. `scaling` belongs to softmax
-    and `dropout` to a weight matrix that linear attention never forms; both act in softmax layers only.
-
-    Raises:
-        UsageError: for a mask that is not a key-padding mask, causal attention, or an argument of `_SOFTMAX_ONLY`.
-    """
-    for name in _SOFTMAX_ONLY:
-        if kwargs.get(name) is not None:
-            raise _cannot_honor(module, f"is given {name}")
-    # the rule of "sdpa": a module that says nothing is causal, unless a mask says who sees whom
-    if is_causal or (is_causal is None and attention_mask is None and getattr(module, "is_causal", True)):
-        raise _cannot_honor(module, "attends causally")
-    key_mask = _key_padding_mask(module, attention_mask, key.shape[2])
-    key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
-    feature_map = feature_map_of(module)
-    want_weights = kwargs.get("output_attentions", False)
-    if feature_map is None:
-        return _softmax_attention(query, key, value, key_mask, dropout, scaling, want_weights)
-    output = linear_attention(query, key, value, feature_map, key_mask).transpose(1, 2)
-    return output, attention_weights(query, key, feature_map, key_mask).to(query.dtype) if want_weights else None
-
-
-def _softmax_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    want_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    mask = None if key_mask is None else key_mask[:, None, None, :].expand(-1, 1, query.shape[2], -1)
-    output = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
-    output, weights = output.transpose(1, 2).contiguous(), None
-    if want_weights:
-        scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        scores = scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1).to(query.dtype)
-    return output, weights
-
-
-def adala_attention_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    *args,
-    mask_function=bidirectional_mask_function,
-    attention_mask: Tensor | None = None,
-    config=None,
-    **kwargs,
-) -> Tensor | None:
-    """Mask function of `"adala"`: the key-padding mask as bool, `(batch, 1, 1, tokens)`, or `None`.
-
-    Without one registered, Transformers would drop the user's mask without a word. Unlike `flash_attention_mask` this
-    never looks at the values, so that it compiles and exports. Causal, window and block masks raise a `UsageError`.
-    """
-    if mask_function is not bidirectional_mask_function:
-        raise _cannot_honor(config, "asks for a causal, window or block mask")
-    # four axes: SigLIP 2's pooling head attends with softmax and repeats the mask over heads and queries
-    return None if attention_mask is None else attention_mask[:, None, None, -kv_length:].to(torch.bool)
-
-
-def _key_padding_mask(module: nn.Module, mask: Tensor | None, tokens: int) -> Tensor | None:
-    """Reads a `(batch, tokens)` or `(batch, 1, 1, tokens)` mask, and refuses what says more than which keys exist."""
-    if mask is None:
-        return None
-    additive = mask.ndim == 4 and mask.is_floating_point()
-    if additive and mask.shape[1] == 1 < mask.shape[2] and not mask.requires_grad and not mask.any():
-        return None  # Pixtral's block mask of a single image: zeros, nothing to honor
-    if mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
-        mask = mask[:, 0, 0]
-    if mask.ndim != 2 or mask.shape[-1] != tokens:
-        what = f"attention_mask of shape {tuple(mask.shape)}, a bias or block mask and no key-padding mask"
-        raise _cannot_honor(module, f"is given an {what} of {tokens} keys")
-    if not mask.is_floating_point():
-        return mask.to(torch.bool)
-    keep, drop = (mask == 0, mask <= -1000) if additive else (mask == 1, mask == 0)  # exp(-1000) is 0 in float64
-    if not (keep | drop).all():
-        raise _cannot_honor(module, f"is given an attention_mask of {mask.dtype} that is a bias, no key-padding mask")
-    return keep
-
-
-def _cannot_honor(who: object, what: str) -> UsageError:
-    return UsageError(
-        f"{type(who).__name__} {what}, which linear attention cannot honor; use attn_implementation='sdpa' there"
-        " (one tower of several: {'vision_config': 'adala', 'text_config': 'sdpa'})."
-    )
-
-
-AttentionInterface.register("adala", adala_attention_forward)
-AttentionMaskInterface.register("adala", adala_attention_mask)

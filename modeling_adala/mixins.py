@@ -91,7 +91,7 @@ def attention_map(model: nn.Module, pixel_values: torch.Tensor, layer: int, **kw
         `Tensor`: `(batch, heads, tokens, tokens)`, rows sum to 1 (just below it for linear layers).
 
     Raises:
-        UsageError: for a layer that the model does not have.
+        UsageError: for a layer that the model does not have, or a model in softmax mode.
     """
     modules = list(_attention_modules(model))
     if not -len(modules) <= layer < len(modules):
@@ -102,10 +102,14 @@ def attention_map(model: nn.Module, pixel_values: torch.Tensor, layer: int, **kw
         weights.append(output[1])
 
     handle = modules[layer].register_forward_hook(keep, with_kwargs=True)
+    modules[layer].output_attention_weights = True  # of this layer alone: each has N x N
     try:
-        model(pixel_values, output_attentions=True, **kwargs)
+        model(pixel_values, **kwargs)
     finally:
         handle.remove()
+        del modules[layer].output_attention_weights
+    if weights[0] is None:
+        raise UsageError(f"layer={layer} is in softmax mode; call model.set_attn_implementation('adala') first.")
     return weights[0]
 
 

@@ -1,10 +1,12 @@
-"""Tells Transformers about the model classes: Auto classes, image processors, names of weights on disk.
+"""Tells Transformers about us: the attention implementation `"adala"`, Auto classes, names of weights on disk.
 
 This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
 """
 
 import transformers
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoBackbone,
     AutoImageProcessor,
     AutoModel,
@@ -22,6 +24,8 @@ from transformers.conversion_mapping import (
 )
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import is_torchvision_available, is_vision_available
+
+from .attention_interface import adala_attention_forward, adala_attention_mask
 
 AUTO_CLASSES = {
     "Model": AutoModel,
@@ -47,6 +51,11 @@ def head_of(model_class: type[PreTrainedModel]) -> str:
     """What a class name says after its family: `"Model"`, `"ForImageClassification"`, `"Backbone"`, ..."""
     prefix = model_class.config_class.__name__.removesuffix("Config")
     return model_class.__name__.removeprefix(prefix)
+
+
+# Without a mask function of that name, Transformers drops a user's mask without a word.
+AttentionInterface.register("adala", adala_attention_forward)
+AttentionMaskInterface.register("adala", adala_attention_mask)
 
 
 def register(model_class: type[PreTrainedModel]) -> None:

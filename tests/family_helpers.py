@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from modeling_adala.families import FAMILIES, Family, attention_modules, vision_tower
+from modeling_adala.families import FAMILIES, Family, vision_tower
 from modeling_adala.mixins import image_inputs, num_special_tokens
 
-# A configuration takes what it has a field for. A family whose tiny model needs another field gets it here, in one line.
+# A configuration takes what it has a field for. A family that needs another field gets it here, in one line.
 TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -36,7 +36,9 @@ HEAD = ("classifier.", "batch_norm.")
 
 def tiny_config(config_class: type[PretrainedConfig], **options) -> PretrainedConfig:
     """A stock or an AdaLA configuration; `options` go to the vision part."""
-    towers = {name: spec for name, spec in config_class.sub_configs.items() if name in ("vision_config", "text_config")}
+    towers = {
+        name: spec for name, spec in config_class.sub_configs.items() if name in ("vision_config", "text_config")
+    }
     if not towers:
         values = TINY | options
         return config_class(**{name: value for name, value in values.items() if name in _fields(config_class)})
@@ -75,7 +77,9 @@ def is_vision_text(name: str) -> bool:
     return "text_config" in FAMILIES[name].config_class.sub_configs
 
 
-def inputs_of(model: PreTrainedModel, size: tuple[int, int] = NATIVE, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
+def inputs_of(
+    model: PreTrainedModel, size: tuple[int, int] = NATIVE, batch: int = 2, seed: int = 0
+) -> dict[str, Tensor]:
     """All that `forward` needs: images of any size and, for a model with both towers, two captions."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(batch, 3, *size, generator=generator)
@@ -121,9 +125,3 @@ def lost_keys(info: dict, *extra: str) -> set[str]:
     """What `output_loading_info` says is missing or unexpected, but for feature maps and what starts with `extra`."""
     names = {*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])}
     return {name for name in names if ".feature_map." not in name and not name.startswith(extra or ("\0",))}
-
-
-def is_linear(model: PreTrainedModel) -> bool:
-    """Whether every self-attention of the vision tower really differs between the two implementations."""
-    modules = attention_modules(model)
-    return bool(modules) and all(module.config._attn_implementation == "adala" for module in modules)

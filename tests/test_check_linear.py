@@ -8,8 +8,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
 from transformers.masking_utils import causal_mask_function
 
 from modeling_adala import AdaLAViTConfig, AdaLAViTModel, UsageError, build_feature_map, linear_attention_reference
+from modeling_adala.attention_interface import adala_attention_forward, adala_attention_mask
 from modeling_adala.check_linear import LinearReport, check_linear
-from modeling_adala.linear_attention import adala_attention_forward, adala_attention_mask
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 IMAGE = TINY | {"image_size": 32, "patch_size": 8}

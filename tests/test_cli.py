@@ -38,7 +38,7 @@ from vit_adala.arguments import parse_settings, read_json_dict
 from vit_adala.cli import COMMANDS, main
 
 # these train or evaluate on images; the others have tests of their own
-ON_DATA = [command for command in COMMANDS if command not in ("doctor", "push")]
+ON_DATA = [command for command in COMMANDS if command not in ("doctor", "push", "inspect", "features")]
 FOLDERS = [stage.directory for stage in STAGES.values()]
 ALIGNED, DISTILLED, FINETUNED = FOLDERS
 TRAINING = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 8, "bf16": "false", "use_cpu": "true"}

@@ -4,9 +4,9 @@ What runs, trains and comes back from disk, with the backbone really linear:
 
 - `UperNetForSemanticSegmentation`, `Mask2FormerForUniversalSegmentation`: every family.
 - `DPTForDepthEstimation`, `DepthAnythingForDepthEstimation`: the families with exactly one token before the patches
-  (ViT, DINOv2, CLIP). Their necks take token sequences and cut off the first token, whatever it is: with DeiT's two and
-  with registers too many are left, with I-JEPA, SigLIP and SigLIP 2 a patch is lost, and `DINOv3ViTBackbone` delivers
-  no class token. They fail on the shape, as they do with the stock backbones of DINOv2 with registers and of DINOv3.
+  (ViT, DINOv2, CLIP). Their necks take token sequences and cut off the first token, whatever it is: with the two of
+  DeiT and with registers too many are left, with I-JEPA, SigLIP and SigLIP 2 a patch is lost, and `DINOv3ViTBackbone`
+  delivers no class token. They fail on the shape, as with the stock backbones of DINOv2 with registers and of DINOv3.
   Neither computes a loss ("Training is not implemented yet"): the loss here is the test's.
 - `EomtForUniversalSegmentation` has no place for a backbone: its encoder is its own. It takes
   `attn_implementation="adala"` without masked attention only (`eval()` and `attn_mask_probs` of 0, in which it can
@@ -62,9 +62,7 @@ def mask2former(name: str) -> PreTrainedModel:
     sizes |= {"encoder_feedforward_dim": 32, "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2}
     backbone = config_of(name, out_features=STAGES)
     return Mask2FormerForUniversalSegmentation(
-        Mask2FormerConfig(
-            backbone_config=backbone, num_queries=5, train_num_points=20, num_labels=LABELS, **sizes
-        )
+        Mask2FormerConfig(backbone_config=backbone, num_queries=5, train_num_points=20, num_labels=LABELS, **sizes)
     )
 
 
@@ -156,7 +154,7 @@ def test_eomt_is_linear_without_masked_attention_and_refused_with_it(tmp_path):
     config.train_num_points = 20
     model = EomtForUniversalSegmentation._from_config(config, attn_implementation="adala")
     pixels = torch.randn(2, 3, 32, 32)
-    with pytest.raises(UsageError, match="EomtAttention.*cannot honor"):
+    with pytest.raises(UsageError, match=r"EomtAttention.*cannot honor"):
         model.train()(pixels)
     with torch.no_grad():
         model.attn_mask_probs.zero_()

@@ -16,13 +16,11 @@ from family_helpers import (
     is_vision_text,
     lost_keys,
     padded_inputs,
-    stock_config_class,
     stock_model,
     tensors,
     tiny_config,
 )
 from transformers import (
-    CLIPTextModel,
     PreTrainedModel,
     ViTMAEConfig,
     ViTMAEForPreTraining,
@@ -32,9 +30,9 @@ from transformers import (
     ViTMSNModel,
 )
 
-from modeling_adala import AdaLACLIPVisionModel, AdaLAViTForImageClassification, AdaLAViTModel
+from modeling_adala import AdaLAViTModel
 from modeling_adala.check_linear import check_linear
-from modeling_adala.families import FAMILIES, attention_modules, forward_features, vision_tower
+from modeling_adala.families import FAMILIES, forward_features, vision_tower
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_case = pytest.mark.parametrize(("name", "head"), CASES)
@@ -156,7 +154,9 @@ def test_a_padded_naflex_batch_equals_the_images_one_by_one(checkpoints, mode):
 
     batch = model(
         pixel_values=torch.cat([pad(image["pixel_values"]) for image in images]),
-        pixel_attention_mask=torch.cat([pad(image["pixel_attention_mask"][..., None])[..., 0] == 1 for image in images]),
+        pixel_attention_mask=torch.cat(
+            [pad(image["pixel_attention_mask"][..., None])[..., 0] == 1 for image in images]
+        ),
         spatial_shapes=torch.cat([image["spatial_shapes"] for image in images]),
     )
     for index, image in enumerate(images):

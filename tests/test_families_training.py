@@ -28,9 +28,7 @@ def test_a_stage_trains_the_vision_tower_and_its_loss_falls(name, stage, tmp_pat
     trainer = STAGES[stage].trainer_class(
         model=student,
         teacher_model=teacher,
-        args=STAGES[stage].config_class(
-            output_dir=str(tmp_path), per_device_train_batch_size=8, **settings, **QUIET
-        ),
+        args=STAGES[stage].config_class(output_dir=str(tmp_path), per_device_train_batch_size=8, **settings, **QUIET),
         train_dataset=images,
         eval_dataset=images,
     )

@@ -39,7 +39,7 @@ def token_of(model, row: int, column: int) -> int:
 # --- what one patch attends to ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", TEACHERS)
+@pytest.mark.parametrize("family", [name for name in TEACHERS if name != "siglip2"])  # attention_map cannot, there
 @pytest.mark.parametrize("options", [{}, {"feature_map": "exp"}, {"softmax_layers": [1]}], ids=str)
 def test_a_linear_query_is_its_row_of_the_attention_map(family, options):
     student, _ = convert(TEACHERS[family](), check_parity=False, **options)
@@ -81,8 +81,8 @@ def test_the_model_is_left_as_it_was():
     teacher = tiny_dinov2()
     known = set(ALL_ATTENTION_FUNCTIONS)
     query_attention(teacher, PIXELS, 0, (0, 0))
-    with pytest.raises(RuntimeError):  # a model of another dtype
-        query_attention(teacher, torch.randn(1, 1, 35, 49).double(), 0, (0, 0))
+    with pytest.raises(ValueError):  # three channels for a model of one
+        query_attention(teacher, PIXELS.repeat(1, 3, 1, 1), 0, (0, 0))
     assert teacher.config._attn_implementation == "sdpa"
     assert set(ALL_ATTENTION_FUNCTIONS) == known
 
@@ -124,7 +124,7 @@ def test_patch_features_have_the_form_of_the_image():
     assert patch_features(tiny_dinov2(), PIXELS).shape == (2, 5, 7, 32)
 
 
-@pytest.mark.parametrize("heads", [1, 6, 16])
+@pytest.mark.parametrize("heads", [1, 16])
 def test_attention_is_drawn_for_any_number_of_heads_and_a_rectangle(tmp_path, heads):
     weights = {name: torch.rand(heads, 5, 7) / 35 for name in ("teacher", "student")}
     draw_attention(tmp_path / "a.png", torch.rand(3, 35, 49), (3, 4), weights, "title")

@@ -20,7 +20,7 @@ from modeling_adala import (
     linear_attention,
     linear_attention_reference,
 )
-from modeling_adala.linear_attention import adala_attention_forward, adala_attention_mask
+from modeling_adala.attention_interface import adala_attention_forward, adala_attention_mask
 
 MAPS = sorted(FEATURE_MAPS)
 LEARNED = [name for name in MAPS if FEATURE_MAPS[name].learned]
@@ -511,3 +511,15 @@ def test_exports_with_dynamic_batch_and_tokens():
     for shape in ((1, 7), (3, 130)):
         example_inputs = inputs(*shape)
         torch.testing.assert_close(exported(*example_inputs), operator(*example_inputs), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("value_dtype", [torch.bfloat16, torch.float16])
+def test_value_of_another_dtype(value_dtype):
+    """As DINOv3 hands it over under autocast: its rotary positions turn query and key into float32."""
+    query, key = torch.randn(2, 2, 3, 17, 8)
+    value = torch.randn(2, 3, 17, 8, dtype=value_dtype)
+    phi = build_feature_map("elu", 3, 8)
+    output = linear_attention(query, key, value, phi)
+    assert output.dtype == value_dtype
+    expected = linear_attention_reference(query.double(), key.double(), value.double(), phi)
+    torch.testing.assert_close(output.double(), expected, rtol=2e-2, atol=2e-2)

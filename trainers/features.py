@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from modeling_adala.attention_interface import feature_map_of
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.errors import UsageError
 from modeling_adala.families import (
@@ -24,7 +25,7 @@ from modeling_adala.families import (
     token_groups,
     vision_tower,
 )
-from modeling_adala.linear_attention import attention_weights, feature_map_of
+from modeling_adala.linear_attention import attention_weights
 from modeling_adala.mixins import patch_grid
 
 matplotlib.use("Agg")
@@ -89,7 +90,7 @@ def check_layer(config: PretrainedConfig, layer: int) -> int:
 
 
 def check_query(
-    config: PretrainedConfig, image_size: tuple[int, int], query: tuple[int, int] | None
+    config: PretrainedConfig, image_size: tuple[int, int], query: tuple[int, int] | None = None
 ) -> tuple[int, int]:
     """The row and column of a patch; by default, of the one in the middle.
 
@@ -205,7 +206,8 @@ def draw_attention(path: Path, image: Tensor, query: tuple[int, int], weights: d
     heights = [tall + 0.3, *([lines * low + 0.3 + 0.15 * lines] * len(weights))]
     figure = plt.figure(figsize=(full_width, sum(heights) + 0.3), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    top, *strips = figure.subfigures(len(heights), 1, height_ratios=heights)
+    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
+    top, *strips = parts
     axes = top.subplots(1, len(weights) + 1)
     _show_image(axes[0], image)
     _frame(axes[0], image, query, next(iter(weights.values())))

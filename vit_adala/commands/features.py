@@ -9,11 +9,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from modeling_adala.attention_interface import feature_map_of
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import load_config, load_teacher, load_teacher_config
 from modeling_adala.errors import DataError, UsageError
 from modeling_adala.families import attention_modules, get_family, native_size, patch_size, token_groups
-from modeling_adala.linear_attention import feature_map_of
 from trainers.base_trainer import check_pair
 from trainers.data import Unreadable, blaming, open_image
 from trainers.features import (

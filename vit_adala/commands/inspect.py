@@ -56,8 +56,10 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(["--help"] if "--help-all" in arguments else list(arguments))
     config = load_config(args.model)
     facts = describe(config) | {"model": args.model}
-    sizes = [compare(config, size) for size in _sizes(config, args.image_size)]
-    facts["sizes"] = list({size["image_size"]: size for size in sizes}.values())  # two may round to the same
+    sizes: dict[tuple[int, int], dict[str, Any]] = {}
+    for size in _sizes(config, args.image_size):  # two may round to the same
+        sizes.setdefault(nearest_size(config, size), compare(config, size))
+    facts["sizes"] = list(sizes.values())
     if args.json:
         print_json(facts)
     else:

@@ -1,0 +1,124 @@
+"""The attention implementation `"adala"` of Transformers, and its masks.
+
+This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import bidirectional_mask_function
+
+from .errors import UsageError
+from .linear_attention import EluFeatureMap, FeatureMap, attention_weights, linear_attention
+
+_PLAIN_FEATURE_MAP = EluFeatureMap(num_heads=1, head_dim=1)
+# bias, cap and sinks of the scores, windows, packing, selected keys: a linear form has no place for them
+_SOFTMAX_ONLY = ("position_bias", "softcap", "s_aux", "sliding_window", "cu_seq_lens_q", "indices", "block_indices")
+
+
+def feature_map_of(module: nn.Module) -> FeatureMap | None:
+    """phi of a module: its `feature_map` (`None`: it keeps softmax), or parameter-free elu+1 in a stock module."""
+    return getattr(module, "feature_map", _PLAIN_FEATURE_MAP)
+
+
+def adala_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention interface `"adala"` of Transformers: `(batch, tokens, heads, head_dim)` output, and weights if asked.
+
+    phi is that of `feature_map_of`. Keys and values may have fewer heads than queries. `scaling` belongs to softmax
+    and `dropout` to a weight matrix that linear attention never forms; both act in softmax layers only.
+
+    Raises:
+        UsageError: for a mask that is not a key-padding mask, causal attention, or an argument of `_SOFTMAX_ONLY`.
+    """
+    for name in _SOFTMAX_ONLY:
+        if kwargs.get(name) is not None:
+            raise _cannot_honor(module, f"is given {name}")
+    # the rule of "sdpa": a module that says nothing is causal, unless a mask says who sees whom
+    if is_causal or (is_causal is None and attention_mask is None and getattr(module, "is_causal", True)):
+        raise _cannot_honor(module, "attends causally")
+    key_mask = _key_padding_mask(module, attention_mask, key.shape[2])
+    key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
+    feature_map = feature_map_of(module)
+    # the second way is that of `attention_map`: SigLIP 2 does not hand on the first
+    want_weights = kwargs.get("output_attentions", False) or getattr(module, "output_attention_weights", False)
+    if feature_map is None:
+        return _softmax_attention(query, key, value, key_mask, dropout, scaling, want_weights)
+    output = linear_attention(query, key, value, feature_map, key_mask).transpose(1, 2)
+    return output, attention_weights(query, key, feature_map, key_mask).to(query.dtype) if want_weights else None
+
+
+def _softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    want_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    mask = None if key_mask is None else key_mask[:, None, None, :].expand(-1, 1, query.shape[2], -1)
+    output = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
+    output, weights = output.transpose(1, 2).contiguous(), None
+    if want_weights:
+        scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scores = scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1).to(query.dtype)
+    return output, weights
+
+
+def adala_attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args,
+    mask_function=bidirectional_mask_function,
+    attention_mask: Tensor | None = None,
+    config=None,
+    **kwargs,
+) -> Tensor | None:
+    """Mask function of `"adala"`: the key-padding mask as bool, `(batch, 1, 1, tokens)`, or `None`.
+
+    Without one registered, Transformers would drop the user's mask without a word. Unlike `flash_attention_mask` this
+    never looks at the values, so that it compiles and exports. Causal, window and block masks raise a `UsageError`.
+    """
+    if mask_function is not bidirectional_mask_function:
+        raise _cannot_honor(config, "asks for a causal, window or block mask")
+    # four axes: SigLIP 2's pooling head attends with softmax and repeats the mask over heads and queries
+    return None if attention_mask is None else attention_mask[:, None, None, -kv_length:].to(torch.bool)
+
+
+def _key_padding_mask(module: nn.Module, mask: Tensor | None, tokens: int) -> Tensor | None:
+    """Reads a `(batch, tokens)` or `(batch, 1, 1, tokens)` mask, and refuses what says more than which keys exist."""
+    if mask is None:
+        return None
+    additive = mask.ndim == 4 and mask.is_floating_point()
+    if additive and mask.shape[1] == 1 < mask.shape[2] and not mask.requires_grad and not mask.any():
+        return None  # Pixtral's block mask of a single image: zeros, nothing to honor
+    if mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+        mask = mask[:, 0, 0]
+    if mask.ndim != 2 or mask.shape[-1] != tokens:
+        what = f"attention_mask of shape {tuple(mask.shape)}, a bias or block mask and no key-padding mask"
+        raise _cannot_honor(module, f"is given an {what} of {tokens} keys")
+    if not mask.is_floating_point():
+        return mask.to(torch.bool)
+    keep, drop = (mask == 0, mask <= -1000) if additive else (mask == 1, mask == 0)  # exp(-1000) is 0 in float64
+    if not (keep | drop).all():
+        raise _cannot_honor(module, f"is given an attention_mask of {mask.dtype} that is a bias, no key-padding mask")
+    return keep
+
+
+def _cannot_honor(who: object, what: str) -> UsageError:
+    return UsageError(
+        f"{type(who).__name__} {what}, which linear attention cannot honor; use attn_implementation='sdpa' there"
+        " (one tower of several: {'vision_config': 'adala', 'text_config': 'sdpa'})."
+    )

@@ -1,0 +1,190 @@
+"""Every example runs with --smoke as a user would run it, without a network, and what it says is true.
+
+Each is a process of its own, which takes its time; they share what they leave behind.
+"""
+
+import ast
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
+
+from modeling_adala import AdaLAViTForImageClassification, AdaLAViTForSemanticSegmentation
+from trainers.digits import load_digits
+
+REPOSITORY = Path(__file__).parents[1]
+EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
+DEAD_END = "http://127.0.0.1:9"
+SHARE, CHANGE = r"\d+\.\d%", r"\d+\.\d% -> \d+\.\d%"
+LAST_LINES = {
+    "custom_dataset": rf"out/parity: even or odd, accuracy {CHANGE} on 100 images, 0 skipped as unreadable",
+    "finetune_classifier": rf"out/classifier: accuracy {CHANGE} on 100 held-out images",
+    "finetune_lora": (
+        rf"out/lora: [\d,]+ of [\d,]+ parameters trained, 0\.\d\d MB; accuracy {CHANGE} on 100 held-out digits;"
+        r" logits of the reloaded model differ by 0"
+    ),
+    "linearize": (
+        r"out/linearize: cosine of the patches to the teacher's (\d\.\d{3}) -> (\d\.\d{3}) -> (\d\.\d{3})"
+        rf" \(converted, stage 1, stage 2\); k-NN {SHARE}, teacher {SHARE}; 40 held-out images"
+    ),
+    "segment": (rf"out/segment: mean IoU {CHANGE}, pixel accuracy {CHANGE} on 100 images, 0 skipped as unreadable"),
+    "share": (
+        r"http://127\.0\.0\.1:\d+/org/vit-adala-digits/commit/[0-9a-f]{40}: \d+ files, \d\.\d MB;"
+        r" AdaLAViTForImageClassification opened as org/vit-adala-digits, its logits differ from the folder's by 0"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an example printed, where it ran, and the CPU seconds that it took."""
+
+    output: str
+    folder: Path
+    seconds: float
+
+    @property
+    def last_line(self) -> str:
+        return self.output.rstrip().splitlines()[-1]
+
+
+Runs = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    """`runs(name, *arguments)` runs `python examples/NAME.py`, once, all in one folder, without network or cache."""
+    folder = tmp_path_factory.mktemp("examples")
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "HF_HOME": str(folder / "huggingface"),
+        "HTTP_PROXY": DEAD_END,
+        "HTTPS_PROXY": DEAD_END,
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+    @cache
+    def run(name: str, *arguments: str) -> Run:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        child = subprocess.run(
+            [sys.executable, str(REPOSITORY / "examples" / f"{name}.py"), *arguments],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=1800,  # for a machine that is busy with other things
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert child.returncode == 0, child.stdout + child.stderr
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return Run(child.stdout, folder, seconds)
+
+    return run
+
+
+def test_every_example_is_covered():
+    assert {path.stem for path in EXAMPLES} == {*LAST_LINES, "reload"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_starts_with_its_own_command(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    commands = re.findall(r"^    (python .*)$", docstring, flags=re.MULTILINE)
+    assert all(command.startswith(f"python examples/{path.name} ") for command in commands)
+    assert docstring.splitlines().index(f"    {commands[0]}") <= 3
+    assert path.stem == "reload" or f"python examples/{path.name} --smoke" in commands
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAST_LINES)
+def test_an_example_runs_in_under_three_minutes_on_one_core(name, runs):
+    run = runs(name, "--smoke")
+    assert re.fullmatch(LAST_LINES[name], run.last_line), run.output
+    assert run.seconds < 180
+
+
+@pytest.mark.slow
+def test_linearize_brings_the_student_closer_to_its_teacher(runs):
+    run = runs("linearize", "--smoke")
+    converted, stage_1, stage_2 = map(float, re.fullmatch(LAST_LINES["linearize"], run.last_line).groups())
+    assert converted < stage_1 < stage_2
+    out = run.folder / "out" / "linearize"
+    assert json.loads((out / "evaluation.json").read_text())["patches_cosine"] == pytest.approx(stage_2, abs=5e-4)
+    model = AutoModelForImageClassification.from_pretrained(out)
+    assert type(model) is AdaLAViTForImageClassification
+    assert model.config.linear_layers == list(range(6))
+    assert (out / "README.md").is_file()
+
+
+@pytest.mark.slow
+def test_the_fine_tuned_classifier_is_as_good_as_it_says(runs):
+    run = runs("finetune_classifier", "--smoke")
+    out = run.folder / "out" / "classifier"
+    model, processor = AutoModelForImageClassification.from_pretrained(out), AutoImageProcessor.from_pretrained(out)
+    assert type(model) is AdaLAViTForImageClassification
+    rows = load_digits("test").shuffle(seed=0).select(range(100))
+    with torch.inference_mode():
+        predicted = model.eval()(**processor(rows["image"][:], return_tensors="pt")).logits.argmax(-1)
+    accuracy = (predicted == torch.tensor(rows["label"][:])).float().mean().item()
+    assert f"-> {accuracy:.1%} on" in run.last_line
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_example_opens_in_another(runs):
+    runs("finetune_classifier", "--smoke")
+    run = runs("reload", "out/classifier")
+    assert re.fullmatch(r"AdaLAViTForImageClassification from out/classifier: \d+ of 10 correct", run.last_line)
+
+
+@pytest.mark.slow
+def test_lora_saves_adapters_and_head_alone(runs):
+    out = runs("finetune_lora", "--smoke").folder / "out" / "lora"
+    assert {path.name for path in out.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    with safe_open(out / "adapter_model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    adapters = {name for name in names if ".lora_A." in name or ".lora_B." in name}
+    assert len(adapters) == 6 * 2 * 2  # layers, projections, A and B
+    assert all(".classifier." in name for name in names - adapters)
+
+
+@pytest.mark.slow
+def test_the_segmentation_model_opens_and_is_better_than_before(runs):
+    run = runs("segment", "--smoke")
+    model = AutoModelForSemanticSegmentation.from_pretrained(run.folder / "out" / "segment")
+    assert type(model) is AdaLAViTForSemanticSegmentation
+    assert [model.config.id2label[index] for index in (0, 1, 10)] == ["background", "digit 0", "digit 9"]
+    before, after = map(float, re.search(r"mean IoU (\S+)% -> (\S+)%", run.last_line).groups())
+    assert before < after
+
+
+@pytest.mark.slow
+def test_share_pushes_all_that_it_takes_to_open_the_model(runs):
+    listed = re.findall(r"^new +[\d,]+ bytes  (\S+)$", runs("share", "--smoke").output, flags=re.MULTILINE)
+    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "modeling_adala.py"} <= {
+        *listed
+    }
+
+
+@pytest.mark.slow
+def test_the_model_of_ones_own_data_has_its_classes(runs):
+    out = runs("custom_dataset", "--smoke").folder / "out" / "parity"
+    model = AutoModelForImageClassification.from_pretrained(out)
+    assert type(model) is AdaLAViTForImageClassification
+    assert model.config.id2label == {0: "even", 1: "odd"}
