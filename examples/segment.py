@@ -97,6 +97,7 @@ def main() -> None:
     trainer.train()
     after = trainer.evaluate()
     trainer.save_model()
+    trainer.create_model_card()
     mean_iou, pixels = (f"{before[key]:.1%} -> {after[key]:.1%}" for key in ("eval_mean_iou", "eval_pixel_accuracy"))
     print(f"{args.output_dir}: mean IoU {mean_iou}, pixel accuracy {pixels} on {test.summary()}")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import (
     AutoImageProcessor,
@@ -32,7 +33,7 @@ EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 DEAD_END = "http://127.0.0.1:9"
 SHARE, CHANGE = r"\d+\.\d%", r"\d+\.\d% -> \d+\.\d%"
 LAST_LINES = {
-    "custom_dataset": rf"out/parity: even or odd, accuracy {CHANGE} on 100 images, 0 skipped as unreadable",
+    "custom_dataset": rf"out/bits: zero or one, accuracy {CHANGE} on 200 images, 0 skipped as unreadable",
     "finetune_classifier": rf"out/classifier: accuracy {CHANGE} on 100 held-out images",
     "finetune_lora": (
         rf"out/lora: [\d,]+ of [\d,]+ parameters trained, 0\.\d\d MB; accuracy {CHANGE} on 100 held-out digits;"
@@ -121,6 +122,14 @@ def test_an_example_runs_in_under_three_minutes_on_one_core(name, runs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["custom_dataset", "linearize", "segment"])
+def test_the_trainers_leave_a_card(name, runs):
+    out = runs(name, "--smoke").folder / "out"
+    (card,) = [path for path in out.glob("*/README.md") if path.parent.name in LAST_LINES[name]]
+    assert "linear-attention" in ModelCard.load(card).data.tags
+
+
+@pytest.mark.slow
 def test_linearize_brings_the_student_closer_to_its_teacher(runs):
     run = runs("linearize", "--smoke")
     converted, stage_1, stage_2 = map(float, re.fullmatch(LAST_LINES["linearize"], run.last_line).groups())
@@ -130,7 +139,6 @@ def test_linearize_brings_the_student_closer_to_its_teacher(runs):
     model = AutoModelForImageClassification.from_pretrained(out)
     assert type(model) is AdaLAViTForImageClassification
     assert model.config.linear_layers == list(range(6))
-    assert (out / "README.md").is_file()
 
 
 @pytest.mark.slow
@@ -184,7 +192,7 @@ def test_share_pushes_all_that_it_takes_to_open_the_model(runs):
 
 @pytest.mark.slow
 def test_the_model_of_ones_own_data_has_its_classes(runs):
-    out = runs("custom_dataset", "--smoke").folder / "out" / "parity"
+    out = runs("custom_dataset", "--smoke").folder / "out" / "bits"
     model = AutoModelForImageClassification.from_pretrained(out)
     assert type(model) is AdaLAViTForImageClassification
-    assert model.config.id2label == {0: "even", 1: "odd"}
+    assert model.config.id2label == {0: "zero", 1: "one"}

@@ -13,6 +13,7 @@ from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
 from huggingface_hub import HfApi, ModelCard
 from transformers import BitImageProcessorPil
 
+import modeling_adala
 from hub_cards.push import plan_push, push
 from modeling_adala import AdaLADinov2Config, AdaLADinov2ForImageClassification
 from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
@@ -21,7 +22,8 @@ from vit_adala.cli import main
 REPO = "org/model"
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
 LABELS = ["cat", "dog <b>", "../bird"]
-CODE = {"configuration_adala.py", "errors.py", "hub_code.py", "linear_attention.py", "modeling_adala.py"}
+PACKAGE = Path(modeling_adala.__file__).parent
+CODE = {path.name for path in PACKAGE.glob("*.py") if "travels with the weights" in path.read_text()}
 CORE = {"README.md", "config.json", "preprocessor_config.json", "model.safetensors", *CODE}
 
 
