@@ -97,15 +97,11 @@ def main() -> None:
         (AttentionAlignmentConfig, AttentionAlignmentTrainer),
         (FeatureAlignmentConfig, FeatureAlignmentTrainer),
     ):
-        trainer_class(
-            model=student,
-            teacher_model=teacher,
-            args=config_class(args.output_dir, **common),
-            train_dataset=train,
-        ).train()
+        config = config_class(args.output_dir, **common)
+        trainer_class(model=student, teacher_model=teacher, args=config, train_dataset=train).train()
     trainer = SupervisedTrainer(
         model=student,
-        args=SupervisedConfig(args.output_dir, **common),
+        args=SupervisedConfig(args.output_dir, learning_rate=3e-4, **common),  # the alignment was short
         train_dataset=train,
         eval_dataset=test,
         processing_class=processor,

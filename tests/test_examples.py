@@ -192,7 +192,9 @@ def test_share_pushes_all_that_it_takes_to_open_the_model(runs):
 
 @pytest.mark.slow
 def test_the_model_of_ones_own_data_has_its_classes(runs):
-    out = runs("custom_dataset", "--smoke").folder / "out" / "bits"
-    model = AutoModelForImageClassification.from_pretrained(out)
+    run = runs("custom_dataset", "--smoke")
+    model = AutoModelForImageClassification.from_pretrained(run.folder / "out" / "bits")
     assert type(model) is AdaLAViTForImageClassification
     assert model.config.id2label == {0: "zero", 1: "one"}
+    before, after = map(float, re.search(r"accuracy (\S+)% -> (\S+)%", run.last_line).groups())
+    assert before < after

@@ -30,19 +30,18 @@ from trainers.recipe import load_image_processor
 from trainers.stages import load_student
 from trainers.transforms import ImageTransform, check_image_size, parse_size
 
-from ..arguments import CommandParser
+from ..arguments import PlainParser
 
 
 def main(arguments: Sequence[str]) -> None:
     """`vit-adala features MODEL IMAGE... [--compare TEACHER] [--layer L] [--query ROW,COLUMN] [--output-dir O]`"""
-    parser = CommandParser(
+    parser = PlainParser(
         "features",
+        "MODEL IMAGE ...",
         "Pictures of what a model sees: its patch features as colors (three principal components, the teacher's for"
         " both), and what one patch attends to.",
-        (),
         "vit-adala features out/2-feature-alignment street.jpg --compare facebook/dinov2-small --image-size 336x448",
     )
-    parser.usage = "vit-adala features MODEL IMAGE ... [options]"
     parser.add_argument("model", help="folder or Hub id; linear or softmax")
     parser.add_argument("images", nargs="+", metavar="image", help="image files")
     parser.add_argument("--compare", help="softmax teacher to show beside the model")
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
         help="side in pixels, or HEIGHTxWIDTH: the largest centered crop of that shape. Default: the model's own",
     )
     parser.add_argument("--output-dir", "--output_dir", default="features", help="folder for the PNG files")
-    args = parser.parse_args(["--help"] if "--help-all" in arguments else list(arguments))
+    args = parser.parse_args(list(arguments))
 
     config = load_config(args.model)
     get_family(config.model_type)

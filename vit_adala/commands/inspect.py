@@ -24,7 +24,7 @@ from modeling_adala.flops import (
 )
 from trainers.transforms import parse_size
 
-from ..arguments import CommandParser, print_json
+from ..arguments import PlainParser, print_json
 
 SIZES = ("224", "512", "1024", "2048")
 CONVENTION = (
@@ -38,13 +38,12 @@ TOKENS = {"cls": "class token", "registers": "registers"}
 
 def main(arguments: Sequence[str]) -> None:
     """`vit-adala inspect MODEL [--image-size S ...] [--json]`"""
-    parser = CommandParser(
+    parser = PlainParser(
         "inspect",
+        "MODEL",
         "What a model is, what linear attention replaces in it, and what that saves. Reads the configuration alone.",
-        (),
         "vit-adala inspect facebook/dinov2-large --image-size 518 1036x1554",
     )
-    parser.usage = "vit-adala inspect MODEL [options]"
     parser.add_argument("model", help="folder, config.json, or Hub id in the cache; softmax or linear")
     parser.add_argument(
         "--image-size",
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
         help=f"sides in pixels, or HEIGHTxWIDTH. Default: the model's own, {', '.join(SIZES)}",
     )
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else on stdout")
-    args = parser.parse_args(["--help"] if "--help-all" in arguments else list(arguments))
+    args = parser.parse_args(list(arguments))
     config = load_config(args.model)
     facts = describe(config) | {"model": args.model}
     sizes: dict[tuple[int, int], dict[str, Any]] = {}
