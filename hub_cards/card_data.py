@@ -174,9 +174,11 @@ class AdaLACardData:
 
     @property
     def head(self) -> Head:
-        if hasattr(self.config, "text_config") and hasattr(self.config, "vision_config"):
+        if hasattr(self.config, "text_config") and self.class_name.endswith("Model"):
             return IMAGE_AND_TEXT
-        return next(head for end, head in HEADS.items() if self.class_name.endswith(end))
+        found = (head for end, head in HEADS.items() if self.class_name.endswith(end))
+        # no Auto class opens the others, such as CLIP's projection: the class itself does
+        return next(found, Head("image-feature-extraction", self.class_name))
 
     @property
     def labels(self) -> list[str]:

@@ -13,7 +13,7 @@ from transformers.backbone_utils import BackboneMixin, filter_output_hidden_stat
 from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutput
 from transformers.utils import can_return_tuple
 
-from .configuration_adala import AdaLAConfigMixin, vision_config
+from .configuration_adala import vision_config
 from .errors import UsageError
 from .hub_code import ADALA_VERSION, auto_map
 from .linear_attention import FeatureMap, build_feature_map
@@ -73,7 +73,8 @@ class AdaLAMixin:
 
 def _attention_modules(model: Any) -> Iterator[Any]:
     for module in model.modules():
-        if hasattr(module, "q_proj") and isinstance(module.config, AdaLAConfigMixin):
+        # by a field: `trust_remote_code` on a local folder loads the configuration's code twice, as two classes
+        if hasattr(module, "q_proj") and hasattr(module.config, "softmax_layers"):
             yield module
 
 

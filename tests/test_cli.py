@@ -171,13 +171,13 @@ REFUSED = {
     # the teacher and its student
     "no teacher": ("align", {"teacher": None}, 2, ("--teacher", "--help")),
     "no teacher of a run": ("run", {"teacher": None}, 2, ("teacher is missing", "Hub id")),
-    "teacher without images": ("align", {"teacher": "@bert"}, 2, ("'bert'", "vit, dinov2")),
-    "teacher of another family": ("align", {"teacher": "@swin"}, 2, ("'swin'", "vit, dinov2")),
-    "teacher without images to distill": ("distill", {"teacher": "@bert"}, 2, ("'bert'", "vit, dinov2")),
-    "teacher of another family to distill": ("distill", {"teacher": "@swin"}, 2, ("'swin'", "vit, dinov2")),
-    "teacher of another family to evaluate": ("evaluate", {"teacher": "@swin"}, 2, ("'swin'", "vit, dinov2")),
-    "teacher of another family to run": ("run", {"teacher": "@swin"}, 2, ("'swin'", "vit, dinov2")),
-    "classifier without images": ("finetune", {"model": "@bert"}, 2, ("'bert'", "vit, dinov2")),
+    "teacher without images": ("align", {"teacher": "@bert"}, 2, ("'bert'", "vit, deit")),
+    "teacher of another family": ("align", {"teacher": "@swin"}, 2, ("'swin'", "vit, deit")),
+    "teacher without images to distill": ("distill", {"teacher": "@bert"}, 2, ("'bert'", "vit, deit")),
+    "teacher of another family to distill": ("distill", {"teacher": "@swin"}, 2, ("'swin'", "vit, deit")),
+    "teacher of another family to evaluate": ("evaluate", {"teacher": "@swin"}, 2, ("'swin'", "vit, deit")),
+    "teacher of another family to run": ("run", {"teacher": "@swin"}, 2, ("'swin'", "vit, deit")),
+    "classifier without images": ("finetune", {"model": "@bert"}, 2, ("'bert'", "vit, deit")),
     "unknown model type": ("align", {"teacher": "@unknown-type"}, 1, ("unknown-type", "vit-of-tomorrow")),
     **{
         f"student as the teacher to {command}": (command, {"teacher": "@student"}, 2, ("student'", "softmax model"))

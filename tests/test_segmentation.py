@@ -21,7 +21,7 @@ from training_helpers import (  # noqa: F401
     one_thread,
     save_teacher,
 )
-from transformers import AutoModelForSemanticSegmentation, TrainerCallback, ViTModel
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, TrainerCallback, ViTModel
 
 from modeling_adala import DataError, UsageError, convert
 from modeling_adala.families import forward_features
@@ -465,6 +465,10 @@ def test_command_trains_scores_and_leaves_a_model(places, tmp_path, capsys, mode
     saved = AutoModelForSemanticSegmentation.from_pretrained(out)
     assert saved.config.adala_stage == "supervised" and list(saved.config.id2label.values()) == names
     assert saved.config.softmax_layers == ([0, 1] if model == "teacher" else [])
+    processor = AutoImageProcessor.from_pretrained(out)  # made for segmenters, unlike the family's own
+    assert (processor.size["height"], processor.size["width"]) == (42, 56)
+    scores = saved(torch.zeros(1, 1, 42, 56))
+    assert processor.post_process_semantic_segmentation(scores, [(48, 64)])[0].shape == (48, 64)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel, SegformerImageProcessorPil
 
 from modeling_adala.errors import DataError
 
@@ -51,6 +51,22 @@ def segment(model: nn.Module, pixel_values: Tensor, windows: Windows | None = No
             total[place] += logits
             count[place] += 1
     return cast(Tensor, total) / count
+
+
+def segmentation_processor(image_processor: Any, image_size: tuple[int, int]) -> SegformerImageProcessorPil:
+    """An image processor that feeds a segmenter as it was trained, and turns its scores into masks.
+
+    A family's own lacks `post_process_semantic_segmentation`, which `pipeline("image-segmentation")` calls.
+
+    Args:
+        image_processor (`BaseImageProcessor` or `None`): Of the family: its mean and standard deviation are kept.
+        image_size (`tuple[int, int]`): Height and width in pixels.
+    """
+    height, width = image_size
+    known = {name: getattr(image_processor, name, None) for name in ("image_mean", "image_std")}
+    known = {name: value for name, value in known.items() if value is not None}
+    normalize = "image_mean" in known and getattr(image_processor, "do_normalize", True)
+    return SegformerImageProcessorPil(size={"height": height, "width": width}, do_normalize=normalize, **known)
 
 
 def score_masks(logits: Tensor, masks: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from trainers.callbacks import append_metrics
 from trainers.comparison import Comparison
 from trainers.data_config import DataConfig
 from trainers.recipe import load_image_processor
-from trainers.segmentation import evaluate_segmentation
+from trainers.segmentation import evaluate_segmentation, segmentation_processor
 from trainers.segmentation_data import SegmentationData, read_labels
 from trainers.stages import StageResult, check_stage_directory, load_classifier, load_segmenter
 from trainers.supervised_config import SupervisedConfig
@@ -89,6 +89,7 @@ def _segment(model_args: FinetuneArguments, data_args: DataConfig, args: Supervi
     )
     model = load_segmenter(model_args.model, data.labels)
     dataset: Any = data.eval_dataset()
+    processor = segmentation_processor(processor, data.image_size)
     result: StageResult = run_and_report("supervised", model, args, data, processor, eval_dataset=dataset)
     if dataset is None:
         return
