@@ -37,6 +37,7 @@ class AdaLAMixin:
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        self.model_tags = ["linear-attention", "vit-adala", "distillation"]  # for the stock card of `push_to_hub`
         for layer, module in enumerate(_attention_modules(self)):
             if hasattr(module, "feature_map"):  # a backbone inside a head has given it one
                 continue
