@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PretrainedConfig
 
+from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import load_config
 from modeling_adala.errors import CheckpointError
 from modeling_adala.families import get_family
@@ -157,7 +158,7 @@ class AdaLACardData:
     @property
     def vision(self) -> PretrainedConfig:
         """The configuration of the vision tower, which is the linear one."""
-        return _vision(self.config)
+        return vision_config(self.config)
 
     @property
     def stage(self) -> str | None:
@@ -272,18 +273,14 @@ def _figures(record: dict[str, Any]) -> dict[str, float]:
     return {name: value for name in record if (value := number(record[name])) is not None}
 
 
-def _vision(config: PretrainedConfig) -> PretrainedConfig:
-    return getattr(config, "vision_config", config)
-
-
 def _stage(config: PretrainedConfig, manifest: dict[str, Any]) -> str | None:
     # a trainer records its stage when it starts to save, and only a finished one is in the config
     recorded = list(mapping(manifest.get("stages")))
-    return recorded[-1] if recorded else one_line(_vision(config).adala_stage)
+    return recorded[-1] if recorded else one_line(vision_config(config).adala_stage)
 
 
 def _teacher(config: PretrainedConfig) -> tuple[str | None, str | None]:
-    vision = _vision(config)
+    vision = vision_config(config)
     return one_line(vision.teacher_name_or_path), one_line(vision.teacher_revision)
 
 

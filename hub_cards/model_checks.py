@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from modeling_adala.checkpoint_safety import check_checkpoint, pair, read_shapes
+from modeling_adala.checkpoint_safety import check_checkpoint, read_shapes
+from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import load_config, load_teacher
 from modeling_adala.errors import CheckpointError
-from modeling_adala.families import attention_modules, forward_features, get_family
+from modeling_adala.families import attention_modules, forward_features, get_family, native_size, patch_size
 from modeling_adala.linear_attention import FeatureMap
 
 from .checks import Check, run_check
@@ -141,8 +142,8 @@ def weights(subject: Subject) -> Check:
 
 def position_grid(subject: Subject) -> Check:
     """The stored position embeddings have one entry per patch of the configuration's image size."""
-    config = getattr(subject.config, "vision_config", subject.config)
-    (height, width), patch = pair(config.image_size), pair(config.patch_size)
+    config = vision_config(subject.config)
+    (height, width), patch = native_size(config), patch_size(config)
     rows, columns = height // patch[0], width // patch[1]
     grid = f"{rows}x{columns} patches ({height}x{width} pixels)"
     stored = {n: s[-2] for n, s in subject.shapes.items() if "position_embedding" in n and "text" not in n}

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import MODEL_MAPPING, AttentionInterface, AutoModel, PretrainedConfig, PreTrainedModel
 
 from .attention_interface import feature_map_of
+from .configuration_adala import pair
 from .errors import UsageError
 
 
@@ -250,8 +251,7 @@ def _dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         inputs["pixel_attention_mask"] = torch.ones(2, side**2, dtype=torch.long)
         inputs["spatial_shapes"] = torch.full((2, 2), side)
     elif pixels := next((name for name in ("pixel_values", "pixel_values_videos") if name in names), None):
-        size = setting("image_size", "crop_size", default=224)
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = pair(setting("image_size", "crop_size", default=224))
         frames = setting("num_frames", "frames_per_clip", default=0)
         shape = (2, frames) if frames else (2,)
         inputs[pixels] = torch.randn(*shape, setting("num_channels", "in_chans", default=3), height, width)

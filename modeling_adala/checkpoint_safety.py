@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from .configuration_adala import pair
 from .errors import CheckpointError
 from .families import FAMILIES
 
@@ -194,11 +195,6 @@ def _fewest_parameters(config: PretrainedConfig, shapes: dict[str, list[int]]) -
             size = getattr(config, "image_size", None)  # SigLIP 2 says how many patches
             count += width * (config.num_patches if size is None else math.prod(pair(size)) // patch)
     return count
-
-
-def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """`(height, width)` of a size in a configuration, which may be one number for both."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _refuse(path: Path, reason: str, remedy: str = "Get it again from where it comes from") -> NoReturn:

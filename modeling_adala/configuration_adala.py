@@ -175,6 +175,11 @@ def vision_config(config: PretrainedConfig) -> PretrainedConfig:
     return getattr(config, "vision_config", config)
 
 
+def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """`(height, width)` of a size in a configuration, which may be one number for both."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 @strict
 class AdaLAViTConfig(AdaLABackboneConfigMixin, ViTConfig):
     """`ViTConfig` and the fields of `AdaLAConfigMixin`. Reads ViT-MAE and ViT-MSN configurations, too."""

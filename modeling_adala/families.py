@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
-from .configuration_adala import SAME_ARCHITECTURE, vision_config
+from .configuration_adala import SAME_ARCHITECTURE, pair, vision_config
 from .errors import UsageError
 from .mixins import image_inputs, last_layernorm, num_special_tokens
 from .modeling_adala import CLASSES
@@ -63,8 +63,7 @@ def vision_tower(model: PreTrainedModel) -> PreTrainedModel:
 
 def patch_size(config: PretrainedConfig) -> tuple[int, int]:
     """Height and width of a patch in pixels."""
-    patch = vision_config(config).patch_size
-    return (patch, patch) if isinstance(patch, int) else (patch[0], patch[1])
+    return pair(vision_config(config).patch_size)
 
 
 def native_size(config: PretrainedConfig) -> tuple[int, int]:
@@ -73,7 +72,7 @@ def native_size(config: PretrainedConfig) -> tuple[int, int]:
     size = getattr(config, "image_size", None)
     if size is None:  # SigLIP 2 says how many patches, of a square
         size = math.isqrt(config.num_patches) * config.patch_size
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    return pair(size)
 
 
 def token_groups(config: PretrainedConfig) -> dict[str, slice]:

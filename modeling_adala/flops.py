@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from .configuration_adala import vision_config
+from .configuration_adala import pair, vision_config
 from .conversion import student_config
 from .errors import UsageError
 from .families import get_family, patch_size
@@ -74,7 +74,7 @@ def nearest_size(config: PretrainedConfig, image_size: int | tuple[int, int]) ->
     Raises:
         UsageError: for a side below 1 pixel.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = pair(image_size)
     if min(size) < 1:
         raise UsageError(f"image_size={image_size!r}: sides are 1 pixel or more; pass such as 224 or 336x448.")
     height, width = (max(1, math.floor(side / p + 0.5)) * p for side, p in zip(size, patch_size(config), strict=True))

@@ -13,7 +13,7 @@ from transformers.backbone_utils import BackboneMixin, filter_output_hidden_stat
 from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutput
 from transformers.utils import can_return_tuple
 
-from .configuration_adala import vision_config
+from .configuration_adala import pair, vision_config
 from .errors import UsageError
 from .hub_code import ADALA_VERSION, auto_map
 from .linear_attention import FeatureMap, build_feature_map
@@ -122,7 +122,7 @@ def last_layernorm(model: nn.Module) -> nn.Module:
 
 def patch_grid(config, pixel_values: torch.Tensor) -> tuple[int, int]:
     """Rows and columns of patches in an image batch `(batch, channels, height, width)`."""
-    patch = (config.patch_size,) * 2 if isinstance(config.patch_size, int) else config.patch_size
+    patch = pair(config.patch_size)
     return pixel_values.shape[-2] // patch[0], pixel_values.shape[-1] // patch[1]
 
 
@@ -155,8 +155,7 @@ def image_inputs(config, pixel_values: torch.Tensor) -> dict[str, Any]:
         }
     if family in ANY_SIZE:
         return {"pixel_values": pixel_values}
-    native = config.image_size
-    native = (native, native) if isinstance(native, int) else tuple(native)
+    native = pair(config.image_size)
     # the interpolation of a square grid of positions is the identity at the native size; that of a rectangle is not
     is_native = native[0] != native[1] and tuple(pixel_values.shape[-2:]) == native
     return {"pixel_values": pixel_values, "interpolate_pos_encoding": not is_native}

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hub_cards.records import find_license, mapping, read_manifest
 from modeling_adala import __version__
+from modeling_adala.configuration_adala import vision_config
 
 from .base_config import AdaLATrainingArguments
 from .checkpoints import whole_file
@@ -52,7 +53,7 @@ def record_stage(directory: str | Path, trainer: Trainer, student: PreTrainedMod
     # read only where a checkpoint of ours can be: a student built in memory has no path, or its teacher's
     earlier = read_manifest(Path(student.config.name_or_path)) if student.config.name_or_path else {}
     stages = {name: known for name, known in mapping(earlier.get("stages")).items() if name != stage}
-    vision = getattr(student.config, "vision_config", student.config)
+    vision = vision_config(student.config)
     found = find_license(vision.teacher_name_or_path, vision.teacher_revision, download=True)
     manifest = {
         "teacher_license": earlier.get("teacher_license") or found,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from modeling_adala.configuration_adala import pair
 from modeling_adala.errors import UsageError
 
 from .base_config import AdaLATrainingArguments
@@ -53,8 +54,7 @@ class SupervisedConfig(AdaLATrainingArguments):
         height, width = check_image_size(parse_size("window", self.window), 1)
         if self.stride is None:
             return (height, width), (max(1, height // 2), max(1, width // 2))
-        size = parse_size("stride", self.stride)
-        down, right = (size, size) if isinstance(size, int) else size
+        down, right = pair(parse_size("stride", self.stride))
         if not (1 <= down <= height and 1 <= right <= width):
             raise UsageError(f"stride={self.stride!r} must be 1 to the window's {height}x{width}, to leave no gap")
         return (height, width), (down, right)

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PretrainedConfig
 
+from modeling_adala.configuration_adala import pair
 from modeling_adala.conversion import load_config
 from modeling_adala.families import native_size, patch_size, token_groups
 from modeling_adala.flops import (
@@ -108,7 +109,7 @@ def compare(config: PretrainedConfig, requested: tuple[int, int]) -> dict[str, A
 
 def _sizes(config: PretrainedConfig, given: Sequence[str] | None) -> list[tuple[int, int]]:
     parsed = [parse_size("image_size", size) for size in given or SIZES]
-    sizes = [(size, size) if isinstance(size, int) else size for size in parsed]
+    sizes = [pair(size) for size in parsed]
     return sizes if given else sorted({native_size(config), *sizes})
 
 
