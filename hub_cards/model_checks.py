@@ -22,7 +22,7 @@ from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import load_config, load_teacher
 from modeling_adala.errors import CheckpointError
 from modeling_adala.families import attention_modules, forward_features, get_family, native_size, patch_size
-from modeling_adala.linear_attention import FeatureMap
+from modeling_adala.feature_maps import FeatureMap
 
 from .checks import Check, run_check
 

@@ -7,13 +7,8 @@ from .check_linear import LinearReport, check_linear
 from .configuration_adala import *  # noqa: F403
 from .conversion import ParityReport, convert
 from .errors import AdaLAError, CheckpointError, DataError, UsageError
-from .linear_attention import (
-    FEATURE_MAPS,
-    attention_weights,
-    build_feature_map,
-    linear_attention,
-    linear_attention_reference,
-)
+from .feature_maps import FEATURE_MAPS, build_feature_map
+from .linear_attention import attention_weights, linear_attention, linear_attention_reference
 from .mixins import attention_map
 from .modeling_adala import *  # noqa: F403
 

@@ -9,7 +9,8 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import bidirectional_mask_function
 
 from .errors import UsageError
-from .linear_attention import EluFeatureMap, FeatureMap, attention_weights, linear_attention
+from .feature_maps import EluFeatureMap, FeatureMap
+from .linear_attention import attention_weights, linear_attention
 
 _PLAIN_FEATURE_MAP = EluFeatureMap(num_heads=1, head_dim=1)
 # bias, cap and sinks of the scores, windows, packing, selected keys: a linear form has no place for them
@@ -34,8 +35,9 @@ def adala_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention interface `"adala"` of Transformers: `(batch, tokens, heads, head_dim)` output, and weights if asked.
 
-    phi is that of `feature_map_of`. Keys and values may have fewer heads than queries. `scaling` belongs to softmax
-    and `dropout` to a weight matrix that linear attention never forms; both act in softmax layers only.
+    phi is the argument `feature_map`, or that of `feature_map_of`. Keys and values may have fewer heads than queries.
+    `scaling` belongs to softmax and `dropout` to a weight matrix that linear attention never forms; both act in
+    softmax layers only.
 
     Raises:
         UsageError: for a mask that is not a key-padding mask, causal attention, or an argument of `_SOFTMAX_ONLY`.
@@ -48,12 +50,13 @@ def adala_attention_forward(
         raise _cannot_honor(module, "attends causally")
     key_mask = _key_padding_mask(module, attention_mask, key.shape[2])
     key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
-    feature_map = feature_map_of(module)
+    feature_map = kwargs.get("feature_map") or feature_map_of(module)
     # the second way is that of `attention_map`: SigLIP 2 does not hand on the first
     want_weights = kwargs.get("output_attentions", False) or getattr(module, "output_attention_weights", False)
     if feature_map is None:
         return _softmax_attention(query, key, value, key_mask, dropout, scaling, want_weights)
-    output = linear_attention(query, key, value, feature_map, key_mask).transpose(1, 2)
+    backend = getattr(getattr(module, "config", None), "backend", None)
+    output = linear_attention(query, key, value, feature_map, key_mask, backend=backend).transpose(1, 2)
     return output, attention_weights(query, key, feature_map, key_mask).to(query.dtype) if want_weights else None
 
 

@@ -28,9 +28,10 @@ from transformers import (
 )
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .backends import check_backend
 from .errors import UsageError
 from .hub_code import warn_if_newer
-from .linear_attention import FEATURE_MAPS, build_feature_map
+from .feature_maps import FEATURE_MAPS, build_feature_map
 
 DEFAULT_FEATURE_MAP = "hedgehog"
 # Encoders that are a ViT by another name: same modules, same names on disk.
@@ -47,6 +48,8 @@ class AdaLAConfigMixin:
         feature_map_kwargs (`dict`, *optional*): Options of the feature map, such as `scale` or `center_keys`.
         softmax_layers (`list[int]`, *optional*): Layers that keep softmax attention, from 0; negative numbers count
             from the end. Default: none, all layers are linear.
+        backend (`str`, *optional*): Code that runs linear attention, one of `BACKENDS`. Default: the fastest that the
+            machine has, see `choose_backend`; what cannot run there gives way to `"torch"`.
         teacher_name_or_path (`str`, *optional*): The softmax checkpoint that this model was converted from.
         teacher_revision (`str`, *optional*): Its commit, where it came from the Hub.
         adala_stage (`str`, *optional*): The training stage that this checkpoint has behind it: `converted`,
@@ -55,12 +58,14 @@ class AdaLAConfigMixin:
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255): Label that a segmentation loss leaves out.
 
     Raises:
-        UsageError: for an unknown feature map, an option it does not have, or a layer that does not exist.
+        UsageError: for an unknown feature map or backend, an option that it does not have, or a layer that does not
+            exist.
     """
 
     feature_map: str = DEFAULT_FEATURE_MAP
     feature_map_kwargs: dict[str, Any] = field(default_factory=dict)
     softmax_layers: list[int] = field(default_factory=list)
+    backend: str | None = None
     teacher_name_or_path: str | None = None
     teacher_revision: str | None = None
     adala_stage: str | None = None
@@ -97,6 +102,7 @@ class AdaLAConfigMixin:
                     f" {layers - 1}."
                 )
         self.softmax_layers = sorted({layer % layers for layer in self.softmax_layers})
+        check_backend(self.backend)
         if self.feature_map not in FEATURE_MAPS or self.feature_map_kwargs:
             build_feature_map(self.feature_map, num_heads=1, head_dim=1, **self.feature_map_kwargs)
 

@@ -22,7 +22,8 @@ from .configuration_adala import pair, vision_config
 from .conversion import student_config
 from .errors import UsageError
 from .families import get_family, patch_size
-from .linear_attention import FeatureMap, build_feature_map, linear_attention
+from .feature_maps import FeatureMap, build_feature_map
+from .linear_attention import linear_attention
 from .mixins import num_special_tokens
 
 # "eager" writes the N x N weights to memory; "sdpa", PyTorch's fused softmax and the default, does without

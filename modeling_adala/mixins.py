@@ -15,8 +15,10 @@ from transformers.utils import can_return_tuple
 
 from .configuration_adala import pair, vision_config
 from .errors import UsageError
+from .feature_maps import FeatureMap, build_feature_map
+from .fused_projections import check_fusible, fuse, unfuse
 from .hub_code import ADALA_VERSION, auto_map
-from .linear_attention import FeatureMap, build_feature_map
+from .position_cache import cache_positions
 
 LAST_LAYER_NORMS = ("layernorm", "norm", "post_layernorm")
 # what a base model has and a backbone has not
@@ -28,8 +30,9 @@ ANY_SIZE = {"dinov2", "dinov2_with_registers", "dinov3_vit"}
 
 
 class AdaLAMixin:
-    """What all AdaLA models share: feature maps in the attention modules, neutral at first; saved with in-memory names
-    and with their code, so that `trust_remote_code` opens them where this package is not installed.
+    """What all AdaLA models share: feature maps in the attention modules, neutral at first; positions interpolated
+    once per image size (`cache_positions`); saved with in-memory names and with their code, so that
+    `trust_remote_code` opens them where this package is not installed.
 
     Stands in front of the stock class. The attention modules of a text tower have a configuration of their own, which
     is no AdaLA configuration, and stay as they are.
@@ -47,6 +50,7 @@ class AdaLAMixin:
                 module.feature_map = build_feature_map(
                     options.feature_map, heads, head_dim, **options.feature_map_kwargs
                 )
+        cache_positions(self)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -60,6 +64,34 @@ class AdaLAMixin:
         if attn_implementation == "adala" and "vision_config" in self.config.sub_configs:
             attn_implementation = {"vision_config": "adala"}  # as in the configuration
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def fuse_qkv_projections(self) -> None:
+        """Computes query, key and value as one product, and folds the projection of a learned feature map into it.
+
+        For inference: one product instead of five, and no feature map in float32 between them. The answers are the
+        same but for rounding. Parameters, `state_dict` and what `save_pretrained` writes stay as they are; the fused
+        weights are a copy, made anew at the next call when the parameters have changed (see `Snapshot`).
+
+        The projections run one by one, as ever, in training mode, while gradients are recorded, behind adapters that
+        came later, and in softmax mode. A compiled or exported model cannot look: call this again after changing its
+        weights.
+
+        Raises:
+            UsageError: in training mode, and where a projection is no ordinary `nn.Linear` (adapters, quantization).
+        """
+        if self.training:
+            raise UsageError("fuse_qkv_projections() is for inference and this model trains; call model.eval() first.")
+        names = {module: name for name, module in self.named_modules()}
+        modules = list(_attention_modules(self))
+        for module in modules:
+            check_fusible(names[module], module)
+        for module in modules:
+            fuse(module)
+
+    def unfuse_qkv_projections(self) -> None:
+        """Undoes `fuse_qkv_projections`, and frees the memory of the copy (a fourth of the weights of a ViT)."""
+        for module in _attention_modules(self):
+            unfuse(module)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         # With the teacher family's old names on disk (the default), `Trainer` resumes and `load_best_model_at_end`

@@ -21,6 +21,7 @@ from modeling_adala import (
     linear_attention_reference,
 )
 from modeling_adala.attention_interface import adala_attention_forward, adala_attention_mask
+from modeling_adala.torch_backend import linear_attention_torch
 
 MAPS = sorted(FEATURE_MAPS)
 LEARNED = [name for name in MAPS if FEATURE_MAPS[name].learned]
@@ -39,6 +40,11 @@ def feature_map_of(name: str, heads: int, dim: int, randomize: bool = True, **kw
         for parameter in feature_map.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
     return feature_map
+
+
+def in_one_piece(query, key, value, feature_map, key_mask):
+    """What compilers and devices without a backend of their own get."""
+    return linear_attention_torch(query, key, value, feature_map, key_mask, feature_map.eps)
 
 
 def values_and_gradients(operator, query, key, value, feature_map, mask) -> dict[str, torch.Tensor]:
@@ -106,7 +112,8 @@ def test_values_and_all_gradients_equal_the_quadratic_reference(
         key_mask[0] &= mask != "first image fully"
     expected = values_and_gradients(linear_attention_reference, query, key, value, feature_map, key_mask)
     assert expected["output"].dtype == torch.float64
-    assert_same(values_and_gradients(linear_attention, query, key, value, feature_map, key_mask), expected)
+    for operator in (linear_attention, in_one_piece):
+        assert_same(values_and_gradients(operator, query, key, value, feature_map, key_mask), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
@@ -289,12 +296,12 @@ class CopyRecorder(TorchDispatchMode):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", MAPS)
 def test_no_copy_of_query_key_or_value(name, batch):
-    """Not even of one head of them."""
+    """Not even of one head of them. (The CPU backend copies blocks, see test_cpu_backend.py.)"""
     heads, tokens, dim = 4, 128, 64
     inputs = [heads_view(batch, heads, tokens, dim, torch.float32) for _ in range(3)]
     feature_map = build_feature_map(name, heads, dim)
     with torch.no_grad(), CopyRecorder(inputs, batch * tokens * dim) as recorder:
-        linear_attention(*inputs, feature_map)
+        in_one_piece(*inputs, feature_map, None)
     assert recorder.copies == []
     with torch.no_grad(), CopyRecorder(inputs, batch * tokens * dim) as recorder:
         torch.matmul(inputs[0], inputs[1].transpose(2, 3))
@@ -320,7 +327,7 @@ def test_no_copy_inside_the_matrix_products_either():
 
     every_second = query[:, 0, :, ::2]  # no stride of 1: a product must copy it
     assert copied_by_bmm(lambda: torch.bmm(every_second, every_second.transpose(1, 2))) != []
-    assert copied_by_bmm(lambda: linear_attention(query, key, value, feature_map)) == []
+    assert copied_by_bmm(lambda: in_one_piece(query, key, value, feature_map, None)) == []
 
 
 @pytest.mark.parametrize("batch", [1, 2])

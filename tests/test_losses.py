@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainers.losses import attention_alignment_loss, feature_alignment_loss, teacher_variance
+from trainers.losses import TeacherVariance, attention_alignment_loss, feature_alignment_loss
 
 GROUPS = {"cls": slice(0, 1), "registers": slice(1, 3), "patches": slice(3, None)}
 EQUAL = dict.fromkeys(GROUPS, 1.0)
@@ -13,6 +13,13 @@ EQUAL = dict.fromkeys(GROUPS, 1.0)
 def tokens(seed: int, scale: float = 1.0, shape: tuple[int, ...] = (3, 9, 5)) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return scale * torch.randn(shape, generator=generator) + torch.arange(shape[-1]) * scale
+
+
+def teacher_variance(*batches: torch.Tensor) -> torch.Tensor:
+    variance = TeacherVariance()
+    for batch in batches:
+        variance.add(batch)
+    return variance.value()
 
 
 def group_variances(teacher: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -50,32 +57,33 @@ def test_teacher_variance_is_computed_in_float32_whatever_comes_in():
     assert half.item() == pytest.approx(teacher_variance(target).item(), rel=1e-2)
 
 
-def test_attention_loss_is_the_sum_of_relative_squared_errors():
-    students = [tokens(1), tokens(2, scale=10.0)]
-    teachers = [tokens(3), tokens(4, scale=10.0)]
-    variances = [teacher_variance(teacher) for teacher in teachers]
-    losses = attention_alignment_loss(students, teachers, variances)
-    expected = [
-        ((s.double().numpy() - t.double().numpy()) ** 2).mean() / v.item()
-        for s, t, v in zip(students, teachers, variances)
-    ]
-    assert losses["blocks"].tolist() == pytest.approx(expected, rel=1e-5)
-    assert losses["loss"].item() == pytest.approx(sum(expected), rel=1e-5)
+def test_teacher_variance_of_batches_is_that_of_all_of_them_together():
+    # means far apart and batches of different sizes, so that averaging the batches' variances would be far off
+    batches = [tokens(seed, shape=(size, 9, 5)) + 10 * seed for seed, size in enumerate((1, 4, 2))]
+    together = teacher_variance(torch.cat(batches))
+    assert teacher_variance(*batches).item() == pytest.approx(together.item(), rel=1e-5)
+    assert together.item() > 2 * teacher_variance(batches[0]).item()
+
+
+def test_attention_loss_is_the_relative_squared_error():
+    student, teacher = tokens(1, scale=10.0), tokens(3, scale=10.0)
+    variance = teacher_variance(teacher)
+    expected = ((student.double().numpy() - teacher.double().numpy()) ** 2).mean() / variance.item()
+    assert attention_alignment_loss(student, teacher, variance).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_attention_loss_weighs_blocks_alike_whatever_their_scale():
     student, teacher = tokens(1), tokens(2)
-    variance = teacher_variance(teacher)
-    blocks = attention_alignment_loss(
-        [student, 100 * student], [teacher, 100 * teacher], [variance, teacher_variance(100 * teacher)]
-    )["blocks"]
-    assert blocks[1].item() == pytest.approx(blocks[0].item(), rel=1e-4)
+    losses = [
+        attention_alignment_loss(scale * student, scale * teacher, teacher_variance(scale * teacher)).item()
+        for scale in (1, 100)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_equal_inputs_have_no_error():
     teacher = tokens(0)
-    losses = attention_alignment_loss([teacher.clone()], [teacher], [teacher_variance(teacher)])
-    assert losses["loss"].item() == 0
+    assert attention_alignment_loss(teacher.clone(), teacher, teacher_variance(teacher)).item() == 0
     for kind in ("mse", "cosine"):
         losses = feature_alignment_loss(teacher.clone(), teacher, GROUPS, group_variances(teacher), EQUAL, kind)
         assert {name: value.item() for name, value in losses.items()} == pytest.approx(
@@ -86,8 +94,8 @@ def test_equal_inputs_have_no_error():
 def test_constant_vector_at_the_teachers_mean_has_error_one():
     teacher = tokens(0, scale=4.0)
     constant = teacher.mean(dim=(0, 1)).expand_as(teacher)
-    losses = attention_alignment_loss([constant], [teacher], [teacher_variance(teacher)])
-    assert losses["blocks"].tolist() == pytest.approx([1.0], rel=1e-5)
+    error = attention_alignment_loss(constant, teacher, teacher_variance(teacher))
+    assert error.item() == pytest.approx(1.0, rel=1e-5)
     parts = [teacher[:, group] for group in GROUPS.values()]
     means = torch.cat([part.mean(dim=(0, 1), keepdim=True).expand_as(part) for part in parts], dim=1)
     features = feature_alignment_loss(means, teacher, GROUPS, group_variances(teacher), EQUAL)
@@ -146,20 +154,17 @@ def test_only_the_loss_carries_gradients():
     variances = group_variances(teacher)
     assert not teacher_variance(student).requires_grad
     for losses in (
-        attention_alignment_loss([student], [teacher], [1.0]),
         feature_alignment_loss(student, teacher, GROUPS, variances, EQUAL),
         feature_alignment_loss(student, teacher, GROUPS, variances, EQUAL, "cosine"),
     ):
         assert [name for name, value in losses.items() if value.requires_grad] == ["loss"]
 
 
-def test_gradient_of_a_block_is_that_of_the_block_alone():
-    students = [tokens(1).requires_grad_(), tokens(2).requires_grad_()]
-    teachers = [tokens(3), tokens(4)]
-    attention_alignment_loss(students, teachers, [2.0, 5.0])["loss"].backward()
-    for student, teacher, variance in zip(students, teachers, [2.0, 5.0]):
-        expected = 2 * (student.detach() - teacher) / student.numel() / variance
-        torch.testing.assert_close(student.grad, expected, rtol=1e-5, atol=1e-8)
+def test_gradient_of_the_attention_loss_is_that_of_the_formula():
+    student, teacher = tokens(1).requires_grad_(), tokens(3)
+    attention_alignment_loss(student, teacher, 5.0).backward()
+    expected = 2 * (student.detach() - teacher) / student.numel() / 5
+    torch.testing.assert_close(student.grad, expected, rtol=1e-5, atol=1e-8)
 
 
 def test_reduced_precision_inputs_give_float32_losses():
@@ -168,8 +173,3 @@ def test_reduced_precision_inputs_give_float32_losses():
     losses = feature_alignment_loss(student.bfloat16(), teacher.bfloat16(), GROUPS, EQUAL, EQUAL)
     assert losses["loss"].dtype == torch.float32
     assert losses["loss"].item() == pytest.approx(exact["loss"].item(), rel=1e-6)
-
-
-def test_as_many_blocks_are_needed_on_both_sides():
-    with pytest.raises(ValueError):
-        attention_alignment_loss([tokens(1), tokens(2)], [tokens(3)], [1.0])

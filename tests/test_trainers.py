@@ -32,6 +32,7 @@ from trainers.checkpoints import complete_checkpoints
 from trainers.feature_alignment_config import FeatureAlignmentConfig
 from trainers.stages import STAGES, load_student, run_stage
 from trainers.supervised_config import SupervisedConfig
+from trainers.teacher import visit_attention
 
 ATTENTION, FEATURES, SUPERVISED = STAGES
 TRAINED_IN_STAGE_1 = (".q_proj.", ".k_proj.", ".v_proj.", ".feature_map.")
@@ -119,7 +120,8 @@ def test_stage_1_variance_is_measured_on_the_calibration_images_alone(tmp_path):
         calibration_images=3,
         per_device_train_batch_size=2,
     )
-    targets = trainer.teacher_attention(batch_of(dataset)[:3])[1]
+    targets: list[torch.Tensor] = []
+    visit_attention(teacher, batch_of(dataset)[:3], [0, 1], lambda *seen: targets.append(seen[-1]))
     expected = [target.flatten(0, 1).var(dim=0, correction=0).mean().item() for target in targets]
     assert [variance.item() for variance in trainer.variances()] == pytest.approx(expected, rel=1e-5)
 

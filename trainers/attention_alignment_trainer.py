@@ -3,16 +3,18 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.errors import UsageError
-from modeling_adala.families import attention_modules, forward_tower
+from modeling_adala.families import attention_modules
 
 from .attention_alignment_config import AttentionAlignmentConfig
 from .base_trainer import AlignmentTrainer, freeze_all_but
-from .losses import attention_alignment_loss, teacher_variance
+from .early_gradients import EarlyGradients
+from .losses import TeacherVariance, attention_alignment_loss
+from .teacher import visit_attention
 
 TRAINED = (".q_proj.", ".k_proj.", ".v_proj.", ".feature_map.")
 
@@ -20,10 +22,10 @@ TRAINED = (".q_proj.", ".k_proj.", ".v_proj.", ".feature_map.")
 class AttentionAlignmentTrainer(AlignmentTrainer):
     """Trains query, key and value projections (and learned feature maps) against the teacher's attention outputs.
 
-    The teacher runs once, in softmax mode and frozen. Each student attention gets the teacher's input of its block and
-    matches the teacher's output after `o_proj`, before LayerScale and residual; the student's MLPs do not run
-    (ViT-AdaLA, arXiv 2603.16063, stage 1). That the match is after `o_proj` is our reading, as in IronViT; `o_proj`
-    itself stays frozen.
+    The teacher runs once, in softmax mode and frozen, up to the last linear block. Each student attention gets the
+    teacher's input of its block and matches the teacher's output after `o_proj`, before LayerScale and residual; the
+    student's MLPs do not run (ViT-AdaLA, arXiv 2603.16063, stage 1). That the match is after `o_proj` is our reading,
+    as in IronViT; `o_proj` itself stays frozen.
 
     Logged: `loss` (mean over the blocks) and `block_<i>`, each relative to the block's own variance.
 
@@ -62,48 +64,47 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         self._variances: list[Tensor] | None = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        calls, targets = self.teacher_attention(inputs["pixel_values"])
-        outputs = self.run_as_forward(model, self.student_attention, calls)
-        components = attention_alignment_loss(outputs, targets, self.variances())
-        loss = components["loss"] / len(self.layers)
-        for layer, error in zip(self.layers, components["blocks"], strict=True):
+        loss, errors = self.run_as_forward(model, self.align_blocks, inputs["pixel_values"])
+        for layer, error in zip(self.layers, errors, strict=True):
             self.record(f"block_{layer}", error)
         return (loss, None) if return_outputs else loss
 
-    @torch.no_grad()
-    def teacher_attention(self, pixel_values: Tensor) -> tuple[list[tuple[tuple, dict]], list[Tensor]]:
-        """Arguments and output `(batch, tokens, hidden_size)` of the teacher's attention, for each linear block.
+    def align_blocks(self, student: PreTrainedModel, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Mean loss of the linear blocks, and the loss of each, detached.
 
-        The arguments are the hidden states and what a family adds to them, such as DINOv3's rotary positions.
+        Each block is compared while the teacher stands at it, and back-propagated at once: blocks share no parameters
+        and no activations, so that the activations of one block are all that is ever kept. See `EarlyGradients`.
         """
-        taps: dict[int, tuple[tuple[tuple, dict], Tensor]] = {}
+        modules, training = attention_modules(student), torch.is_grad_enabled()
+        variances = dict(zip(self.layers, self.variances(), strict=True))
+        scaler = self.accelerator.scaler
+        gradients = EarlyGradients(scale=None if scaler is None else scaler.scale)
+        errors: list[Tensor] = []
 
-        def tap(layer: int):
-            def hook(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
-                taps[layer] = ((args, kwargs), output[0])
+        def visit(layer: int, args: tuple, kwargs: dict[str, Any], target: Tensor) -> None:
+            with torch.set_grad_enabled(training):
+                output = modules[layer](*args, **kwargs)[0]
+                error = attention_alignment_loss(output, target, variances[layer])
+                trained = [parameter for parameter in modules[layer].parameters() if parameter.requires_grad]
+                gradients.add(error / len(self.layers), trained)
+            errors.append(error.detach())
 
-            return hook
-
-        modules = attention_modules(self.teacher_model)
-        handles = [modules[i].register_forward_hook(tap(i), with_kwargs=True) for i in self.layers]
-        try:
-            forward_tower(self.teacher_model, pixel_values)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return [taps[i][0] for i in self.layers], [taps[i][1] for i in self.layers]
-
-    def student_attention(self, student: PreTrainedModel, calls: list[tuple[tuple, dict]]) -> list[Tensor]:
-        """Output of each linear student attention on the teacher's arguments of that block."""
-        modules = attention_modules(student)
-        return [modules[i](*args, **kwargs)[0] for i, (args, kwargs) in zip(self.layers, calls, strict=True)]
+        visit_attention(self.teacher_model, pixel_values, self.layers, visit)
+        return gradients.loss(), errors
 
     def variances(self) -> list[Tensor]:
-        """Variance of each block's teacher output over the calibration images."""
+        """Variance of each linear block's teacher output over the calibration images."""
         if self._variances is None:
+            measured = {layer: TeacherVariance() for layer in self.layers}
             with self.compute_loss_context_manager():
-                batches = [self.teacher_attention(pixels)[1] for pixels in self.calibration_batches()]
-            self._variances = [teacher_variance(torch.cat(outputs)) for outputs in zip(*batches, strict=True)]
+                for pixel_values in self.calibration_batches():
+                    visit_attention(
+                        self.teacher_model,
+                        pixel_values,
+                        self.layers,
+                        lambda layer, args, kwargs, target: measured[layer].add(target),
+                    )
+            self._variances = [variance.value() for variance in measured.values()]
         return self._variances
 
 

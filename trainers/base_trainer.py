@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate import AutocastKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -28,8 +29,12 @@ from modeling_adala.errors import DataError, UsageError
 from .checkpoints import complete_checkpoints, writing
 from .data import collate_images
 from .facts import record_stage
+from .monitoring import TrainingCost
+from .teacher import with_cast_weights
 
 logger = logging.getLogger(__name__)
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _EpochCallback(TrainerCallback):
@@ -47,6 +52,7 @@ class AdaLATrainer(Trainer):
     - A checkpoint appears whole or not at all: it is written beside its final name and renamed.
     - Loss components reported through `record` are averaged over the logging window and over the processes.
     - Gradient accumulation averages (the stock check multiplies a custom loss by the number of accumulated batches).
+    - Waiting for data and peak memory are logged, see `TrainingCost`.
     """
 
     # with this left to `Trainer`, a forward that takes **kwargs makes it skip the division by the accumulation steps
@@ -62,6 +68,8 @@ class AdaLATrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._components: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self.add_callback(_EpochCallback())
+        self._cost = TrainingCost()
+        self.add_callback(self._cost)
 
     def record(self, name: str, value: Tensor) -> None:
         """Keeps one value of a loss component for the next log line, without waiting for the device."""
@@ -74,7 +82,13 @@ class AdaLATrainer(Trainer):
             mean = self.accelerator.gather(torch.stack(values).mean(dim=0, keepdim=True)).mean().item()
             logs[prefix + name] = mean
         self._components[mode].clear()
+        if "loss" in logs or "train_runtime" in logs:
+            self._cost.add_to(logs, self.args)
         super().log(logs, start_time)
+
+    def get_batch_samples(self, *args, **kwargs):
+        with self._cost.waiting():
+            return super().get_batch_samples(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`; `resume_from_checkpoint=True` starts from nothing where there is no whole checkpoint."""
@@ -201,6 +215,9 @@ class AlignmentTrainer(AdaLATrainer):
         teacher = load_teacher(teacher_model)
         check_pair(teacher, model)
         super().__init__(model=model, args=args, **kwargs)
+        autocast_dtype = AUTOCAST_DTYPES.get(self.accelerator.mixed_precision) if self.accelerator.native_amp else None
+        if autocast_dtype is not None:
+            teacher = with_cast_weights(teacher, autocast_dtype)
         # not through accelerator.prepare_model: that would make evaluate() skip preparing the student
         self.teacher_model = teacher.to(self.args.device)
 
@@ -213,8 +230,9 @@ class AlignmentTrainer(AdaLATrainer):
         raise NotImplementedError
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
-        # accelerate's autocast sits on the student's forward, and neither the teacher nor a redirected forward is it
-        return self.accelerator.autocast()
+        # accelerate's autocast sits on the student's forward, and neither the teacher nor a redirected forward is it;
+        # every weight is used once, so that a cache of cast weights would only hold memory
+        return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # the stock step computes no loss for a model without labels, and would gather all hidden states

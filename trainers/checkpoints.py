@@ -22,10 +22,10 @@ def writing(destination: str | os.PathLike, cleanup: str | os.PathLike) -> Itera
     try:
         yield
     except Exception as error:
-        if not _is_io_error(error):
-            raise
         shutil.rmtree(cleanup, ignore_errors=True)
         Path(cleanup).unlink(missing_ok=True)
+        if not _is_io_error(error):
+            raise
         full = (isinstance(error, OSError) and error.errno in _DISK_FULL) or "No space left" in str(error)
         remedy = "free some space" if full else "check the path and its permissions"
         reason = "the disk is full" if full else str(error).splitlines()[0]

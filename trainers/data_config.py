@@ -32,7 +32,8 @@ class DataConfig:
         image_size (`int` or `str`, *optional*): Side in pixels, a multiple of the patch, or `"336x448"` for height x
             width. Default: the teacher's.
         crop_scale (`float`, *optional*, defaults to 0.5): Smallest share of the image that a training crop covers.
-        horizontal_flip (`float`, *optional*, defaults to 0.5): Probability of a flip in training.
+        horizontal_flip (`float`, *optional*, defaults to 0.5): Probability of a flip in training. At 0, with
+            `crop_scale` at 1, nothing is left to chance, and training images are cut as those of the evaluation.
     """
 
     dataset: str | None = field(
@@ -139,7 +140,7 @@ class DataModule:
             image_processor,
             self.image_size,
             channels,
-            train=True,
+            train=self.config.crop_scale < 1 or self.config.horizontal_flip > 0,
             crop_scale=(self.config.crop_scale, 1.0),
             horizontal_flip=self.config.horizontal_flip,
         )

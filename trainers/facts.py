@@ -1,5 +1,6 @@
 """What a training leaves on record for its model card: `manifest.json` beside the weights."""
 
+import hashlib
 import json
 import os
 import platform
@@ -33,6 +34,8 @@ SETTINGS = (
     "bf16",
     "seed",
 )
+# Paths of this machine, which say nothing about a training.
+LOCAL_SETTINGS = ("teacher_feature_cache",)
 
 
 def record_stage(directory: str | Path, trainer: Trainer, student: PreTrainedModel, stage: str, **facts: Any) -> None:
@@ -81,6 +84,15 @@ def software_versions() -> dict[str, str]:
     return {"vit-adala": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
 
 
+def hash_weights(model: PreTrainedModel) -> str:
+    """SHA-256 of all names and tensors of a model, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def describe_machine() -> str:
     """Device and cores in a few words."""
     if torch.cuda.is_available():
@@ -97,7 +109,7 @@ def _trainer_facts(trainer: Trainer) -> dict[str, Any]:
     args, state, dataset = trainer.args, trainer.state, trainer.train_dataset
     unused = "num_train_epochs" if args.max_steps > 0 else "max_steps"
     own = {item.name for item in fields(args)} - {item.name for item in fields(AdaLATrainingArguments)}
-    names = [name for name in (*SETTINGS, *sorted(own)) if name != unused]
+    names = [name for name in (*SETTINGS, *sorted(own)) if name not in (unused, *LOCAL_SETTINGS)]
     facts = {
         "steps": state.global_step,
         "images_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -108,11 +120,12 @@ def _trainer_facts(trainer: Trainer) -> dict[str, Any]:
         facts["images"] = dataset.summary()
     elif hasattr(dataset, "__len__"):
         facts["images"] = f"{len(dataset):,} images"
-    seconds = [line["train_runtime"] for line in state.log_history if "train_runtime" in line]
-    if seconds:
-        facts["seconds"] = round(seconds[-1], 1)
+    ends = [line for line in state.log_history if "train_runtime" in line]
+    if ends:
+        facts["seconds"] = round(ends[-1]["train_runtime"], 1)
+        facts |= {name: ends[-1][name] for name in ("data_wait_share", "peak_memory_mib") if name in ends[-1]}
     # of these weights: the last step's, or the best step's once that has been loaded
-    step = state.best_global_step if args.load_best_model_at_end and seconds else state.global_step
+    step = state.best_global_step if args.load_best_model_at_end and ends else state.global_step
     evaluated = {name: line[name] for line in state.log_history if line["step"] == step for name in line}
     if "eval_accuracy" in evaluated:
         facts["evaluation"] = {"head_accuracy": evaluated["eval_accuracy"]}

@@ -1,9 +1,13 @@
 """Stage 2: the whole student learns to give the teacher's final features, on its own forward pass."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_adala.configuration_adala import vision_config
@@ -11,8 +15,18 @@ from modeling_adala.errors import UsageError
 from modeling_adala.families import final_features, forward_tower, token_groups, vision_tower
 
 from .base_trainer import AlignmentTrainer, freeze_all_but
+from .data import ImageDataset, collate_images
+from .facts import hash_weights
 from .feature_alignment_config import FeatureAlignmentConfig
-from .losses import feature_alignment_loss, teacher_variance
+from .feature_cache import (
+    FEATURES,
+    CollateWithFeatures,
+    WithTeacherFeatures,
+    build_cache,
+    cache_key,
+    open_cache,
+)
+from .losses import TeacherVariance, feature_alignment_loss
 
 # they have no part in the final features; left trainable, DDP would wait for gradients that never come
 UNUSED = ("pooler.", "head.", "embeddings.mask_token")
@@ -23,6 +37,8 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
 
     Errors of stage 1 pile up over the layers; this stage sees them, because the student runs free on the image
     (ViT-AdaLA, arXiv 2603.16063, stage 2). A head on the student, if it has one, is left alone.
+
+    Without random crops, the teacher need not run at every step: see `FeatureAlignmentConfig.teacher_feature_cache`.
 
     Logged: `loss`, and `cls`, `registers`, `patches` (relative errors of the final features), `hidden_<i>` if asked.
 
@@ -59,6 +75,10 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
             names = {name for name, parameter in model.named_parameters() if id(parameter) in trained}
             freeze_all_but(model, names.__contains__)
             wrapped = model
+        if args.teacher_feature_cache is not None:
+            cache_key(kwargs.get("train_dataset"))  # refuses data that cannot be cached
+            kwargs["train_dataset"] = WithTeacherFeatures(kwargs["train_dataset"])
+            kwargs["data_collator"] = CollateWithFeatures(kwargs.get("data_collator") or collate_images)
         # the pair is checked on the bare student; the trainer then holds what trains
         super().__init__(model=wrapped, teacher_model=teacher_model, args=args, **kwargs)
         self.groups = token_groups(model.config)
@@ -67,8 +87,7 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         pixel_values = inputs["pixel_values"]
-        with torch.no_grad():
-            targets = self.features(self.teacher_model, pixel_values)
+        targets = self.targets(pixel_values, inputs.get(FEATURES))
         features = self.run_as_forward(model, self.features, pixel_values)
         losses = [
             feature_alignment_loss(ours, theirs, self.groups, variances, self.args.group_weights, self.args.loss)
@@ -84,6 +103,48 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
                 self.record(f"hidden_{layer}", value)
         return (loss, None) if return_outputs else loss
 
+    @torch.no_grad()
+    def targets(self, pixel_values: Tensor, cached: Tensor | None = None) -> list[Tensor]:
+        """The teacher's `features`; read off `cached`, of shape `(batch, states, tokens, hidden_size)`, if given."""
+        if cached is not None:
+            return [state.float() for state in cached.unbind(dim=1)]
+        return self.features(self.teacher_model, pixel_values)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        if isinstance(self.train_dataset, WithTeacherFeatures):
+            self.train_dataset.folder = self._cached_features(self.train_dataset.dataset)
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _cached_features(self, dataset: ImageDataset) -> Path:
+        """The folder of the teacher's features of all training images, computed where it is not there yet."""
+        path, dtype = self.args.teacher_feature_cache, self.args.teacher_feature_cache_dtype
+        key = cache_key(
+            dataset,
+            teacher=hash_weights(self.teacher_model),
+            autocast=self.accelerator.mixed_precision,
+            hidden_states=self.layers,
+            dtype=dtype,
+        )
+        if self.is_world_process_zero() and open_cache(path, key) is None:
+            build_cache(path, key, self._all_targets(dataset), dtype)
+        self.accelerator.wait_for_everyone()
+        folder = open_cache(path, key)
+        if folder is None:
+            raise UsageError(f"teacher_feature_cache={path!r} must be a folder that all processes can read.")
+        return folder
+
+    def _all_targets(self, dataset: ImageDataset) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        for batch in tqdm(loader, desc="teacher features", disable=self.args.disable_tqdm):
+            with self.compute_loss_context_manager():
+                targets = self.targets(batch["pixel_values"].to(self.args.device))
+            yield batch["pixel_values"], torch.stack([target.float() for target in targets], dim=1)
+
     def features(self, model: PreTrainedModel, pixel_values: Tensor) -> list[Tensor]:
         """Final features, then the outputs of the chosen blocks, each `(batch, tokens, hidden_size)`."""
         model = model.get_base_model() if hasattr(model, "get_base_model") else model  # past PEFT's wrapper
@@ -97,10 +158,13 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
     def variances(self) -> list[dict[str, Tensor]]:
         """Teacher variance per matched tensor and token group, over the calibration images."""
         if self._variances is None:
+            measured = [{name: TeacherVariance() for name in self.groups} for _ in (None, *self.layers)]
             with self.compute_loss_context_manager():
-                batches = [self.features(self.teacher_model, pixels) for pixels in self.calibration_batches()]
+                for pixel_values in self.calibration_batches():
+                    for tensor, of_groups in zip(self.features(self.teacher_model, pixel_values), measured):
+                        for name, group in self.groups.items():
+                            of_groups[name].add(tensor[:, group])
             self._variances = [
-                {name: teacher_variance(torch.cat(tensors)[:, group]) for name, group in self.groups.items()}
-                for tensors in zip(*batches, strict=True)
+                {name: variance.value() for name, variance in of_groups.items()} for of_groups in measured
             ]
         return self._variances

@@ -1,54 +1,59 @@
-"""The alignment losses as pure functions: tensors in, named components out.
+"""The alignment losses as pure functions.
 
 Both are relative: the squared error is divided by the teacher's own variance, a constant that the trainers measure
-once (`teacher_variance`), so that 0.1 means "a tenth of the signal is wrong" in every block and every model. The paper
+once (`TeacherVariance`), so that 0.1 means "a tenth of the signal is wrong" in every block and every model. The paper
 says MSE and no more; the division is ours, so that blocks and token groups weigh alike whatever their scale.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def teacher_variance(target: Tensor) -> Tensor:
-    """Variance of a target over everything but its channels, averaged over the channels.
+class TeacherVariance:
+    """Variance of a target over everything but its channels, averaged over the channels; batch by batch.
 
-    Subtracting each channel's mean makes a loss of 1 mean "no better than a constant vector".
+    Subtracting each channel's mean makes a loss of 1 mean "no better than a constant vector". Means and squared
+    deviations of the batches are joined in float64 (Chan, Golub and LeVeque 1979), so that nothing of a batch is kept.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.mean: Tensor | None = None
+        self.deviations: Tensor | None = None
+
+    def add(self, target: Tensor) -> None:
+        """Takes `(..., channels)` into account."""
+        rows = target.detach().float().flatten(0, -2)
+        variance, mean = (x.cpu().double() for x in torch.var_mean(rows, dim=0, correction=0))
+        count, deviations = len(rows), variance * len(rows)
+        if self.mean is None or self.deviations is None:
+            self.rows, self.mean, self.deviations = count, mean, deviations
+            return
+        total, difference = self.rows + count, mean - self.mean
+        self.deviations += deviations + difference.square() * (self.rows * count / total)
+        self.mean += difference * (count / total)
+        self.rows = total
+
+    def value(self) -> Tensor:
+        """The variance so far: a scalar in float32, above zero."""
+        assert self.deviations is not None
+        return (self.deviations / self.rows).mean().float().clamp(min=1e-12)
+
+
+def attention_alignment_loss(student: Tensor, teacher: Tensor, variance: Tensor | float) -> Tensor:
+    """Stage 1: relative squared error of the attention output of one block.
 
     Args:
-        target (`Tensor`): `(..., channels)`.
+        student (`Tensor`), teacher (`Tensor`): `(batch, tokens, hidden_size)`.
+        variance (`Tensor` or `float`): `TeacherVariance` of the block.
 
     Returns:
-        `Tensor`: scalar in float32 and above zero.
+        `Tensor`: scalar in float32.
     """
-    rows = target.detach().float().flatten(0, -2)
-    return rows.var(dim=0, correction=0).mean().clamp(min=1e-12)
-
-
-def attention_alignment_loss(
-    students: Sequence[Tensor], teachers: Sequence[Tensor], variances: Sequence[Tensor | float]
-) -> dict[str, Tensor]:
-    """Stage 1: relative squared error of every block's attention output, summed over the blocks.
-
-    Blocks share no parameters here, so the sum trains each as if it were alone.
-
-    Args:
-        students (`Sequence[Tensor]`): One `(batch, tokens, hidden_size)` per linear block.
-        teachers (`Sequence[Tensor]`): The same of the softmax teacher.
-        variances (`Sequence`): `teacher_variance` per block.
-
-    Returns:
-        `dict`: `loss`, and the tensor `blocks` with one relative error per block, detached.
-    """
-    errors = torch.stack(
-        [
-            F.mse_loss(student.float(), teacher.float()) / variance
-            for student, teacher, variance in zip(students, teachers, variances, strict=True)
-        ]
-    )
-    return {"loss": errors.sum(), "blocks": errors.detach()}
+    return F.mse_loss(student.float(), teacher.float()) / variance
 
 
 def feature_alignment_loss(
@@ -68,7 +73,7 @@ def feature_alignment_loss(
     Args:
         student (`Tensor`), teacher (`Tensor`): `(batch, tokens, hidden_size)`.
         token_groups (`Mapping[str, slice]`): See `modeling_adala.families.token_groups`.
-        variances (`Mapping`): `teacher_variance` per group.
+        variances (`Mapping`): `TeacherVariance` per group.
         weights (`Mapping`): Weight per group; the loss is the weighted mean over the groups.
 
     Returns:

@@ -1,7 +1,6 @@
 """All stages in order, resumable at any point, with a manifest of facts and a report at the end."""
 
 import copy
-import hashlib
 import json
 import logging
 import shutil
@@ -24,7 +23,7 @@ from .callbacks import append_metrics, read_metrics
 from .checkpoints import whole_file
 from .comparison import Comparison
 from .data_config import DataModule
-from .facts import data_facts, describe_machine, software_versions
+from .facts import data_facts, describe_machine, hash_weights, software_versions
 from .recipe_config import RecipeConfig
 from .report import write_report
 from .sources import fingerprint
@@ -234,7 +233,7 @@ class _Run:
         manifest = {
             "teacher": self.config.teacher,
             "teacher_revision": getattr(self.teacher.config, "_commit_hash", None),
-            "teacher_sha256": _hash_weights(self.teacher),
+            "teacher_sha256": hash_weights(self.teacher),
             "teacher_license": find_license(
                 self.config.teacher, getattr(self.teacher.config, "_commit_hash", None), download=True
             ),
@@ -264,11 +263,3 @@ def load_image_processor(name_or_path: str) -> Any | None:
             "%s has no image processor (%s): pixels are fed as 0..1", name_or_path, str(error).split("\n")[0]
         )
         return None
-
-
-def _hash_weights(model: PreTrainedModel) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

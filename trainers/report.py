@@ -23,6 +23,7 @@ from .checkpoints import whole_file
 from .comparison import Comparison
 from .facts import describe_machine
 from .features import ColorBasis, draw_colors, patch_features
+from .monitoring import cost_in_words
 from .recipe_config import RecipeConfig
 from .stages import STAGES, load_student
 
@@ -216,8 +217,8 @@ def _render(
         if facts:
             resumed = f", resumed from step {facts['resumed_from_step']}" if facts["resumed_from_step"] else ""
             stages.append(
-                f"- Stage {STAGES[name].number}, {name}: {facts['steps']} steps in {facts['seconds']:.0f} s{resumed};"
-                f" {plain(facts['images'])}; {code(facts['settings'])}"
+                f"- Stage {STAGES[name].number}, {name}: {facts['steps']} steps in {facts['seconds']:.0f} s"
+                f"{cost_in_words(facts)}{resumed}; {plain(facts['images'])}; {code(facts['settings'])}"
             )
     rows = [f"| {row['size']:.0f} | {row['tokens']:.0f} | {1000 * row['teacher']:.1f} | {1000 * row['student']:.1f} "
             f"| {row['teacher'] / row['student']:.2f} |" for row in speed]  # fmt: skip

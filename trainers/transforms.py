@@ -161,6 +161,12 @@ class _Transform:
                 options["resample"] = int(image_processor.resample)
         return cls(image_size, **{**options, "num_channels": num_channels, "train": train, **overrides})
 
+    def settings(self) -> dict[str, Any]:
+        """All that decides what becomes of an image, as plain values."""
+        values = {name.removeprefix("_"): value for name, value in vars(self).items()}
+        arrays = {name: value.tolist() for name, value in values.items() if isinstance(value, np.ndarray)}
+        return {"kind": type(self).__name__, **values, **arrays}
+
     def _check_rng(self, rng: np.random.Generator | None) -> np.random.Generator:
         if rng is None:
             raise UsageError("rng=None with train=True: pass numpy.random.default_rng(seed), or use train=False")

@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": "one line per check of this machine and of a model: PASS, WARN or FAIL, and the remedy",
     "push": "a checkpoint folder onto the Hub in one commit, with its card and the code that opens it",
     "inspect": "what a model is, what linear attention replaces in it, and what that saves; no weights needed",
+    "bench": "linear beside softmax on this machine: time, memory, break-even; or the operator alone",
     "features": "pictures: patch features and attention maps, student beside teacher",
 }
 

@@ -111,15 +111,15 @@ def bf16() -> Check:
 
 def attention() -> Check:
     """Which implementation computes attention, and why."""
-    import modeling_adala  # noqa: F401, it registers the implementation
+    from modeling_adala.backends import choose_backend
 
     if "adala" not in AttentionInterface().valid_keys():
         return Check("attention", "FAIL", "'adala' is not registered with Transformers", "Install vit-adala again.")
-    where = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = choose_backend("cuda" if torch.cuda.is_available() else "cpu")
     return Check(
         "attention",
         "PASS",
-        f"linear layers: 'adala' on PyTorch operators ({where}), the only backend; softmax layers: PyTorch's SDPA",
+        f"linear layers: backend {backend.name!r} ({backend.reason}); softmax layers: PyTorch's SDPA",
     )
 
 

@@ -13,6 +13,7 @@ from trainers.base_trainer import is_student
 from trainers.checkpoints import whole_file
 from trainers.data_config import DataConfig, DataModule
 from trainers.facts import data_facts
+from trainers.monitoring import cost_in_words
 from trainers.recipe import load_image_processor
 from trainers.stages import STAGES, StageResult, run_stage
 
@@ -39,7 +40,7 @@ def run_and_report(
     result = run_stage(stage, model, args, **kwargs)
     if PartialState().is_main_process:
         print(
-            f"stage {stage.number}, {stage.name}: {result.steps} steps in {result.seconds:.0f} s,"
+            f"stage {stage.number}, {stage.name}: {result.steps} steps in {result.seconds:.0f} s{cost_in_words(result.metrics)},"
             f" {train_dataset.summary()}; saved {directory}"
         )
     return result

@@ -1,0 +1,213 @@
+"""The operator beside SDPA, eager softmax, plain PyTorch and the peer library, and how far it is from the floor.
+
+    python -m benchmarks.operator            some minutes; on a GPU the shapes of a GPU, into operator-cuda.json
+    python -m benchmarks.operator --smoke    seconds
+
+Sections of the rows: `headline` (one ViT-B layer), `maps` (the other feature maps), `sweep` (is there any shape at
+which plain PyTorch is faster?), and `gpu`. All that is compared at a shape runs in turns.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling_adala import build_feature_map
+from modeling_adala.errors import AdaLAError
+from modeling_adala.feature_maps import FeatureMap
+from vit_adala.benchmark.floor import DEFINITION, Floor, OperatorWork, measure_floor
+from vit_adala.benchmark.operators import (
+    BOUNDS,
+    Operator,
+    check_operator,
+    eager_bytes,
+    forward_backward_of,
+    forward_of,
+    operator_error,
+    operator_inputs,
+    operators,
+)
+from vit_adala.benchmark.timing import time_in_turns
+
+from .common import dtype_name, floor_columns, floor_facts, parser, progress, timing_columns, write_result
+
+CLAIM = (
+    "Linear attention at least 4x, 20x, 60x faster than SDPA at N = 197, 1,025, 4,097 (CPU, 2 cores, bf16, B1 H12"
+    " D64), within 1.5x of the floor from N = 4,097 on, never slower than plain PyTorch."
+)
+LINEAR, COMPILED, PEER = "linear", "linear, compiled", "flash_bla"
+PLAIN = ("plain PyTorch", "plain PyTorch, input dtype")
+SOFTMAX = ("SDPA", "eager softmax")
+# quadratic in the tokens: beyond these they would take the whole time of the run, or all memory
+SDPA_TOKENS = {"forward": 16385, "forward and backward": 4097}
+EAGER_BYTES = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
+FORWARD, BACKWARD = "forward", "forward and backward"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One measurement: everything in `names` side by side."""
+
+    section: str
+    batch: int
+    heads: int
+    tokens: int
+    head_dim: int
+    dtype: torch.dtype
+    names: tuple[str, ...]
+    feature_map: str = "elu"
+    passes: str = FORWARD
+
+
+def cpu_shapes() -> list[Shape]:
+    everything = (LINEAR, *PLAIN, *SOFTMAX)
+    shapes = [
+        Shape("headline", 1, 12, tokens, 64, dtype, (*everything, *names), passes=passes)
+        for dtype in (torch.bfloat16, torch.float32)
+        for passes, names in ((FORWARD, (COMPILED,)), (BACKWARD, ()))
+        for tokens in (197, 1025, 4097, 16385)
+    ]
+    shapes += [
+        Shape("maps", 1, 12, tokens, 64, torch.bfloat16, (LINEAR, *PLAIN, "SDPA"), name, passes)
+        for name in ("relu", "exp", "hedgehog")
+        for passes in (FORWARD, BACKWARD)
+        for tokens in (197, 1025, 4097)
+    ]
+    shapes += [
+        Shape("sweep", batch, 12, tokens, head_dim, dtype, (LINEAR, *PLAIN), passes=passes)
+        for dtype, head_dims in ((torch.bfloat16, (64, 72, 80)), (torch.float32, (64,)))
+        for head_dim in head_dims
+        for passes in (FORWARD, BACKWARD)
+        for batch in (1, 4, 16, 64)
+        for tokens in (17, 50, 197, 577, 1025, 4097, 16385)
+        if batch * tokens <= 16385
+    ]
+    return shapes
+
+
+def gpu_shapes() -> list[Shape]:
+    return [
+        Shape("gpu", batch, 16, tokens, head_dim, torch.bfloat16, (LINEAR, *PLAIN, *SOFTMAX, PEER), passes=passes)
+        for batch in (1, 8)
+        for head_dim in (64, 72, 80)
+        for passes in (FORWARD, BACKWARD)
+        for tokens in (1024, 2048, 4096, 8192, 16384, 32768)
+    ]
+
+
+def smoke_shapes() -> list[Shape]:
+    names = (LINEAR, *PLAIN, *SOFTMAX)
+    return [
+        Shape("headline", 1, 2, 17, 8, torch.bfloat16, names),
+        Shape("headline", 1, 2, 33, 8, torch.float32, names, passes=BACKWARD),
+        Shape("maps", 1, 2, 17, 8, torch.bfloat16, (LINEAR, *PLAIN, "SDPA"), "hedgehog"),
+        Shape("sweep", 2, 2, 17, 8, torch.bfloat16, (LINEAR, *PLAIN), passes=BACKWARD),
+    ]
+
+
+def main() -> None:
+    options = parser(__doc__)
+    args = options.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = smoke_shapes() if args.smoke else gpu_shapes() if device == "cuda" else cpu_shapes()
+    scale, seconds = (0.05, 0.02) if args.smoke else (1.0, 0.4)
+    floors = {dtype: measure_floor(dtype, device, scale) for dtype in dict.fromkeys(shape.dtype for shape in shapes)}
+    peer, why_not = load_peer(device)
+    rows = []
+    for shape in progress(shapes, "operator"):
+        rows += measure(shape, device, floors[shape.dtype], peer, seconds)
+    write_result(
+        "operator-cuda" if device == "cuda" else "operator",
+        rows,
+        smoke=args.smoke,
+        output=args.output,
+        device=device,
+        claim=CLAIM,
+        peer=why_not,
+        bounds={dtype_name(dtype): bound for dtype, bound in BOUNDS.items()},
+        floors=floor_facts({dtype_name(dtype): floor for dtype, floor in floors.items()}),
+        floor_definition=DEFINITION,
+    )
+
+
+def measure(
+    shape: Shape, device: str, floor: Floor, peer: Callable[..., Tensor] | None, seconds: float
+) -> list[dict[str, Any]]:
+    """One row per operator that can run at this shape. Ours is checked first, values and gradients."""
+    backward = shape.passes == BACKWARD
+    phi = build_feature_map(shape.feature_map, shape.heads, shape.head_dim).to(device)
+    inputs = operator_inputs(
+        shape.batch, shape.heads, shape.tokens, shape.head_dim, shape.dtype, device, requires_grad=backward
+    )
+    chosen = _operators(shape, phi, peer)
+    errors = {
+        name: check_operator(chosen[name], inputs, phi, backward) for name in chosen if name in (LINEAR, COMPILED)
+    }
+    if shape.section == "headline":  # what the plain ones are worth; nobody promises anything for them
+        errors |= {name: operator_error(chosen[name], inputs, phi, backward) for name in PLAIN}
+    make = forward_backward_of if backward else forward_of
+    runs = {name: make(operator, inputs) for name, operator in chosen.items() if not _too_long(name, shape, inputs)}
+    timings = time_in_turns(runs, device, seconds)
+    rows = []
+    for name, timing in timings.items():
+        features = shape.tokens if name in SOFTMAX else phi(inputs[0][:, :, :1], inputs[1][:, :, :1])[0].shape[-1]
+        work = OperatorWork.of(inputs[0], inputs[2], features, backward)
+        rows.append(
+            {
+                "section": shape.section,
+                "name": name,
+                "feature_map": None if name in SOFTMAX else shape.feature_map,
+                "pass": shape.passes,
+                "dtype": dtype_name(shape.dtype),
+                "batch": shape.batch,
+                "heads": shape.heads,
+                "tokens": shape.tokens,
+                "head_dim": shape.head_dim,
+                **timing_columns(timing),
+                **floor_columns(floor, timing, work.flops, work.bytes_moved),
+                "bytes_moved": work.bytes_moved,
+                "relative_error": errors.get(name),
+            }
+        )
+    return rows
+
+
+def load_peer(device: str) -> tuple[Callable[..., Tensor] | None, str]:
+    """fla-org/flash-bidirectional-linear-attention, where it is importable, and what to say about it."""
+    if device != "cuda":
+        return None, "not compared: it needs CUDA"
+    try:
+        from flash_bla.ops.linear_attn.fused import linear_attention
+    except ImportError as error:
+        return None, f"not compared: {error}"
+    return linear_attention, "compared"
+
+
+def _operators(shape: Shape, phi: FeatureMap, peer: Callable[..., Tensor] | None) -> dict[str, Operator]:
+    chosen = {name: operator for name, operator in operators(phi).items() if name in shape.names}
+    if COMPILED in shape.names:
+        chosen[COMPILED] = torch.compile(chosen[LINEAR], fullgraph=True, dynamic=True)
+    if PEER in shape.names and peer is not None and (shape.passes == FORWARD or shape.head_dim == 64):
+        # its kernels want features, contiguous; its backward pass only takes powers of two
+        def with_peer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            features = phi(query, key)
+            return peer(*(x.to(value.dtype).contiguous() for x in (*features, value)))
+
+        chosen[PEER] = with_peer
+    return chosen
+
+
+def _too_long(name: str, shape: Shape, inputs: tuple[Tensor, Tensor, Tensor]) -> bool:
+    device = inputs[0].device.type
+    if name == "eager softmax":
+        return eager_bytes(inputs[0]) > EAGER_BYTES[device]
+    return name == "SDPA" and device == "cpu" and shape.tokens > SDPA_TOKENS[shape.passes]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except AdaLAError as error:
+        raise SystemExit(f"operator: {error}") from error

@@ -1,0 +1,131 @@
+"""Stages 1 and 2 against what bounds their rate, and against hooks on everything.
+
+    python -m benchmarks.training            some minutes: DINOv2-small at 224 px, batch 16
+    python -m benchmarks.training --smoke    a minute, the embedded digits ViT at 28 px
+
+The bound of stage 1 is the rate of the teacher's forward pass alone, that of stage 2 the rate of the teacher's forward
+and three times the student's; both are the stock models under the trainers' autocast, on the same batch. Steps are
+whole optimizer steps. Everything of a feature map runs in turns; peak memory comes from a fresh process each (see
+vit_adala/benchmark/memory.py), above weights and optimizer state. The share of waiting for images is that of a run of
+`Trainer` on JPEG files of 375 x 500 pixels, cropped at random, with the default loader (no workers).
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from modeling_adala.conversion import load_teacher_config
+from modeling_adala.errors import AdaLAError
+from modeling_adala.flops import count_tokens, image_cost, linear_config
+from trainers.base_config import has_fast_bf16
+from vit_adala.benchmark.memory import peak_of
+from vit_adala.benchmark.timing import Timing, time_in_turns
+
+from .common import ROOT, parser, progress, timing_columns, write_result
+from .training_steps import HOOKS, STAGE_1, STAGE_2, STUDENT, TEACHER, Setting, device, prepare, trainer_of
+
+CLAIM = (
+    "Stage 1 at least 80 % of the rate of the teacher's forward pass alone and 1.5x that of hooks on everything, stage"
+    " 2 at least 90 % of teacher forward + 3 x student forward, on DINOv2-small at 224 px."
+)
+MODEL = ROOT.parent / "shared" / "models" / "dinov2-small-saliency"
+DIGITS = ROOT / "examples" / "teachers" / "vit-digits"
+# the paper's operator, whose figures are those of the claim, and the default map
+FEATURE_MAPS = ("elu", "hedgehog")
+NAMES = (TEACHER, STUDENT, STAGE_1, STAGE_2, HOOKS)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--teacher", default=str(MODEL), help="softmax checkpoint")
+    options.add_argument("--size", type=int, default=224, help="side of the images in pixels")
+    options.add_argument("--batch", type=int, default=16, help="images per step")
+    args = options.parse_args()
+    settings = [Setting(args.teacher, feature_map, args.size, args.batch) for feature_map in FEATURE_MAPS]
+    if args.smoke:
+        settings = [Setting(str(DIGITS), "elu", 28, 4)]
+    rows: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {}
+    for setting in progress(settings, "training"):
+        timings, found = measure(setting, args)
+        rows += found
+        shares = summary(timings)
+        waits = {name: wait_share(name, setting, 6 if args.smoke else 14) for name in (STAGE_1, STAGE_2)}
+        facts[setting.feature_map] = shares | {f"{name}, data_wait_share": share for name, share in waits.items()}
+    first = settings[0]
+    config = load_teacher_config(first.teacher)
+    write_result(
+        "training-cuda" if device() == "cuda" else "training",
+        rows,
+        smoke=args.smoke,
+        output=args.output,
+        device=device(),
+        claim=CLAIM,
+        setting=f"{Path(first.teacher).name}, {first.size} px, batch {first.batch},"
+        f" {'bf16 autocast' if has_fast_bf16() else 'float32'}",
+        **facts[first.feature_map],
+        stage_1_share_by_flops=share_by_flops(config, first.size),
+        by_feature_map=facts,
+    )
+
+
+def measure(setting: Setting, args: argparse.Namespace) -> tuple[dict[str, Timing], list[dict[str, Any]]]:
+    """Times, and rows with time and peak memory."""
+    runs = {name: prepare(name, setting) for name in NAMES}
+    timings = time_in_turns(runs, device(), 0.05 if args.smoke else 20.0)
+    del runs
+    rows = []
+    for name, timing in timings.items():
+        peak = peak_of(prepare, name, setting, device=device())
+        rows.append(
+            {
+                "name": name,
+                "feature_map": setting.feature_map,
+                **timing_columns(timing),
+                "images_per_second": setting.batch / timing.median,
+                "peak_bytes": peak,
+            }
+        )
+    return timings, rows
+
+
+def summary(timings: dict[str, Timing]) -> dict[str, float]:
+    """Shares of the bounds that the stages reach, and the gain over hooks on everything."""
+    seconds = {name: timing.median for name, timing in timings.items()}
+    return {
+        "stage_1_share": seconds[TEACHER] / seconds[STAGE_1],
+        "stage_2_share": (seconds[TEACHER] + 3 * seconds[STUDENT]) / seconds[STAGE_2],
+        "stage_1_speedup": seconds[HOOKS] / seconds[STAGE_1],
+    }
+
+
+def wait_share(name: str, setting: Setting, steps: int) -> float | None:
+    """`data_wait_share` of a run of `Trainer`."""
+    trainer = trainer_of(name, setting, steps)
+    trainer.train()
+    return trainer.state.log_history[-1].get("data_wait_share")
+
+
+def share_by_flops(config: PretrainedConfig, size: int) -> float:
+    """The share that stage 1 would reach if only products took time, all of them at the same rate.
+
+    What it computes beside the teacher, which need not run its last MLP: the student's four projections, gradients of
+    the output projection's input and of the weights of query, key and value, and linear attention with a backward pass
+    of twice its forward. The hidden states need no gradient.
+    """
+    sides = (size, size)
+    teacher, linear = image_cost(config, sides, "sdpa"), image_cost(config, sides, "linear")
+    config = linear_config(config)
+    product = 2 * count_tokens(config, sides) * config.hidden_size**2
+    block = (teacher.flops - teacher.attention_flops) / config.num_hidden_layers
+    student = config.num_hidden_layers * 8 * product + 3 * linear.attention_flops
+    return teacher.flops / (teacher.flops - (block - 4 * product) + student)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except AdaLAError as error:
+        raise SystemExit(f"training: {error}") from error

@@ -1,0 +1,234 @@
+"""Feature maps phi: what linear attention puts in the place of the softmax kernel.
+
+Each map is an affine part (centering, scale, a learned projection) and then one nonlinearity of `NONLINEARITIES`, which
+backends may run inside their own kernels.
+
+This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from .errors import UsageError
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1 (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)."""
+    # not F.elu(x) + 1, which rounds exp(x) - 1 and loses the negative tail; and torch.where is 20 times slower on a CPU
+    return torch.exp(x.clamp(max=0)) + F.relu(x)
+
+
+def softmax_pair(x: Tensor) -> Tensor:
+    """[softmax(x), softmax(-x)] over the features (Hedgehog, arXiv 2402.04347), twice as many."""
+    return torch.cat((torch.softmax(x, dim=-1), torch.softmax(-x, dim=-1)), dim=-1)
+
+
+def exp_key(key: Tensor, key_max: Tensor) -> Tensor:
+    """exp(k_f - m_f), where m_f is the largest key in feature f: `(..., 1, features)`."""
+    return torch.exp(key - key_max)
+
+
+def exp_query(query: Tensor, key_max: Tensor) -> Tensor:
+    """exp(q_f + m_f - c), where c is the query's own maximum of q_f + m_f."""
+    query = query + key_max
+    return torch.exp(query - query.amax(dim=-1, keepdim=True).detach())
+
+
+def largest_key(key: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Largest real key in each feature, `(batch, heads, 1, features)`; a constant for the gradient."""
+    if key_mask is not None:
+        key = key.masked_fill(~key_mask[:, None, :, None], torch.finfo(key.dtype).min)
+    return key.amax(dim=2, keepdim=True).detach()
+
+
+# of queries and keys alike; `exp` alone looks at all the keys
+NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": elu_plus_one,
+    "relu": F.relu,
+    "softmax_pair": softmax_pair,
+    "identity": lambda x: x,
+}
+
+
+def apply_nonlinearity(name: str, query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Features of queries and keys, `(batch, heads, tokens, features)` each.
+
+    Args:
+        name (`str`): One of `NONLINEARITIES`, or `"exp"`: exponentials, stabilized so that nothing overflows and the
+            normalizer is at least 1/N (`exp_key`, `exp_query`; the shifts cancel between numerator and normalizer).
+        query (`Tensor`), key (`Tensor`): `(batch, heads, tokens, dim)`.
+        key_mask (`Tensor`, *optional*): `(batch, tokens)`, True for real tokens.
+    """
+    if name == "exp":
+        key_max = largest_key(key, key_mask)
+        if key_mask is not None:  # what lies above the largest real key would overflow before the mask zeroes it
+            key = key.masked_fill(~key_mask[:, None, :, None], torch.finfo(key.dtype).min)
+        return exp_query(query, key_max), exp_key(key, key_max)
+    return NONLINEARITIES[name](query), NONLINEARITIES[name](key)
+
+
+class FeatureMap(nn.Module):
+    """Turns queries and keys into the non-negative features whose dot products replace the softmax kernel.
+
+    Query and key come as `(batch, heads, tokens, head_dim)` and leave as `(batch, heads, tokens, features)`.
+
+    Args:
+        num_heads (`int`): Number of heads; learned maps hold weights per head.
+        head_dim (`int`): Width of one head.
+        scale (`float`, *optional*): Factor on queries and keys. Default: 1, or `head_dim ** -0.25` for `exp`, where
+            the product of a query and a key feature then carries softmax's `head_dim ** -0.5`.
+        center_keys (`bool`, *optional*, defaults to `False`): Subtract each image's mean key first. Softmax does not
+            see a shift that all keys share, but phi does.
+    """
+
+    nonlinearity: str
+    learned = False
+    eps = 1e-6
+
+    def __init__(self, num_heads: int, head_dim: int, scale: float | None = None, center_keys: bool = False):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.scale = self.default_scale(head_dim) if scale is None else scale
+        self.center_keys = center_keys
+
+    @staticmethod
+    def default_scale(head_dim: int) -> float:
+        return 1.0
+
+    def forward(self, query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Features of queries and keys. `key_mask` is `(batch, tokens)`, True for real tokens; theirs alone count."""
+        query, key, scale = self.affine(query, key, key_mask)
+        if scale != 1.0:
+            query, key = query * scale, key * scale
+        return apply_nonlinearity(self.nonlinearity, query, key, key_mask)
+
+    def affine(self, query: Tensor, key: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, float]:
+        """All that comes before the nonlinearity; the factor on both that is still to be applied comes last."""
+        return query, self.centered(key, key_mask), self.scale
+
+    def centered(self, key: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The keys, less their mean if `center_keys`."""
+        if not self.center_keys:
+            return key
+        wide = key.to(accumulation_dtype(key))
+        if key_mask is None:
+            return (wide - wide.mean(dim=2, keepdim=True)).to(key.dtype)
+        weight = key_mask[:, None, :, None].to(wide.dtype)
+        mean = (wide * weight).sum(dim=2, keepdim=True) / weight.sum(dim=2, keepdim=True).clamp(min=1)
+        return (wide - mean).to(key.dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets learned parameters to their neutral value; nothing to do where there are none."""
+
+
+class EluFeatureMap(FeatureMap):
+    """phi(x) = elu(x) + 1 (Katharopoulos et al. 2020, eq. 7)."""
+
+    nonlinearity = "elu"
+
+
+class ReluFeatureMap(FeatureMap):
+    """phi(x) = max(x, 0) (EfficientViT, arXiv 2205.14756). A query that is all negative attends to nothing."""
+
+    nonlinearity = "relu"
+
+
+class ExpFeatureMap(FeatureMap):
+    """phi(x) = exp(x), stabilized (see `apply_nonlinearity`)."""
+
+    nonlinearity = "exp"
+    eps = 1e-12  # the normalizer cannot vanish, and at N = 10^6 its floor is 1e-6
+
+    @staticmethod
+    def default_scale(head_dim: int) -> float:
+        return head_dim**-0.25
+
+
+class _ProjectedFeatureMap(FeatureMap):
+    """A learned projection per head, separate for queries and keys, that starts at the identity."""
+
+    learned = True
+    use_bias = False
+    weight_q: nn.Parameter
+    weight_k: nn.Parameter
+    bias_q: nn.Parameter | None
+    bias_k: nn.Parameter | None
+
+    def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None, **kwargs):
+        super().__init__(num_heads, head_dim, **kwargs)
+        self.feature_dim = head_dim if feature_dim is None else feature_dim
+        for name in ("q", "k"):
+            weight = torch.empty(num_heads, head_dim, self.feature_dim)
+            bias = torch.empty(num_heads, 1, self.feature_dim) if self.use_bias else None
+            self.register_parameter(f"weight_{name}", nn.Parameter(weight))
+            self.register_parameter(f"bias_{name}", None if bias is None else nn.Parameter(bias))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for weight, bias in ((self.weight_q, self.bias_q), (self.weight_k, self.bias_k)):
+            init.copy_(weight, torch.eye(self.head_dim, self.feature_dim).expand_as(weight))
+            if bias is not None:
+                init.zeros_(bias)
+
+    def affine(self, query: Tensor, key: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, float]:
+        query = _project(query, self.weight_q, self.bias_q, self.scale)
+        return query, _project(self.centered(key, key_mask), self.weight_k, self.bias_k, self.scale), 1.0
+
+
+class HedgehogFeatureMap(_ProjectedFeatureMap):
+    """phi(x) = [softmax(Wx), softmax(-Wx)] over the features (Hedgehog, arXiv 2402.04347), twice as many."""
+
+    nonlinearity = "softmax_pair"
+
+
+class T2RFeatureMap(_ProjectedFeatureMap):
+    """phi(x) = relu(Wx + b) (T2R, arXiv 2103.13076). Deviates: W starts at the identity and not at random."""
+
+    nonlinearity = "relu"
+    use_bias = True
+
+
+FEATURE_MAPS: dict[str, type[FeatureMap]] = {
+    "elu": EluFeatureMap,
+    "relu": ReluFeatureMap,
+    "exp": ExpFeatureMap,
+    "hedgehog": HedgehogFeatureMap,
+    "t2r": T2RFeatureMap,
+}
+
+
+def build_feature_map(name: str, num_heads: int, head_dim: int, **kwargs) -> FeatureMap:
+    """Builds a registered feature map.
+
+    Args:
+        name (`str`): One of `FEATURE_MAPS`.
+        num_heads (`int`), head_dim (`int`): Shape of the attention it serves.
+        kwargs: Options of that map, such as `scale`, `center_keys`, `feature_dim`.
+
+    Raises:
+        UsageError: for an unknown name or option.
+    """
+    if name not in FEATURE_MAPS:
+        raise UsageError(f"feature_map={name!r} is unknown; choose one of {', '.join(sorted(FEATURE_MAPS))}.")
+    try:
+        return FEATURE_MAPS[name](num_heads, head_dim, **kwargs)
+    except TypeError as error:
+        raise UsageError(f"feature_map_kwargs={kwargs!r} does not fit feature_map={name!r}: {error}.") from None
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """In what the features, the state and the normalizer of `x` are computed: float32, or float64 if it is."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """`(batch, heads, tokens, head_dim)` times the scale and a weight per head, `(heads, head_dim, features)`."""
+    weight = weight if scale == 1.0 else weight * scale  # the smaller of the two factors
+    x = torch.einsum("bhnd,hdf->bhnf", x, weight.to(x.dtype))
+    return x if bias is None else x + bias.to(x.dtype)

@@ -1,0 +1,303 @@
+"""The CPU backend, with compiled passes and with those in PyTorch: values, gradients, precision, memory, its choice."""
+
+import logging
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modeling_adala import AdaLAViTConfig, UsageError, backends, build_feature_map, cpu_backend, cpu_passes
+from modeling_adala.backends import choose_backend
+from modeling_adala.cpu_backend import linear_attention_cpu
+from modeling_adala.feature_maps import apply_nonlinearity
+from modeling_adala.linear_attention import linear_attention
+from modeling_adala.torch_backend import linear_attention_torch
+
+NONLINEARITIES = ["elu", "relu", "exp", "softmax_pair", "identity"]
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+PASSES = [(True, torch.float32), (True, torch.bfloat16), *((False, dtype) for dtype in BOUNDS)]
+needs_library = pytest.mark.skipif(cpu_passes.load_library() is None, reason="no compiler built the passes")
+
+
+def fused_heads(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Query, key and value as views of one projection, `(batch, tokens, 3 * heads * dim)`."""
+    fused = torch.randn(batch, tokens, 3 * heads * dim, dtype=dtype)
+    return [x.unflatten(-1, (heads, dim)).transpose(1, 2) for x in fused.chunk(3, dim=-1)]
+
+
+def reference(query, key, value, nonlinearity, scale, key_mask, eps):
+    """The formula in float64."""
+    phi_q, phi_k = apply_nonlinearity(nonlinearity, query * scale, key * scale, key_mask)
+    count = key.new_full((len(key),), key.shape[2])
+    if key_mask is not None:
+        phi_k, count = phi_k * key_mask[:, None, :, None], key_mask.sum(dim=1).clamp(min=1)
+    scores = phi_q @ phi_k.mT / count[:, None, None, None]
+    return scores @ value / (scores.sum(dim=-1, keepdim=True) + eps)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Whatever is not written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[cpu_backend.BLOCK_NUMEL, 64 * 3 * 40, 1], ids=["one block", "some blocks", "smallest blocks"])
+def block_numel(request, monkeypatch):
+    monkeypatch.setattr(cpu_backend, "BLOCK_NUMEL", request.param)
+
+
+# --- values and gradients --------------------------------------------------------------------------------------------
+
+# batch, heads, query tokens, tokens, dim, mask
+SHAPES = [
+    (1, 12, 197, 197, 64, False),
+    (3, 2, 150, 150, 64, True),
+    (2, 3, 7, 130, 72, True),
+    (2, 1, 90, 17, 80, False),
+    (1, 2, 1, 3, 16, False),
+    (5, 2, 20, 20, 17, True),
+]
+
+
+@pytest.mark.usefixtures("block_numel")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize(("compiled", "dtype"), PASSES)
+def test_values_and_gradients_are_those_of_float64(compiled, dtype, nonlinearity, shape):
+    batch, heads, query_tokens, tokens, dim, masked = shape
+    torch.manual_seed(0)
+    query = fused_heads(batch, heads, query_tokens, dim, dtype)[0]
+    _, key, value = fused_heads(batch, heads, tokens, dim, dtype)
+    if nonlinearity == "identity":
+        query, key = query.abs(), key.abs()
+    mask = torch.rand(batch, tokens) < 0.7 if masked else None
+    if masked:
+        mask[0] = False  # an image without any token
+    eps = 1e-12 if nonlinearity == "exp" else 1e-6
+    weight = torch.randn(batch, heads, query_tokens, dim)
+
+    def results(function, leaves):
+        output = function(*leaves, nonlinearity, 0.8, mask, eps)
+        return [output, *torch.autograd.grad((output * weight).sum(), leaves)]
+
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    actual = results(lambda *arguments: linear_attention_cpu(*arguments, compiled), leaves)
+    expected = results(reference, [x.detach().double().requires_grad_() for x in leaves])
+    with torch.no_grad():  # another order of multiplication where tokens are few
+        actual.append(linear_attention_cpu(*leaves, nonlinearity, 0.8, mask, eps, compiled))
+    for name, ours, truth in zip(["output", "query", "key", "value", "no_grad"], actual, [*expected, expected[0]]):
+        assert ours.dtype == dtype
+        assert ours.isfinite().all()
+        bound = BOUNDS[dtype] * (2 if name == "query" else 1)  # a difference of rounded numbers
+        assert relative_error(ours, truth) < bound, name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_gradient_of_float16_and_of_mixed_types_comes_in_the_type_of_each(compiled):
+    """float16 is computed in float32; DINOv3's rotary positions leave query and key in float32 under autocast."""
+    query, key, value = fused_heads(2, 2, 50, 64, torch.float32)
+    for dtypes in ([torch.float16] * 3, [torch.float32, torch.float32, torch.bfloat16]):
+        leaves = [x.to(dtype).requires_grad_() for x, dtype in zip((query, key, value), dtypes)]
+        output = linear_attention_cpu(*leaves, "elu", 1.0, None, 1e-6, compiled)
+        assert output.dtype == dtypes[2]
+        for leaf, gradient in zip(leaves, torch.autograd.grad(output.float().square().sum(), leaves)):
+            assert gradient.dtype == leaf.dtype
+            assert gradient.abs().max() > 0
+
+
+def test_the_backward_pass_ignores_autocast():
+    leaves, feature_map = fused_heads(1, 2, 90, 64, torch.float32), build_feature_map("elu", 2, 64)
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    expected = torch.autograd.grad(linear_attention(*leaves, feature_map).sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(linear_attention(*leaves, feature_map).sum(), leaves)
+    assert all(map(torch.equal, inside, expected))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_what_is_not_a_number_does_not_become_one(nonlinearity, dtype):
+    query, key, value = fused_heads(1, 2, 100, 64, dtype)
+    for tensor in (query, key, value):
+        broken = [x.clone() for x in (query, key, value)]
+        index = next(i for i, x in enumerate((query, key, value)) if x is tensor)
+        broken[index][0, 1, 30, 5] = torch.nan
+        output = linear_attention_cpu(*broken, nonlinearity, 1.0, None, 1e-6)
+        assert output[0, 1, 30].isnan().any()
+        assert output[0, 0].isfinite().all()  # the other head
+
+
+@needs_library
+def test_the_exponential_is_exact_to_rounding_over_its_range():
+    """Through keys of one feature: the normalizer's features are exp(x)."""
+    x = torch.cat((torch.linspace(-87, 0, 5000), torch.linspace(0, 30, 1000), torch.tensor([-1e4, -3e38])))
+    passes = cpu_passes.CompiledPasses("elu", 1.0, 1e-6)
+    features = passes.key_features(x.view(1, 1, -1, 1), None, None)
+    expected = torch.where(x > 0, x.double() + 1, x.double().exp())
+    normal = expected > 1e-37
+    assert ((features.flatten()[normal] - expected[normal]) / expected[normal]).abs().max() < 1e-5
+    assert features.flatten()[~normal].abs().max() < 1e-37
+
+
+def test_the_number_of_threads_changes_the_order_of_sums_and_nothing_else():
+    query, key, value = fused_heads(2, 3, 300, 64, torch.float32)
+    before = torch.get_num_threads()
+    outputs = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outputs.append(linear_attention_cpu(query, key, value, "elu", 1.0, None, 1e-6))
+    finally:
+        torch.set_num_threads(before)
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=1e-6)
+
+
+# --- memory and cost -------------------------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most numbers that an operation wrote to new memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel, self.name = 0, ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for x in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in known and x.numel() > self.numel:
+                self.numel, self.name = x.numel(), str(func)
+        return output
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scratch_does_not_grow_with_tokens_or_images(compiled, monkeypatch):
+    monkeypatch.setattr(cpu_backend, "BLOCK_NUMEL", 2 * 64 * 100)
+
+    def largest(batch: int, tokens: int) -> int:
+        query, key, value = fused_heads(batch, 2, tokens, 64, torch.float32)
+        monkeypatch.setattr(cpu_backend, "_empty", lambda x, dim, output=torch.empty_like(query): output)
+        with torch.no_grad(), LargestTensor() as recorder:
+            linear_attention_cpu(query, key, value, "softmax_pair", 1.0, None, 1e-6, compiled)
+        return recorder.numel
+
+    size = largest(1, 1000)
+    assert size <= 2 * 128 * 100
+    assert largest(1, 8000) <= size
+    assert largest(8, 1000) <= size
+
+
+@pytest.mark.parametrize(("tokens", "quadratic"), [(17, True), (60, True), (70, False), (1000, False)])
+def test_few_tokens_are_multiplied_in_the_quadratic_order(tokens, quadratic, monkeypatch):
+    """The cheaper order in multiplications: below head_dim tokens."""
+    called = []
+    original = cpu_backend._quadratic
+    monkeypatch.setattr(cpu_backend, "_quadratic", lambda *args: called.append(1) or original(*args))
+    query, key, value = fused_heads(2, 2, tokens, 64, torch.float32)
+    linear_attention_cpu(query, key, value, "elu", 1.0, None, 1e-6)
+    assert bool(called) == quadratic
+
+
+# --- the choice of a backend -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_choice(monkeypatch):
+    monkeypatch.delenv("ADALA_BACKEND", raising=False)
+    backends._choose.cache_clear()
+    yield
+    backends._choose.cache_clear()
+
+
+def test_where_there_is_a_compiler_the_passes_were_built():
+    """The install must not fail without one, and so would not tell that something is wrong with the build."""
+    if sys.platform != "linux" or shutil.which("cc") is None:
+        pytest.skip("no C compiler here")
+    assert cpu_passes.load_library() is not None
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_the_environment_wins_over_the_configuration_and_that_over_the_fastest(monkeypatch, caplog):
+    fastest = "torch" if cpu_passes.load_library() is None else "cpu"
+    assert choose_backend("cpu").name == fastest
+    assert choose_backend("cpu", "torch") == backends.Backend("torch", "asked for by the configuration")
+    backends._choose.cache_clear()
+    monkeypatch.setenv("ADALA_BACKEND", "torch")
+    assert choose_backend("cpu", fastest) == backends.Backend("torch", "asked for by ADALA_BACKEND")
+    assert caplog.messages == []
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_a_backend_that_cannot_run_here_gives_way_and_says_so_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        choices = {choose_backend("meta", "cpu") for _ in range(3)}
+    assert [choice.name for choice in choices] == ["torch"]
+    assert len(caplog.messages) == 1
+    assert "'cpu', asked for by the configuration, cannot run" in caplog.messages[0]
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_unknown_backends_are_refused_by_name(monkeypatch):
+    with pytest.raises(UsageError, match=r"backend='cuda' \(from the configuration\) is unknown.*torch, cpu, triton"):
+        AdaLAViTConfig(backend="cuda")
+    monkeypatch.setenv("ADALA_BACKEND", "fast")
+    with pytest.raises(UsageError, match=r"backend='fast' \(from ADALA_BACKEND\)"):
+        choose_backend("cpu")
+
+
+def test_the_variable_reaches_the_operator_of_a_fresh_process():
+    program = (
+        "import torch\n"
+        "from modeling_adala import build_feature_map, cpu_passes, linear_attention\n"
+        "cpu_passes.CompiledPasses.key_features = None\n"  # would fail if it ran
+        "x = torch.randn(1, 2, 90, 16)\n"
+        "print(linear_attention(x, x, x, build_feature_map('elu', 2, 16)).isfinite().all().item())\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env={"ADALA_BACKEND": "torch"}, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+@needs_library
+def test_more_features_than_the_compiled_passes_take_are_left_to_pytorch(caplog):
+    cpu_passes._warn_unsupported.cache_clear()
+    query, key, value = fused_heads(1, 1, 40, 1040, torch.float32)
+    with caplog.at_level(logging.WARNING):
+        outputs = [linear_attention_cpu(query, key, value, "elu", 1.0, None, 1e-6) for _ in range(2)]
+    assert ["1040 features" in message for message in caplog.messages] == [True]
+    expected = reference(query.double(), key.double(), value.double(), "elu", 1.0, None, 1e-6)
+    assert relative_error(outputs[0], expected) < 1e-5
+
+
+def test_packed_images_attend_within_themselves():
+    sizes, feature_map = [5, 0, 40, 1], build_feature_map("hedgehog", 2, 16)
+    query, key, value = fused_heads(1, 2, sum(sizes), 16, torch.float64)
+    bounds = torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32)
+    output = linear_attention(query, key, value, feature_map.double(), cu_seqlens=bounds)
+    for first, last in zip(bounds[:-1], bounds[1:]):
+        if last > first:
+            alone = [x[:, :, first:last] for x in (query, key, value)]
+            expected = linear_attention_torch(*alone, feature_map, None, 1e-6)
+            torch.testing.assert_close(output[:, :, first:last], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"), [([0, 5], "rise from 0 to the number of tokens, 9"), ([0, 6, 5, 9], "rise from 0")]
+)
+def test_bounds_that_do_not_fit_are_refused(bounds, message):
+    query, key, value = fused_heads(1, 2, 9, 16, torch.float32)
+    with pytest.raises(UsageError, match=message):
+        linear_attention(query, key, value, build_feature_map("elu", 2, 16), cu_seqlens=torch.tensor(bounds))

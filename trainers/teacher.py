@@ -1,0 +1,77 @@
+"""The frozen teacher of stages 1 and 2: weights as they are multiplied, and taps on its attention."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modeling_adala.families import attention_modules, forward_tower
+
+# layer, positional and keyword arguments of its attention, output `(batch, tokens, hidden_size)`
+Visit = Callable[[int, tuple, dict[str, Any], Tensor], None]
+
+
+class _SeenAll(Exception):
+    """Ends a forward pass of which nothing more is needed."""
+
+
+def with_cast_weights(teacher: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy of a teacher whose linear layers hold their weights in `dtype`, to run under autocast to `dtype`.
+
+    Its outputs are those of the teacher itself, bit for bit: autocast would cast the same weights at every step. All
+    else stays in float32, because autocast computes the rest there: targets of a teacher wholly in bf16 are a fifth
+    further from those in float32, and no faster within the noise (docs/experiments.md).
+    """
+    teacher = copy.deepcopy(teacher)
+    for module in teacher.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+    return teacher
+
+
+@torch.no_grad()
+def visit_attention(teacher: PreTrainedModel, pixel_values: Tensor, layers: Sequence[int], visit: Visit) -> None:
+    """Runs a teacher on images and stops at each of some attention modules, as soon as it has run.
+
+    Nothing of a block is kept once its visit is over, and nothing after the last of them runs.
+
+    Args:
+        teacher (`PreTrainedModel`): Softmax model.
+        pixel_values (`Tensor`): `(batch, channels, height, width)`.
+        layers (`Sequence[int]`): Which attention modules, counted from 0, ascending.
+        visit (`Callable`): Called with the layer, the positional and the keyword arguments of its attention (hidden
+            states and what a family adds, such as DINOv3's rotary positions), and its output after `o_proj`, of shape
+            `(batch, tokens, hidden_size)`. Gradients are off.
+    """
+    modules = attention_modules(teacher)
+
+    def tap(layer: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
+            visit(layer, args, kwargs, output[0])
+            if layer == layers[-1]:
+                raise _SeenAll
+
+        return hook
+
+    handles = [modules[layer].register_forward_pre_hook(_cast_once, with_kwargs=True) for layer in layers]
+    handles += [modules[layer].register_forward_hook(tap(layer), with_kwargs=True) for layer in layers]
+    try:
+        forward_tower(teacher, pixel_values)
+    except _SeenAll:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _cast_once(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    # autocast would cast the hidden states for each of six projections, and the student would keep three copies
+    states = args[0] if args else kwargs["hidden_states"]
+    device = states.device.type
+    if not torch.is_autocast_enabled(device) or states.dtype != torch.float32:
+        return None
+    states = states.to(torch.get_autocast_dtype(device))
+    return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
