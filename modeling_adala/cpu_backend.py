@@ -137,7 +137,7 @@ def _forward(
 
 
 def _reduce_keys(key: Tensor, value: Tensor, key_mask: Tensor | None, passes: TorchPasses) -> State:
-    eps, key_max = _count(key, key_mask) * passes.eps, _largest_key(key, key_mask, passes)
+    eps, key_max = _sum_of_eps(key, key_mask, passes), _largest_key(key, key_mask, passes)
     normalizer = eps.new_zeros(len(eps), 1, passes.num_features(key.shape[-1]))
     state = None
     for tokens in _tokens(key, passes):
@@ -175,7 +175,7 @@ def _quadratic(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, key_mask: Tensor | None, passes: TorchPasses
 ) -> None:
     """Writes the output for few tokens, through their weights."""
-    eps, key_max = _count(key, key_mask) * passes.eps, _largest_key(key, key_mask, passes)
+    eps, key_max = _sum_of_eps(key, key_mask, passes), _largest_key(key, key_mask, passes)
     normalizer = eps.new_zeros(len(eps), 1, passes.num_features(key.shape[-1]))
     phi_k = passes.key_features(key, key_mask, key_max, normalizer)
     phi_q, _ = passes.query_features(query, normalizer, eps, key_max)
@@ -190,12 +190,13 @@ def _is_short(query: Tensor, key: Tensor, value: Tensor, passes: TorchPasses) ->
     return by_weights < by_state and tokens <= _step(key, passes)
 
 
-def _count(key: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Real tokens, at least 1: `(batch * heads, 1, 1)`."""
+def _sum_of_eps(key: Tensor, key_mask: Tensor | None, passes: TorchPasses) -> Tensor:
+    """eps times the number of real tokens, or times 1 where there are none: `(batch * heads, 1, 1)`."""
     dtype, heads = accumulation_dtype(key), key.shape[1]
     if key_mask is None:
-        return torch.full((key.shape[0] * heads, 1, 1), float(max(key.shape[2], 1)), dtype=dtype)
-    return key_mask.sum(dim=1, dtype=dtype).clamp(min=1).repeat_interleave(heads)[:, None, None]
+        return torch.full((key.shape[0] * heads, 1, 1), passes.eps * max(key.shape[2], 1), dtype=dtype)
+    count = key_mask.sum(dim=1, dtype=dtype).clamp(min=1)
+    return (count * passes.eps).repeat_interleave(heads)[:, None, None]
 
 
 def _largest_key(key: Tensor, key_mask: Tensor | None, passes: TorchPasses) -> Tensor | None:
