@@ -34,7 +34,16 @@ DEMO = ["mlxtend>=0.23"]
 
 EXTRAS = {
     "demo": DEMO,
-    "dev": [*DEMO, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.15", "mypy>=1.15", "types-PyYAML", "triton>=3.5; sys_platform == 'linux'"],
+    "dev": [
+        *DEMO,
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "ruff>=0.15",
+        "mypy>=1.15",
+        "types-PyYAML",
+        "triton>=3.5; sys_platform == 'linux'",
+    ],
 }
 
 

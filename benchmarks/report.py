@@ -344,7 +344,7 @@ def _method() -> str:
             f"The floor: {DEFINITION}",
             "No speed is given for a wrong result: the operator is first compared with the quadratic form in float64"
             f" (relative error at most {bounds}; gradients, too, where the backward pass is timed), a model's features"
-            f" with the same weights in float32 on the `torch` backend (at most {limits}).",
+            f" with the same weights in float32 on PyTorch operators (at most {limits}).",
         ]
     )
 

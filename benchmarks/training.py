@@ -14,9 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
-
-from modeling_adala.conversion import load_teacher_config
+from modeling_adala.conversion import load_teacher_config, student_config
 from modeling_adala.errors import AdaLAError
 from modeling_adala.flops import count_tokens, image_cost, linear_config
 from trainers.base_config import has_fast_bf16
@@ -53,9 +51,12 @@ def main() -> None:
         rows += found
         shares = summary(timings)
         waits = {name: wait_share(name, setting, 6 if args.smoke else 14) for name in (STAGE_1, STAGE_2)}
-        facts[setting.feature_map] = shares | {f"{name}, data_wait_share": share for name, share in waits.items()}
+        facts[setting.feature_map] = (
+            {"stage_1_share_by_flops": share_by_flops(setting)}
+            | shares
+            | {f"{name}, data_wait_share": share for name, share in waits.items()}
+        )
     first = settings[0]
-    config = load_teacher_config(first.teacher)
     write_result(
         "training-cuda" if device() == "cuda" else "training",
         rows,
@@ -66,7 +67,6 @@ def main() -> None:
         setting=f"{Path(first.teacher).name}, {first.size} px, batch {first.batch},"
         f" {'bf16 autocast' if has_fast_bf16() else 'float32'}",
         **facts[first.feature_map],
-        stage_1_share_by_flops=share_by_flops(config, first.size),
         by_feature_map=facts,
     )
 
@@ -108,19 +108,20 @@ def wait_share(name: str, setting: Setting, steps: int) -> float | None:
     return trainer.state.log_history[-1].get("data_wait_share")
 
 
-def share_by_flops(config: PretrainedConfig, size: int) -> float:
+def share_by_flops(setting: Setting) -> float:
     """The share that stage 1 would reach if only products took time, all of them at the same rate.
 
-    What it computes beside the teacher, which need not run its last MLP: the student's four projections, gradients of
-    the output projection's input and of the weights of query, key and value, and linear attention with a backward pass
-    of twice its forward. The hidden states need no gradient.
+    What it computes beside the teacher, which need not run its last MLP: query, key and value, the gradients of their
+    weights, a product of the same size in the loss (see `alignment_loss_before_projection`), and linear attention with
+    a backward pass of twice its forward. The hidden states need no gradient.
     """
-    sides = (size, size)
+    config = student_config(load_teacher_config(setting.teacher), feature_map=setting.feature_map)
+    sides = (setting.size, setting.size)
     teacher, linear = image_cost(config, sides, "sdpa"), image_cost(config, sides, "linear")
     config = linear_config(config)
     product = 2 * count_tokens(config, sides) * config.hidden_size**2
     block = (teacher.flops - teacher.attention_flops) / config.num_hidden_layers
-    student = config.num_hidden_layers * 8 * product + 3 * linear.attention_flops
+    student = config.num_hidden_layers * 7 * product + 3 * linear.attention_flops
     return teacher.flops / (teacher.flops - (block - 4 * product) + student)
 
 

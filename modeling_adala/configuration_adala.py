@@ -30,8 +30,8 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from .backends import check_backend
 from .errors import UsageError
-from .hub_code import warn_if_newer
 from .feature_maps import FEATURE_MAPS, build_feature_map
+from .hub_code import warn_if_newer
 
 DEFAULT_FEATURE_MAP = "hedgehog"
 # Encoders that are a ViT by another name: same modules, same names on disk.

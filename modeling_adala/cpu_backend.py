@@ -6,6 +6,7 @@ all tokens is allocated but results, and queries, keys and values are read where
 This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from .cpu_passes import CompiledPasses, TorchPasses, load_library
 from .feature_maps import accumulation_dtype, largest_key
 
-# Numbers in the features of a block: they stay in the second-level caches of a few cores, far below the 32 MB from which
-# glibc gives memory back to the system at every free.
+# Numbers in the features of a block: they stay in the second-level caches of a few cores, far below the 32 MB from
+# which glibc gives memory back to the system at every free.
 BLOCK_NUMEL = 2**19
 
 
@@ -83,9 +84,15 @@ def linear_attention_cpu(
 
 def product_dtype(value: Tensor) -> torch.dtype:
     """In what this CPU multiplies features and values."""
-    if value.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if value.dtype == torch.bfloat16 and cpu_multiplies_bfloat16():
         return torch.bfloat16
     return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+@functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware; without, it is slower at it than in float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class _LinearAttention(torch.autograd.Function):
@@ -203,7 +210,8 @@ def _largest_key(key: Tensor, key_mask: Tensor | None, passes: TorchPasses) -> T
     if passes.nonlinearity != "exp":
         return None
     largest = largest_key(key, key_mask).to(accumulation_dtype(key)) * passes.scale
-    return largest.clamp(min=torch.finfo(largest.dtype).min / 2).flatten(0, 1)  # finite where every key is padding
+    # finite where every key is padding
+    return largest.clamp(min=torch.finfo(largest.dtype).min / 2).flatten(0, 1).contiguous()
 
 
 def _step(x: Tensor, passes: TorchPasses) -> int:

@@ -23,9 +23,9 @@ LOG2_E = math.log2(math.e)
 class TorchPasses:
     """The passes in PyTorch, in float32 (float64 if the input is).
 
-    Blocks of queries and keys are `(batch, heads, tokens, dim)` of any strides. All else is by head of an image: features
-    `(batch * heads, tokens, features)` in the dtype of the block, normalizers `(batch * heads, 1, features)`, the largest
-    keys, which `exp` alone has, `(batch * heads, 1, dim)`.
+    Blocks of queries and keys are `(batch, heads, tokens, dim)` of any strides. All else is by head of an image:
+    features `(batch * heads, tokens, features)` in the dtype of the block, normalizers `(batch * heads, 1, features)`,
+    the largest keys, which `exp` alone has, `(batch * heads, 1, dim)`.
 
     Args:
         nonlinearity (`str`): See `apply_nonlinearity`.

@@ -8,10 +8,10 @@ Next to `fla-org/flash-bidirectional-linear-attention`:
   number of tokens, which is no compile-time constant: nothing is compiled or tuned again for another resolution;
 - scratch is one float32 record of the state per part (`features x value_dim`), forward and backward, whatever N is;
 - any head dim: tiles are the next power of two and loads are masked. At 72 to 96 that is idle arithmetic, but no idle
-  traffic, and traffic is what bounds these kernels (a 128 x 128 tile: about 110 operations per byte read at 72, where an
-  H100 has 295 to give);
-- state, normalizer and division in float32. Products of 16-bit inputs run in bfloat16, float16 included, because
-  features and gradients outgrow the range of float16; those of float32 inputs in plain float32 ("ieee");
+  traffic, and traffic bounds these kernels (a 128 x 128 tile at 72: about 110 operations per byte, of the 295 that an
+  H100 can do meanwhile);
+- state, normalizer and division in float32. Products of 16-bit values run in bfloat16, float16 included, because
+  features and gradients outgrow the range of float16; those of float32 values in three tf32 products each;
 - key-padding masks, packed sequences, Nq != Nk, other value dims, `torch.compile`, `torch.export`, CUDA graphs.
 
 Nothing here has been timed on a GPU yet: tiles and numbers of parts follow from the arithmetic above and from what
@@ -22,26 +22,31 @@ This file travels with the weights (`trust_remote_code`): torch, transformers an
 
 import functools
 import re
-from types import ModuleType
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 PHI = ("elu", "relu", "exp", "identity")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_DIM = 512
 
 WAVES = 2
 """Programs per multiprocessor that a launch aims at. More would read and write more records than they hide latency."""
 
 MAX_PARTS = 64
 
-# (features x value columns in a tile, at most; tokens in a block; warps; stages of the pipeline) for a product in 16 bits
-# and in 32. `ptxas` spills no registers at these, and shared memory stays below the 99 KB of the smallest cards.
-TILES = {
-    "forward": {16: ((64 * 64, 64, 4, 3), (128 * 128, 64, 8, 3)), 32: ((64 * 64, 32, 4, 2),)},
-    "backward": {16: ((64 * 64, 64, 8, 3), (128 * 128, 32, 8, 2)), 32: ((64 * 64, 32, 4, 2),)},
+# For products in 16 and in 32 bits: features at most; numbers in a tile of the state; tokens in a block; warps; stages
+# of the pipeline. `ptxas` then spills hardly a register, and shared memory fits the smallest cards (99 KB).
+TILES: dict[str, dict[int, tuple[tuple[int, ...], ...]]] = {
+    "forward": {
+        16: ((64, 64 * 64, 64, 4, 3), (128, 128 * 128, 64, 8, 3), (512, 128 * 128, 32, 8, 2)),
+        32: ((128, 64 * 64, 32, 4, 2), (256, 64 * 64, 16, 8, 2)),
+    },
+    "backward": {
+        16: ((64, 64 * 64, 64, 8, 3), (128, 128 * 128, 32, 8, 2), (512, 128 * 128, 16, 8, 2)),
+        32: ((64, 64 * 64, 32, 8, 2), (128, 64 * 64, 16, 8, 2), (256, 64 * 64, 16, 8, 1)),
+    },
 }
 
 # A copy of this file that came with a checkpoint must not redefine the operators of the installed package.
@@ -49,17 +54,24 @@ NAMESPACE = "adala" if __package__ == "modeling_adala" else "adala_" + re.sub(r"
 
 
 @functools.cache
-def _kernels() -> ModuleType:
-    """Imported at the first use, for `import triton` takes its time."""
-    from . import triton_kernels
+def _kernels() -> SimpleNamespace:
+    """Imported at the first use: triton is optional, and takes its time."""
+    from .triton_kernels import key_gradient_kernel, output_kernel, query_gradient_kernel, state_kernel, tl
 
-    return triton_kernels
+    return SimpleNamespace(
+        state=state_kernel,
+        output=output_kernel,
+        query_gradient=query_gradient_kernel,
+        key_gradient=key_gradient_kernel,
+        bfloat16=tl.bfloat16,
+        float32=tl.float32,
+    )
 
 
 @functools.cache
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter (`TRITON_INTERPRET=1` when triton was imported), on CPUs too."""
-    return not hasattr(_kernels().state_kernel, "cache_key")
+    return type(_kernels().state).__name__ == "InterpretedFunction"
 
 
 @functools.cache
@@ -86,13 +98,14 @@ def unsupported(
     """What of this call the kernels do not support, in words, or `None`. Looks at shapes and dtypes only."""
     if phi not in PHI:
         return f"the feature map {phi!r}"
+    widest = 256 if value.dtype == torch.float32 else 512
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dtype not in DTYPES:
-            return f"{name} in {x.dtype}".replace("torch.", "")
-        if x.shape[-1] > MAX_DIM:
-            return f"{name} of width {x.shape[-1]} (at most {MAX_DIM})"
+            return f"{name} in {x.dtype}"
+        if x.shape[-1] > widest:
+            return f"{name} of width {x.shape[-1]} (at most {widest}) with value in {value.dtype}"
     if key_mask is not None and key_mask.dtype != torch.bool:
-        return f"a key_mask in {key_mask.dtype}".replace("torch.", "")
+        return f"a key_mask in {key_mask.dtype}"
     if cu_seqlens is not None and (query.shape[0] != 1 or query.shape[2] != key.shape[2]):
         return "cu_seqlens with a batch, or with other tokens for queries than for keys"
     return None
@@ -150,12 +163,12 @@ def linear_attention_op(
     if totals.numel() == 0:
         return output, totals
     with torch.cuda.device_of(query):
-        _kernels().state_kernel[plan.images * heads, splits, plan.chunks](
+        _kernels().state[plan.images * heads, splits, plan.chunks](
             *(key, value, key_mask, cu_seqlens, records, scale, tokens, heads, splits),
             *plan.strides(key, value, key_mask),
             **plan.options,
         )
-        _kernels().output_kernel[plan.images * heads, parts, plan.chunks](
+        _kernels().output[plan.images * heads, parts, plan.chunks](
             *(query, cu_seqlens, records, totals, output, scale, eps, query_tokens, heads, splits, parts),
             *plan.strides(query, output),
             **plan.options,
@@ -185,7 +198,7 @@ def linear_attention_backward_op(
     records = plan.records(splits)
     if totals.numel() > 0:
         with torch.cuda.device_of(query):
-            _kernels().query_gradient_kernel[plan.images * heads, splits](
+            _kernels().query_gradient[plan.images * heads, splits](
                 *(query, output_gradient, cu_seqlens, totals, records, query_gradient),
                 *(scale, eps, query_tokens, heads, splits),
                 *plan.strides(query, output_gradient, query_gradient),
@@ -193,7 +206,7 @@ def linear_attention_backward_op(
                 CHUNKS=plan.chunks,
                 FUSED=plan.fused,
             )
-            _kernels().key_gradient_kernel[plan.images * heads, parts](
+            _kernels().key_gradient[plan.images * heads, parts](
                 *(key, value, key_mask, cu_seqlens, totals, records, key_gradient, value_gradient),
                 *(scale, tokens, heads, splits, parts),
                 *plan.strides(key, value, key_mask, key_gradient, value_gradient),
@@ -259,8 +272,7 @@ class _Plan:
         self.record = record_numel(self.features, self.value_dim)
         bits = 32 if value.dtype == torch.float32 else 16
         block_f, block_v = (max(_power_of_two(width), 16) for width in (self.features, self.value_dim))
-        tiles = TILES[direction][bits]
-        tile, self.block_n, warps, stages = next((t for t in tiles if block_f * block_v <= t[0]), tiles[-1])
+        _, tile, self.block_n, warps, stages = next(t for t in TILES[direction][bits] if block_f <= t[0])
         block_v = max(min(block_v, tile // block_f), 16)
         self.chunks = -(-self.value_dim // block_v)
         self.options = {
@@ -268,7 +280,7 @@ class _Plan:
             "F": self.features,
             "V": self.value_dim,
             "RECORD": self.record,
-            "DOT": _kernels().tl.float32 if bits == 32 else _kernels().tl.bfloat16,
+            "DOT": _kernels().float32 if bits == 32 else _kernels().bfloat16,
             "INTERPRETED": interpreted(),
             "BLOCK_N": self.block_n,
             "BLOCK_F": block_f,
@@ -277,7 +289,7 @@ class _Plan:
             "num_stages": stages,
         }
         # where a warp reads operands from registers, two products in one loop need more of them than there are
-        self.fused = block_f * block_v <= 64 * 64 or (bits == 16 and tile >= block_f * block_v and _wgmma(self.device))
+        self.fused = bits == 16 and block_f <= (128 if _wgmma(self.device) else 64)
 
     def parts(self, tokens: int, chunks: int = 1, readers_of: int = 1) -> int:
         """Into how many parts the tokens of an image are cut, for `WAVES` programs per multiprocessor.

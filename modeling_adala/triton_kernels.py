@@ -7,12 +7,12 @@ Notation of one head: `phi` are features, `state` is phi(K)^T V, `key_sum` is ph
     query_gradient_kernel   gradient of the query, and records of the gradients of state and key_sum
     key_gradient_kernel     adds those up, then gradients of key and value
 
-- A *record* is what a program leaves for others, in float32: `[state | key_sum | key_max | value_sum | count]`, not yet
-  divided by the count. One program writes one record, and readers add records in order: sums are deterministic.
-- Values are centered: weights sum to w = phi(q) z / (phi(q) z + eps), so that the output is w times the mean value plus
-  attention to what deviates from it, and gradients follow. These are identities, not approximations; 16-bit products
+- A *record* is what a program leaves for others, in float32: `[state | key_sum | key_max | value_sum | count]`, not
+  divided by the count yet. One program writes one record, and readers add records in order: sums are deterministic.
+- Values are centered. Weights sum to w = phi(q) z / (phi(q) z + eps), so that the output is w times the mean value and
+  attention to what deviates from it; gradients follow. These are identities, not approximations, and 16-bit products
   then round deviations only.
-- Columns of the value do not depend on each other. Where features x value_dim outgrow one tile, the columns are cut into
+- Columns of the value do not depend on each other. Where features x value_dim outgrow a tile, the columns are cut into
   chunks: over programs in the forward pass, and one after another in the backward pass, which sums over them.
 
 This file travels with the weights (`trust_remote_code`).
@@ -87,8 +87,7 @@ def _tokens_of_part(cu_seqlens, image, tokens, part, parts, BLOCK_N: tl.constexp
     """First and last token, exclusive, of the given part of an image, or of a packed sequence."""
     begin, end = 0, tokens
     if cu_seqlens is not None:
-        begin = tl.load(cu_seqlens + image)
-        end = tl.load(cu_seqlens + image + 1)
+        begin, end = tl.load(cu_seqlens + image), tl.load(cu_seqlens + image + 1)
     length = tl.cdiv(tl.cdiv(end - begin, parts), BLOCK_N) * BLOCK_N
     first = begin + part * length
     return first, tl.minimum(first + length, end)
@@ -114,7 +113,9 @@ def _store(pointer, x, rows, columns, row_stride, column_stride, row_mask, WIDTH
 
 
 @triton.jit
-def _store_record(record, state, key_sum, key_max, value_sum, count, features, columns, F: tl.constexpr, V: tl.constexpr):
+def _store_record(
+    record, state, key_sum, key_max, value_sum, count, features, columns, F: tl.constexpr, V: tl.constexpr
+):
     in_features, in_columns = features < F, columns < V
     tile = features[:, None] * V + columns[None, :]
     tl.store(record + tile, state, mask=in_features[:, None] & in_columns[None, :])
@@ -126,16 +127,17 @@ def _store_record(record, state, key_sum, key_max, value_sum, count, features, c
 
 @triton.jit
 def _sum_records(
-    records, splits, features, columns, RESCALED: tl.constexpr, F: tl.constexpr, V: tl.constexpr, RECORD: tl.constexpr
+    records, splits, features, columns, PHI: tl.constexpr, F: tl.constexpr, V: tl.constexpr, RECORD: tl.constexpr
 ):
-    """What `splits` records say together. `RESCALED`: each counts its features from a maximum of its own."""
+    """What `splits` records say together. With `exp`, each counts its features from a maximum of its own."""
     in_features, in_columns = features < F, columns < V
     tile = features[:, None] * V + columns[None, :]
     in_tile = in_features[:, None] & in_columns[None, :]
     key_max = tl.zeros_like(features).to(tl.float32) + LOWEST
-    for split in range(splits):
-        part_max = tl.load(records + split * RECORD + F * V + F + features, mask=in_features, other=LOWEST)
-        key_max = tl.maximum(key_max, part_max)
+    if PHI == "exp":
+        for split in range(splits):
+            part_max = tl.load(records + split * RECORD + F * V + F + features, mask=in_features, other=LOWEST)
+            key_max = tl.maximum(key_max, part_max)
     state = tl.zeros_like(tile).to(tl.float32)
     key_sum = tl.zeros_like(features).to(tl.float32)
     value_sum = tl.zeros_like(columns).to(tl.float32)
@@ -144,7 +146,7 @@ def _sum_records(
         record = records + split * RECORD
         part = tl.load(record + tile, mask=in_tile, other=0.0)
         part_sum = tl.load(record + F * V + features, mask=in_features, other=0.0)
-        if RESCALED:
+        if PHI == "exp":
             part_max = tl.load(record + F * V + F + features, mask=in_features, other=LOWEST)
             shrink = tl.exp(part_max - key_max)
             part *= shrink[:, None]
@@ -169,8 +171,7 @@ def state_kernel(
     key, value, key_mask, cu_seqlens, records,
     scale, tokens, heads, splits,
     key_b, key_h, key_n, key_d,
-    value_b, value_h, value_n, value_d,
-    mask_b, mask_n,
+    value_b, value_h, value_n, value_d, mask_b, mask_n,
     PHI: tl.constexpr, F: tl.constexpr, V: tl.constexpr, RECORD: tl.constexpr,
     DOT: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -231,9 +232,7 @@ def output_kernel(
     columns = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
 
     records += image_head * splits * RECORD
-    state, key_sum, key_max, value_sum, count = _sum_records(
-        records, splits, features, columns, PHI == "exp", F, V, RECORD
-    )
+    state, key_sum, key_max, value_sum, count = _sum_records(records, splits, features, columns, PHI, F, V, RECORD)
     if part == 0:
         total = totals + image_head * RECORD
         _store_record(total, state, key_sum, key_max, value_sum, count, features, columns, F, V)
@@ -301,9 +300,7 @@ def query_gradient_kernel(
     key_sum_gradient = tl.zeros([BLOCK_F], tl.float32)
     for chunk in range(CHUNKS):
         columns = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
-        state, key_sum, key_max, value_sum, count = _sum_records(
-            totals, 1, features, columns, False, F, V, RECORD
-        )
+        state, key_sum, key_max, value_sum, count = _sum_records(totals, 1, features, columns, PHI, F, V, RECORD)
         state, key_mean, value_mean = _centered_means(state, key_sum, value_sum, count)
         state_columns = _operand(tl.trans(state), DOT, INTERPRETED)
         state_gradient = tl.zeros([BLOCK_F, BLOCK_V], tl.float32)
@@ -315,7 +312,8 @@ def query_gradient_kernel(
             )  # fmt: skip
             rounded_g = _operand(g, DOT, INTERPRETED)
             phi_gradient = _dot(rounded_g, state_columns)
-            along_output = inverse * (tl.sum(phi * phi_gradient, axis=1) - eps * tl.sum(g * value_mean[None, :], axis=1))
+            along_mean = tl.sum(g * value_mean[None, :], axis=1)
+            along_output = inverse * (tl.sum(phi * phi_gradient, axis=1) - eps * along_mean)
             key_sum_gradient -= tl.sum(phi * along_output[:, None], axis=0)
             phi_gradient -= along_output[:, None] * key_mean[None, :]
             x_gradient = _through_phi(phi_gradient, x, phi, PHI) * scale
@@ -333,9 +331,7 @@ def query_gradient_kernel(
                 )  # fmt: skip
                 phi, g = _operand(phi, DOT, INTERPRETED), _operand(g, DOT, INTERPRETED)
                 state_gradient = _add_dot(state_gradient, tl.trans(phi), g)
-        _store_record(
-            records, state_gradient, key_sum_gradient, key_max, value_sum, count, features, columns, F, V
-        )
+        _store_record(records, state_gradient, key_sum_gradient, key_max, value_sum, count, features, columns, F, V)
         if CHUNKS > 1:
             tl.debug_barrier()  # the next chunk reads what other threads stored
 
@@ -345,8 +341,7 @@ def key_gradient_kernel(
     key, value, key_mask, cu_seqlens, totals, records, key_gradient, value_gradient,
     scale, tokens, heads, splits, parts,
     key_b, key_h, key_n, key_d,
-    value_b, value_h, value_n, value_d,
-    mask_b, mask_n,
+    value_b, value_h, value_n, value_d, mask_b, mask_n,
     key_gradient_b, key_gradient_h, key_gradient_n, key_gradient_d,
     value_gradient_b, value_gradient_h, value_gradient_n, value_gradient_d,
     PHI: tl.constexpr, F: tl.constexpr, V: tl.constexpr, RECORD: tl.constexpr,
@@ -371,9 +366,9 @@ def key_gradient_kernel(
     first, last = _tokens_of_part(cu_seqlens, image, tokens, part, parts, BLOCK_N)
     for chunk in range(CHUNKS):
         columns = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
-        # the query kernel copies the maximum of the keys; the rest of its record it has from the totals, too
-        state_gradient, key_sum_gradient, key_max, value_sum, _ = _sum_records(
-            records, splits, features, columns, False, F, V, RECORD
+        # the query kernel passed the maximum of the keys on
+        state_gradient, key_sum_gradient, key_max, _, _ = _sum_records(
+            records, splits, features, columns, PHI, F, V, RECORD
         )
         if PHI == "exp":
             key_max = tl.where(features < F, key_max, 0.0)  # else exp(0 - key_max) is infinite where a tile is padded
@@ -397,9 +392,8 @@ def key_gradient_kernel(
             phi_gradient += key_sum_gradient[None, :]
             x_gradient = tl.where(real[:, None], _through_phi(phi_gradient, x, phi, PHI) * scale, 0.0)
             if CHUNKS > 1:
-                x_gradient += _load(
-                    key_gradient, rows, features, key_gradient_n, key_gradient_d, inside & (chunk > 0), F
-                )
+                earlier = inside & (chunk > 0)
+                x_gradient += _load(key_gradient, rows, features, key_gradient_n, key_gradient_d, earlier, F)
             _store(key_gradient, x_gradient, rows, features, key_gradient_n, key_gradient_d, inside, F)
         if CHUNKS > 1:
             tl.debug_barrier()  # the next chunk reads what other threads stored

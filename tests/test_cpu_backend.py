@@ -1,9 +1,10 @@
-"""The CPU backend, with compiled passes and with those in PyTorch: values, gradients, precision, memory, its choice."""
+"""The CPU backend, with compiled passes and with those in PyTorch: values, gradients, memory, and its choice."""
 
 import logging
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -189,7 +190,8 @@ def test_scratch_does_not_grow_with_tokens_or_images(compiled, monkeypatch):
 
     def largest(batch: int, tokens: int) -> int:
         query, key, value = fused_heads(batch, 2, tokens, 64, torch.float32)
-        monkeypatch.setattr(cpu_backend, "_empty", lambda x, dim, output=torch.empty_like(query): output)
+        output = torch.empty_like(query)
+        monkeypatch.setattr(cpu_backend, "_empty", lambda x, dim: output)
         with torch.no_grad(), LargestTensor() as recorder:
             linear_attention_cpu(query, key, value, "softmax_pair", 1.0, None, 1e-6, compiled)
         return recorder.numel
@@ -287,7 +289,7 @@ def test_packed_images_attend_within_themselves():
     query, key, value = fused_heads(1, 2, sum(sizes), 16, torch.float64)
     bounds = torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32)
     output = linear_attention(query, key, value, feature_map.double(), cu_seqlens=bounds)
-    for first, last in zip(bounds[:-1], bounds[1:]):
+    for first, last in pairwise(bounds):
         if last > first:
             alone = [x[:, :, first:last] for x in (query, key, value)]
             expected = linear_attention_torch(*alone, feature_map, None, 1e-6)

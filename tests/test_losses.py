@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from trainers.losses import TeacherVariance, attention_alignment_loss, feature_alignment_loss
+from trainers.losses import (
+    TeacherVariance,
+    alignment_loss_before_projection,
+    attention_alignment_loss,
+    feature_alignment_loss,
+)
 
 GROUPS = {"cls": slice(0, 1), "registers": slice(1, 3), "patches": slice(3, None)}
 EQUAL = dict.fromkeys(GROUPS, 1.0)
@@ -165,6 +170,21 @@ def test_gradient_of_the_attention_loss_is_that_of_the_formula():
     attention_alignment_loss(student, teacher, 5.0).backward()
     expected = 2 * (student.detach() - teacher) / student.numel() / 5
     torch.testing.assert_close(student.grad, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_loss_before_the_projection_is_that_after_it_with_its_gradient():
+    """In float64, with as many outputs as inputs and with more: the mean is over the outputs."""
+    for outputs in (5, 8):
+        projection = torch.nn.Linear(5, outputs, dtype=torch.float64).requires_grad_(False)
+        gram = projection.weight.T @ projection.weight / outputs
+        student, teacher = (tokens(seed).double() for seed in (1, 2))
+        student.requires_grad_()
+        expected = (projection(student) - projection(teacher)).square().mean() / 3
+        (gradient,) = torch.autograd.grad(expected, student)
+        loss = alignment_loss_before_projection(student, teacher, gram, 3.0)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+        torch.testing.assert_close(torch.autograd.grad(2 * loss, student)[0], 2 * gradient, rtol=1e-10, atol=1e-14)
+        assert gradient.abs().max() > 1e-3
 
 
 def test_reduced_precision_inputs_give_float32_losses():

@@ -83,8 +83,8 @@ def times_of(folder: Path) -> dict[str, int]:
 
 
 def figures_of(out: Path) -> list[dict]:
-    """The lines of `metrics.jsonl` less how long things took."""
-    clocks = ("seconds", "runtime", "per_second", "preparation_time", "train_loss")
+    """The lines of `metrics.jsonl` less what things cost."""
+    clocks = ("seconds", "runtime", "per_second", "preparation_time", "train_loss", "data_wait", "peak_memory")
     lines = read_metrics(out / "metrics.jsonl")
     return [{n: v for n, v in line.items() if not any(clock in n for clock in clocks)} for line in lines]
 

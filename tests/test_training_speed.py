@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_helpers import stock_model
 from torch import nn
 from training_helpers import QUIET, NoiseImages, copy_state, one_thread, tiny_dinov2, tiny_vit  # noqa: F401
 from transformers import PreTrainedModel, TrainerCallback
 
 from modeling_adala import convert
-from modeling_adala.families import forward_tower
+from modeling_adala.families import FAMILIES, attention_modules, forward_tower
 from trainers import monitoring
 from trainers.callbacks import read_metrics
 from trainers.early_gradients import EarlyGradients
 from trainers.monitoring import cost_in_words, peak_memory, reset_peak_memory
 from trainers.stages import STAGES, run_stage
-from trainers.teacher import visit_attention, with_cast_weights
+from trainers.teacher import output_projection, visit_attention, with_cast_weights, without_output_projection
 
 ATTENTION, FEATURES, SUPERVISED = STAGES
 CPU = torch.device("cpu")
@@ -187,6 +188,58 @@ def test_teacher_stops_after_the_last_linear_layers_attention(tmp_path, softmax_
     with torch.no_grad():  # and leaves the teacher as it was
         assert forward_tower(teacher, torch.randn(1, 1, 28, 28)).last_hidden_state.shape == (1, 17, 32)
     assert calls["norm"] == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_the_teachers_heads_give_is_what_its_output_projection_takes(name):
+    """Nothing comes between or after, in any family: else a loss before the projection would be another loss."""
+    teacher = stock_model(name)
+    modules, taps = attention_modules(teacher), {}
+    visit_attention(teacher, torch.randn(2, 3, 32, 32), [0, 1], taps.__setitem__)
+    assert list(taps) == [0, 1]
+    with torch.no_grad():
+        for layer, tap in taps.items():
+            assert torch.equal(output_projection(modules[layer])(tap.context), tap.output)
+            with without_output_projection(modules[layer]):
+                assert torch.equal(modules[layer](*tap.args, **tap.kwargs)[0], tap.context)
+            assert torch.equal(modules[layer](*tap.args, **tap.kwargs)[0], tap.output)
+
+
+def test_stage_1_with_an_output_projection_of_its_own_compares_after_it(tmp_path):
+    """The gradient is that of the outputs' error, though the teacher's projection is another one."""
+    teacher = tiny_vit(layers=1)
+    trainer = trainer_of(ATTENTION, tmp_path, teacher)
+    with torch.no_grad():
+        trainer.model.vit.layers[0].attention.o_proj.weight.mul_(1.5)
+    pixels, gradients, losses = torch.randn(4, 1, 28, 28), [], []
+    own, theirs = (model.vit.layers[0].attention for model in (trainer.model, teacher))
+    with torch.no_grad():
+        hidden_states = teacher.vit.layers[0].layernorm_before(teacher.vit.embeddings(pixels))
+        target = theirs(hidden_states)[0]
+    by_hand = (own(hidden_states)[0] - target).square().mean() / trainer.variances()[0]
+    for loss in (by_hand, trainer.compute_loss(trainer.model, {"pixel_values": pixels})):
+        trainer.model.zero_grad()
+        loss.backward()
+        gradients.append(own.q_proj.weight.grad.clone())
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_gradients_before_the_projection_are_as_good_as_those_after_it(tmp_path):
+    teacher, pixels, found = tiny_vit(), torch.randn(8, 1, 28, 28), {}
+    for kind, bf16 in (("exact", False), ("before", True), ("after", True)):
+        trainer = trainer_of(ATTENTION, tmp_path, teacher, bf16=bf16)
+        trainer._grams = dict.fromkeys(trainer.layers) if kind == "after" else None
+        trainer.variances()
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(trainer.model, {"pixel_values": pixels})
+        loss.backward()
+        found[kind] = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    for name, exact in found["exact"].items():
+        before, after = ((found[kind][name] - exact).norm() / exact.norm() for kind in ("before", "after"))
+        assert before < 1.5 * after + 2e-3, name
+        assert before < 0.05, name
 
 
 def test_error_in_a_visit_is_not_swallowed_and_leaves_no_hooks():

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling_adala.configuration_adala import vision_config
@@ -13,8 +13,8 @@ from modeling_adala.families import attention_modules
 from .attention_alignment_config import AttentionAlignmentConfig
 from .base_trainer import AlignmentTrainer, freeze_all_but
 from .early_gradients import EarlyGradients
-from .losses import TeacherVariance, attention_alignment_loss
-from .teacher import visit_attention
+from .losses import TeacherVariance, alignment_loss_before_projection, attention_alignment_loss
+from .teacher import Tap, output_projection, visit_attention, without_output_projection
 
 TRAINED = (".q_proj.", ".k_proj.", ".v_proj.", ".feature_map.")
 
@@ -62,6 +62,7 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         super().__init__(model=model, teacher_model=teacher_model, args=args, **kwargs)
         self.layers: list[int] = linear_layers
         self._variances: list[Tensor] | None = None
+        self._grams: dict[int, Tensor | None] | None = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, errors = self.run_as_forward(model, self.align_blocks, inputs["pixel_values"])
@@ -73,24 +74,49 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         """Mean loss of the linear blocks, and the loss of each, detached.
 
         Each block is compared while the teacher stands at it, and back-propagated at once: blocks share no parameters
-        and no activations, so that the activations of one block are all that is ever kept. See `EarlyGradients`.
+        and no activations, so that the activations of one block are all that is ever kept. See `EarlyGradients`. The
+        output projection is frozen and the teacher's own, so that the comparison can do without applying it.
         """
         modules, training = attention_modules(student), torch.is_grad_enabled()
         variances = dict(zip(self.layers, self.variances(), strict=True))
+        grams = self.grams(student)
         scaler = self.accelerator.scaler
         gradients = EarlyGradients(scale=None if scaler is None else scaler.scale)
         errors: list[Tensor] = []
 
-        def visit(layer: int, args: tuple, kwargs: dict[str, Any], target: Tensor) -> None:
+        def visit(layer: int, tap: Tap) -> None:
+            gram = grams[layer]
             with torch.set_grad_enabled(training):
-                output = modules[layer](*args, **kwargs)[0]
-                error = attention_alignment_loss(output, target, variances[layer])
+                if gram is None:
+                    output = modules[layer](*tap.args, **tap.kwargs)[0]
+                    error = attention_alignment_loss(output, tap.output, variances[layer])
+                else:
+                    with without_output_projection(modules[layer]):
+                        context = modules[layer](*tap.args, **tap.kwargs)[0]
+                    error = alignment_loss_before_projection(context, tap.context, gram, variances[layer])
                 trained = [parameter for parameter in modules[layer].parameters() if parameter.requires_grad]
                 gradients.add(error / len(self.layers), trained)
             errors.append(error.detach())
 
         visit_attention(self.teacher_model, pixel_values, self.layers, visit)
         return gradients.loss(), errors
+
+    @torch.no_grad()
+    def grams(self, student: PreTrainedModel) -> dict[int, Tensor | None]:
+        """W^T W of each linear block's output projection, over its outputs; `None` where the student has another one.
+
+        In the precision in which the projection is multiplied. See `alignment_loss_before_projection`.
+        """
+        if self._grams is None:
+            self._grams = {}
+            for layer in self.layers:
+                ours, theirs = (
+                    output_projection(attention_modules(model)[layer]) for model in (student, self.teacher_model)
+                )
+                with torch.autocast(ours.weight.device.type, enabled=False):
+                    gram = (ours.weight.T @ ours.weight / ours.out_features).to(theirs.weight.dtype)
+                self._grams[layer] = gram if same_projection(ours, theirs) else None
+        return self._grams
 
     def variances(self) -> list[Tensor]:
         """Variance of each linear block's teacher output over the calibration images."""
@@ -102,10 +128,19 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
                         self.teacher_model,
                         pixel_values,
                         self.layers,
-                        lambda layer, args, kwargs, target: measured[layer].add(target),
+                        lambda layer, tap: measured[layer].add(tap.output),
                     )
             self._variances = [variance.value() for variance in measured.values()]
         return self._variances
+
+
+def same_projection(student: nn.Linear, teacher: nn.Linear) -> bool:
+    """Whether two projections are one, as far as the teacher's precision tells."""
+    pairs = [(student.weight, teacher.weight), (student.bias, teacher.bias)]
+    return all(
+        theirs is ours is None or (ours is not None and theirs is not None and torch.equal(ours.to(theirs), theirs))
+        for ours, theirs in pairs
+    )
 
 
 def _linear_prefixes(model: PreTrainedModel) -> tuple[str, ...]:

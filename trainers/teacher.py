@@ -1,7 +1,9 @@
 """The frozen teacher of stages 1 and 2: weights as they are multiplied, and taps on its attention."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +12,22 @@ from transformers import PreTrainedModel
 
 from modeling_adala.families import attention_modules, forward_tower
 
-# layer, positional and keyword arguments of its attention, output `(batch, tokens, hidden_size)`
-Visit = Callable[[int, tuple, dict[str, Any], Tensor], None]
+
+@dataclass(frozen=True)
+class Tap:
+    """What passes through one attention module.
+
+    Args:
+        args (`tuple`), kwargs (`dict`): Its arguments: hidden states, and what a family adds, such as DINOv3's rotary
+            positions.
+        context (`Tensor`): What its heads give, `(batch, tokens, channels)`, before the output projection.
+        output (`Tensor`): After it, `(batch, tokens, hidden_size)`.
+    """
+
+    args: tuple
+    kwargs: dict[str, Any]
+    context: Tensor
+    output: Tensor
 
 
 class _SeenAll(Exception):
@@ -33,7 +49,9 @@ def with_cast_weights(teacher: PreTrainedModel, dtype: torch.dtype) -> PreTraine
 
 
 @torch.no_grad()
-def visit_attention(teacher: PreTrainedModel, pixel_values: Tensor, layers: Sequence[int], visit: Visit) -> None:
+def visit_attention(
+    teacher: PreTrainedModel, pixel_values: Tensor, layers: Sequence[int], visit: Callable[[int, Tap], None]
+) -> None:
     """Runs a teacher on images and stops at each of some attention modules, as soon as it has run.
 
     Nothing of a block is kept once its visit is over, and nothing after the last of them runs.
@@ -42,22 +60,26 @@ def visit_attention(teacher: PreTrainedModel, pixel_values: Tensor, layers: Sequ
         teacher (`PreTrainedModel`): Softmax model.
         pixel_values (`Tensor`): `(batch, channels, height, width)`.
         layers (`Sequence[int]`): Which attention modules, counted from 0, ascending.
-        visit (`Callable`): Called with the layer, the positional and the keyword arguments of its attention (hidden
-            states and what a family adds, such as DINOv3's rotary positions), and its output after `o_proj`, of shape
-            `(batch, tokens, hidden_size)`. Gradients are off.
+        visit (`Callable`): Called with the layer and what passes through it. Gradients are off.
     """
-    modules = attention_modules(teacher)
+    modules, contexts = attention_modules(teacher), list[Tensor]()
 
     def tap(layer: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
-            visit(layer, args, kwargs, output[0])
+            visit(layer, Tap(args, kwargs, contexts.pop(), output[0]))
             if layer == layers[-1]:
                 raise _SeenAll
 
         return hook
 
-    handles = [modules[layer].register_forward_pre_hook(_cast_once, with_kwargs=True) for layer in layers]
-    handles += [modules[layer].register_forward_hook(tap(layer), with_kwargs=True) for layer in layers]
+    handles = []
+    for layer in layers:
+        projection = output_projection(modules[layer])
+        handles += [
+            modules[layer].register_forward_pre_hook(_cast_once, with_kwargs=True),
+            projection.register_forward_pre_hook(lambda module, args: contexts.append(args[0])),
+            modules[layer].register_forward_hook(tap(layer), with_kwargs=True),
+        ]
     try:
         forward_tower(teacher, pixel_values)
     except _SeenAll:
@@ -65,6 +87,29 @@ def visit_attention(teacher: PreTrainedModel, pixel_values: Tensor, layers: Sequ
     finally:
         for handle in handles:
             handle.remove()
+
+
+def output_projection(attention: nn.Module) -> nn.Linear:
+    """The projection after the heads, which families name differently."""
+    projection = attention.get_submodule(_projection_name(attention))
+    assert isinstance(projection, nn.Linear)
+    return projection
+
+
+@contextmanager
+def without_output_projection(attention: nn.Module) -> Iterator[None]:
+    """Makes an attention module return what its heads give, `(batch, tokens, channels)`."""
+    name = _projection_name(attention)
+    projection = attention.get_submodule(name)
+    setattr(attention, name, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(attention, name, projection)
+
+
+def _projection_name(attention: nn.Module) -> str:
+    return "o_proj" if hasattr(attention, "o_proj") else "out_proj"
 
 
 def _cast_once(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

@@ -22,6 +22,7 @@ from modeling_adala.errors import AdaLAError
 
 from .timing import wait_for
 
+_PRELOADED = ["vit_adala.benchmark.subjects"]
 _RESET_PEAK = "5"  # what /proc/PID/clear_refs takes for it, see proc(5)
 
 
@@ -43,9 +44,9 @@ def peak_of(prepare: Callable[..., Callable[[], Any]], *args: Any, device: torch
         return _cuda_peak(prepare(*args), device)
     if not sys.platform.startswith("linux"):
         return None
-    # the server imports torch once; each of its children is as fresh as a new process
+    # the server imports our code once; each of its children is as fresh as a new process
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, prepare.__module__])
+    context.set_forkserver_preload(_PRELOADED)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(_resident_peak, torch.get_num_threads(), prepare, *args).result()

@@ -107,20 +107,22 @@ def print_table(rows: list[Row], baseline: str, title: str) -> None:
 
 
 def write_files(directory: Path, report: dict[str, Any], rows: list[Row], baseline: str, title: str) -> list[Path]:
-    """`bench.json`, `bench.csv` and `bench.png`.
+    """`bench.json`, `bench.csv` and, if anything was measured, `bench.png`.
 
     Raises:
         CheckpointError: if one cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"bench.{kind}" for kind in ("json", "csv", "png")]
+    measured = any(row.timing for row in rows)
+    paths = [directory / f"bench.{kind}" for kind in ("json", "csv", *(["png"] if measured else []))]
     whole_file(paths[0], json.dumps(report, indent=2) + "\n")
     text = io.StringIO()
     writer = csv.DictWriter(text, list(report["rows"][0]))
     writer.writeheader()
     writer.writerows(report["rows"])
     whole_file(paths[1], text.getvalue())
-    draw(paths[2], rows, title)
+    if measured:
+        draw(paths[2], rows, title)
     return paths
 
 

@@ -15,6 +15,8 @@ import torch
 MIN_ROUNDS, MAX_ROUNDS = 3, 51
 # shorter samples are repeated until they last as long: a clock tick and a call's own overhead then do not count
 SAMPLE_SECONDS = 5e-3
+# a first call that takes longer than this tells how long the next will take
+SLOW_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ def time_in_turns(
     calls: dict[str, int] = {}
     longest = 0.0
     for name, run in runs.items():
-        _sample(run, 1, device)  # compiles, allocates, fills caches
-        once = _sample(run, 1, device)
+        once = _sample(run, 1, device)  # compiles, allocates, fills caches
+        if once < SLOW_SECONDS:
+            once = _sample(run, 1, device)
         calls[name] = max(1, math.ceil(SAMPLE_SECONDS / once))
         longest = max(longest, once * calls[name])
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / longest)))

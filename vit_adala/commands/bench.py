@@ -172,9 +172,9 @@ def _batches(text: str) -> list[int]:
 
 
 def _measure(plan: Plan, quiet: bool) -> tuple[Floor, list[Row], str]:
-    console = Console(stderr=True, quiet=quiet)
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("opening the models", total=None)
         subject: ModelSubject | OperatorSubject
         if plan.operator:
