@@ -62,7 +62,7 @@ def read_readme() -> str:
 
 
 class BuildCpuKernels(build_ext):
-    """Compiles `cpu_kernels.c` where there is a compiler; without one the install goes on, and PyTorch does the work.
+    """Compiles the C files of `modeling_adala` where there is a compiler; without one the install goes on, and PyTorch does the work.
 
     The result is a plain library for `ctypes` and no Python module.
     """
@@ -78,7 +78,8 @@ class BuildCpuKernels(build_ext):
 # and a second one would start a second set of threads.
 CPU_KERNELS = Extension(
     "modeling_adala._cpu_kernels",
-    sources=["modeling_adala/cpu_kernels.c"],
+    sources=["modeling_adala/cpu_kernels.c", "modeling_adala/cpu_fused.c"],
+    depends=["modeling_adala/cpu_features.h"],
     extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-fopenmp"],
     optional=True,
 )

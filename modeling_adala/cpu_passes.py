@@ -93,6 +93,19 @@ class TorchPasses:
             gradient = gradient * key_mask.repeat_interleave(out.shape[1], dim=0)[..., None]
         self._chain(features.to(gradient.dtype), gradient, out)
 
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        eps: Tensor,
+        key_max: Tensor | None,
+        output: Tensor,
+    ) -> bool:
+        """Would write the whole result; returns whether it did."""
+        return False
+
     def by_head(self, block: Tensor) -> Tensor:
         """`(batch, heads, tokens, dim)` as `(batch * heads, tokens, dim)`."""
         return block.flatten(0, 1)
@@ -145,6 +158,17 @@ class _Job(ctypes.Structure):
     ]
 
 
+class _Attention(ctypes.Structure):
+    """`attention_t` of cpu_fused.c."""
+
+    _fields_ = [
+        ("keys", _Job),
+        *((name, ctypes.c_int64) for name in ("query_tokens", "value_dim")),
+        *((name, _Rows) for name in ("query", "value", "output")),
+        ("workspace", ctypes.c_void_p),
+    ]
+
+
 class CompiledPasses(TorchPasses):
     """The passes of `cpu_kernels.c`: each reads and writes memory once. In float32 and bfloat16."""
 
@@ -183,6 +207,20 @@ class CompiledPasses(TorchPasses):
         tensors = {"features": features, "products": products, "normalizer_gradient": normalizer_gradient}
         self._run("key_gradient", out, gradient=out, mask=mask, **tensors)
 
+    def attention(self, query, key, value, key_mask, eps, key_max, output):
+        """Writes the whole result, in one call, where the processor can; returns whether it could."""
+        library = load_library()
+        if key.dtype != torch.bfloat16 or value.shape[-1] > self.MAX_FEATURES or not library.adala_has_fused():
+            return False
+        mask = None if key_mask is None else key_mask.contiguous()
+        job = _Attention(self._job(key, input=key, mask=mask, key_max=key_max, eps=eps))
+        job.query_tokens, job.value_dim = query.shape[2], value.shape[-1]
+        job.query, job.value, job.output = _rows(query), _rows(value), _rows(output)
+        workspace = torch.empty(library.adala_workspace(ctypes.byref(job)), dtype=torch.uint8)
+        job.workspace = workspace.data_ptr()
+        library.adala_attention(ctypes.byref(job))
+        return True
+
     def by_head(self, block):
         batch, heads, tokens, dim = block.shape
         if block.is_contiguous():
@@ -197,19 +235,23 @@ class CompiledPasses(TorchPasses):
         return block.new_empty(batch * heads, tokens, self.num_features(dim))
 
     def _run(self, name: str, block: Tensor, **tensors: Tensor | None) -> None:
-        batch, heads, tokens, dim = block.shape
-        tasks = _tasks(tokens)
         if tensors.get("total") is not None:  # every task adds up on its own
-            sums = torch.empty(batch, tasks, heads, self.num_features(dim))
-            tensors["sums"] = sums
-        kind, dtype = self.NONLINEARITIES[self.nonlinearity], self.DTYPES[block.dtype]
+            batch, heads, tokens, dim = block.shape
+            tensors["sums"] = torch.empty(batch, _tasks(tokens), heads, self.num_features(dim))
+        getattr(load_library(), f"adala_{name}")(ctypes.byref(self._job(block, **tensors)))
+
+    def _job(self, block: Tensor, **tensors: Tensor | None) -> _Job:
+        batch, heads, tokens, dim = block.shape
+        kind, dtype, tasks = self.NONLINEARITIES[self.nonlinearity], self.DTYPES[block.dtype], _tasks(tokens)
         job = _Job(batch, heads, tokens, dim, kind, dtype, tasks, -(-tokens // tasks), self.scale)
         for field, tensor in tensors.items():
             if tensor is not None:
-                strided = field in ("input", "gradient")
-                at = tensor.data_ptr()
-                setattr(job, field, _Rows(at, *tensor.stride()[:3]) if strided else at)
-        getattr(load_library(), f"adala_{name}")(ctypes.byref(job))
+                setattr(job, field, _rows(tensor) if field in ("input", "gradient") else tensor.data_ptr())
+        return job
+
+
+def _rows(x: Tensor) -> _Rows:
+    return _Rows(x.data_ptr(), *x.stride()[:3])
 
 
 @functools.cache
@@ -231,5 +273,6 @@ def load_library() -> ctypes.CDLL | None:
             library = ctypes.CDLL(str(path))
         except OSError:  # built for another machine
             continue
+        library.adala_workspace.restype = library.adala_has_fused.restype = ctypes.c_int64
         return library
     return None

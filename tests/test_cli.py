@@ -661,7 +661,10 @@ def test_every_stage_ends_with_a_line_of_truth(places, out, capsys):
     for number, (command, stage) in enumerate(zip(("align", "distill", "finetune"), STAGES), 1):
         assert main(arguments(command, out, places)) == 0
         lines = capsys.readouterr().out.splitlines()
-        pattern = rf"stage {number}, {stage}: 2 steps in \d+ s, at most \d+\.\d GiB of memory, 64 images, 0 skipped as unreadable; saved {out}/{number}-"
+        pattern = (
+            rf"stage {number}, {stage}: 2 steps in \d+ s, at most \d+\.\d GiB of memory, 64 images,"
+            rf" 0 skipped as unreadable; saved {out}/{number}-"
+        )
         assert re.match(pattern, lines[0])
         assert len(lines) == (2 if command == "finetune" else 1)
     assert re.fullmatch(r"accuracy [01]\.\d{4} on 33 images", lines[-1])

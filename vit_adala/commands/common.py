@@ -40,8 +40,8 @@ def run_and_report(
     result = run_stage(stage, model, args, **kwargs)
     if PartialState().is_main_process:
         print(
-            f"stage {stage.number}, {stage.name}: {result.steps} steps in {result.seconds:.0f} s{cost_in_words(result.metrics)},"
-            f" {train_dataset.summary()}; saved {directory}"
+            f"stage {stage.number}, {stage.name}: {result.steps} steps in {result.seconds:.0f} s"
+            f"{cost_in_words(result.metrics)}, {train_dataset.summary()}; saved {directory}"
         )
     return result
 
