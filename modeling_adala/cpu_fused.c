@@ -16,6 +16,7 @@
 #define BFLOAT16_PROCESSOR __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #define CHUNK 64             /* tokens, a multiple of 4 */
 #define STATE_BYTES (1 << 18) /* of the heads that go together */
+#define MAX_VECTORS 16       /* of 16 numbers in a row of queries or keys */
 
 /* What cpu_passes.py fills in. */
 typedef struct {
@@ -27,7 +28,7 @@ typedef struct {
 
 /* Widths with their padding, sizes in bytes, and where things lie in the workspace of a thread and in that of all. */
 typedef struct {
-    int64_t features, columns;                     /* multiples of 4 and 16 */
+    int64_t features, columns;                     /* multiples of 16 */
     int64_t group, groups;                         /* heads that go together, and how many times that is */
     int64_t keys, values, state, packed;           /* per head */
     int64_t own, shared;                           /* per thread, and per segment or thread */
@@ -38,7 +39,7 @@ static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 
 static plan_t get_plan(const attention_t *job) {
     plan_t plan;
-    plan.features = round_up(num_features(&job->keys, job->keys.dim), 4);
+    plan.features = num_features(&job->keys, job->keys.dim);
     plan.columns = round_up(job->value_dim, 16);
     plan.keys = round_up(CHUNK * plan.features * 2, 64);
     plan.values = round_up(CHUNK * plan.columns * 2, 64);
@@ -62,17 +63,81 @@ PUBLIC int64_t adala_workspace(const attention_t *job) {
     return plan.threads * (plan.own + plan.shared);
 }
 
-PUBLIC int64_t adala_has_fused(void) { return __builtin_cpu_supports("avx512bf16") != 0; }
-
-static ALWAYS_INLINE uint32_t bfloat16_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits + 0x8000;
+PUBLIC int64_t adala_has_fused(int64_t dim, int64_t value_dim) {
+    return __builtin_cpu_supports("avx512bf16") && dim % 16 == 0 && dim <= 16 * MAX_VECTORS && value_dim <= MAX_FEATURES;
 }
 
-/* Two rows of numbers as one row of pairs. */
-static ALWAYS_INLINE void pack_pairs(const float *restrict low, const float *restrict high, uint32_t *restrict out, int64_t count) {
-    for (int64_t i = 0; i < count; i++) out[i] = bfloat16_bits(low[i]) >> 16 | (bfloat16_bits(high[i]) & 0xffff0000);
+/* exp(x) of x <= 0, as `fast_exp` in cpu_features.h. The order of operands of min and max keeps NaN. */
+static ALWAYS_INLINE BFLOAT16_PROCESSOR __m512 exp_vector(__m512 x) {
+    __m512 t = _mm512_mul_ps(_mm512_max_ps(_mm512_set1_ps(-87.0f), x), _mm512_set1_ps(1.44269504088896341f));
+    __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(t, n);
+    __m512 p = _mm512_set1_ps(1.326473133331762e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.671513409929557e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550733727887818e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402224206859938e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931469776128922e-1f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f)), n);
+}
+
+/* sign * x through a softmax. */
+static ALWAYS_INLINE BFLOAT16_PROCESSOR void softmax_vectors(const __m512 *x, float sign, __m512 *out, int64_t vectors) {
+    __m512 factor = _mm512_set1_ps(sign), largest = _mm512_mul_ps(x[0], factor), sum = _mm512_setzero_ps();
+    for (int64_t i = 1; i < vectors; i++) largest = _mm512_max_ps(largest, _mm512_mul_ps(x[i], factor));
+    largest = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+    for (int64_t i = 0; i < vectors; i++) {
+        out[i] = exp_vector(_mm512_fmsub_ps(x[i], factor, largest));
+        sum = _mm512_add_ps(sum, out[i]);
+    }
+    __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));
+    for (int64_t i = 0; i < vectors; i++) out[i] = _mm512_mul_ps(out[i], inverse);
+}
+
+/* phi of a row, in vectors of 16; see `nonlinearity` in cpu_features.h. */
+static ALWAYS_INLINE BFLOAT16_PROCESSOR void features_of(const job_t *job, const rows_t *rows, int64_t image, int64_t head,
+                                                         int64_t token, float sign, __m512 *phi, int64_t vectors) {
+    const uint16_t *row = (const uint16_t *)rows->data + offset(rows, image, head, token);
+    const __m512 zero = _mm512_setzero_ps(), scale = _mm512_set1_ps(job->scale);
+    __m512 x[MAX_VECTORS];
+    for (int64_t i = 0; i < vectors; i++) {
+        __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(row + 16 * i)));
+        x[i] = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)), scale);
+    }
+    switch (job->nonlinearity) {
+    case ELU:
+        for (int64_t i = 0; i < vectors; i++)
+            phi[i] = _mm512_add_ps(exp_vector(_mm512_min_ps(zero, x[i])), _mm512_max_ps(zero, x[i]));
+        break;
+    case RELU:
+        for (int64_t i = 0; i < vectors; i++) phi[i] = _mm512_max_ps(zero, x[i]);
+        break;
+    case EXP: {
+        const float *key_max = job->key_max + (image * job->heads + head) * job->dim;
+        __m512 factor = _mm512_set1_ps(sign), largest = zero;
+        for (int64_t i = 0; i < vectors; i++) x[i] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(key_max + 16 * i), x[i]);
+        if (sign > 0) {
+            largest = x[0];
+            for (int64_t i = 1; i < vectors; i++) largest = _mm512_max_ps(largest, x[i]);
+            largest = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+        }
+        for (int64_t i = 0; i < vectors; i++) phi[i] = exp_vector(_mm512_sub_ps(x[i], largest));
+        break;
+    }
+    case SOFTMAX_PAIR:
+        softmax_vectors(x, 1.0f, phi, vectors);
+        softmax_vectors(x, -1.0f, phi + vectors, vectors);
+        break;
+    default:
+        for (int64_t i = 0; i < vectors; i++) phi[i] = x[i];
+    }
+}
+
+/* Two rows of numbers, rounded, as one row of pairs. */
+static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_pairs(const __m512 *low, const __m512 *high, uint32_t *out, int64_t vectors) {
+    for (int64_t i = 0; i < vectors; i++) {
+        __m512i first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low[i]));
+        __m512i second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high[i]));
+        _mm512_storeu_si512(out + 16 * i, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+    }
 }
 
 /* c[i][j] += sum over `count` of a (rows of pairs, `a_step` apart in i and `a_next` along the sum) times b. */
@@ -89,8 +154,8 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void multiply(const uint32_t *a, int64_t
 }
 
 /* state (features, columns) += keys^T values, of pairs of tokens. */
-static ALWAYS_INLINE BFLOAT16_PROCESSOR void add_to_state(const uint32_t *keys, const uint32_t *values, float *state,
-                                                          int64_t pairs, int64_t features, int64_t columns, int vectors) {
+static ALWAYS_INLINE BFLOAT16_PROCESSOR void add_to_state_of(const uint32_t *keys, const uint32_t *values, float *state,
+                                                             int64_t pairs, int64_t features, int64_t columns, int vectors) {
     for (int64_t f = 0; f < features; f += 4) {
         __m512 c[4][4];
         for (int i = 0; i < 4; i++)
@@ -102,9 +167,9 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void add_to_state(const uint32_t *keys, 
 }
 
 /* Writes rows [0, tokens) of queries times the packed state; `width` columns are left. */
-static ALWAYS_INLINE BFLOAT16_PROCESSOR void write_output(const uint32_t *queries, const uint32_t *packed, uint16_t *out,
-                                                          int64_t out_step, int64_t tokens, int64_t features,
-                                                          int64_t columns, int64_t width, int vectors) {
+static ALWAYS_INLINE BFLOAT16_PROCESSOR void write_output_of(const uint32_t *queries, const uint32_t *packed, uint16_t *out,
+                                                             int64_t out_step, int64_t tokens, int64_t features,
+                                                             int64_t columns, int64_t width, int vectors) {
     for (int64_t token = 0; token < tokens; token += 4) {
         __m512 c[4][4];
         for (int i = 0; i < 4; i++)
@@ -120,34 +185,63 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void write_output(const uint32_t *querie
     }
 }
 
+/* Not inlined: the compiler needs all registers for these. */
+#define BY_VECTORS(name, ...)                                                                                          \
+    switch (vectors) {                                                                                                 \
+    case 1: name##_of(__VA_ARGS__, 1); break;                                                                          \
+    case 2: name##_of(__VA_ARGS__, 2); break;                                                                          \
+    case 3: name##_of(__VA_ARGS__, 3); break;                                                                          \
+    default: name##_of(__VA_ARGS__, 4);                                                                                \
+    }
+
+static __attribute__((noinline)) BFLOAT16_PROCESSOR void add_to_state(const uint32_t *keys, const uint32_t *values, float *state,
+                                                                      int64_t pairs, int64_t features, int64_t columns,
+                                                                      int64_t vectors) {
+    BY_VECTORS(add_to_state, keys, values, state, pairs, features, columns)
+}
+
+static __attribute__((noinline)) BFLOAT16_PROCESSOR void write_output(const uint32_t *queries, const uint32_t *packed,
+                                                                      uint16_t *out, int64_t out_step, int64_t tokens,
+                                                                      int64_t features, int64_t columns, int64_t width,
+                                                                      int64_t vectors) {
+    BY_VECTORS(write_output, queries, packed, out, out_step, tokens, features, columns, width)
+}
+
+/* Asks for a row that will be needed soon: the processor's own guesses end at every page, that is every few tokens. */
+static ALWAYS_INLINE void prefetch(const rows_t *rows, int64_t image, int64_t head, int64_t token, int64_t dim) {
+    const char *row = (const char *)rows->data + 2 * offset(rows, image, head, token + 2);
+    for (int64_t byte = 0; byte < 2 * dim; byte += 64) __builtin_prefetch(row + byte);
+}
+
 /* phi of keys in pairs of tokens, and values in pairs of tokens, of some heads; sums of phi are added up. */
 static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_keys(const attention_t *job, const plan_t *plan, int64_t image, int64_t head,
                                                        int64_t heads, int64_t first, int64_t count, char *own, char *states,
-                                                       int64_t dim) {
+                                                       int64_t vectors, int64_t features) {
+    static const uint16_t none[MAX_FEATURES] = {0};
     const job_t *keys = &job->keys;
-    int64_t features = num_features(keys, dim);
-    float row[MAX_FEATURES], phi[2][MAX_FEATURES] = {{0}};
+    __m512 phi[2][2 * MAX_VECTORS];
     for (int64_t pair = 0; pair < (count + 1) / 2; pair++)
         for (int64_t h = 0; h < heads; h++) {
-            const uint16_t *value[2] = {0, 0};
+            const uint16_t *value[2] = {none, none};
             float *normalizer = (float *)(states + h * plan->state) + plan->features * plan->columns;
             for (int64_t i = 0; i < 2; i++) {
                 int64_t token = first + 2 * pair + i;
                 if (token >= first + count || is_padding(keys, image, token)) {
-                    memset(phi[i], 0, sizeof(float) * features);
+                    for (int64_t j = 0; j < features; j++) phi[i][j] = _mm512_setzero_ps();
                     continue;
                 }
-                load_row(keys->input.data, offset(&keys->input, image, head + h, token), BFLOAT16, keys->scale, row, dim);
-                nonlinearity(keys, dim, row, image * keys->heads + head + h, -1.0f, phi[i]);
-                for (int64_t j = 0; j < features; j++) normalizer[j] += phi[i][j];
+                prefetch(&keys->input, image, head + h, token, keys->dim);
+                prefetch(&job->value, image, head + h, token, job->value_dim);
+                features_of(keys, &keys->input, image, head + h, token, -1.0f, phi[i], vectors);
                 value[i] = (const uint16_t *)job->value.data + offset(&job->value, image, head + h, token);
             }
-            uint32_t *out = (uint32_t *)(own + h * plan->keys) + pair * plan->features;
-            pack_pairs(phi[0], phi[1], out, plan->features);
-            out = (uint32_t *)(own + plan->group * plan->keys + h * plan->values) + pair * plan->columns;
-            static const uint16_t none[MAX_FEATURES] = {0};
-            const uint16_t *low = value[0] ? value[0] : none, *high = value[1] ? value[1] : none;
-            for (int64_t j = 0; j < job->value_dim; j++) out[j] = low[j] | (uint32_t)high[j] << 16;
+            for (int64_t j = 0; j < features; j++) {
+                __m512 sum = _mm512_add_ps(phi[0][j], phi[1][j]);
+                _mm512_storeu_ps(normalizer + 16 * j, _mm512_add_ps(_mm512_loadu_ps(normalizer + 16 * j), sum));
+            }
+            pack_pairs(phi[0], phi[1], (uint32_t *)(own + h * plan->keys) + pair * plan->features, features);
+            uint32_t *out = (uint32_t *)(own + plan->group * plan->keys + h * plan->values) + pair * plan->columns;
+            for (int64_t j = 0; j < job->value_dim; j++) out[j] = value[0][j] | (uint32_t)value[1][j] << 16;
             for (int64_t j = job->value_dim; j < plan->columns; j++) out[j] = 0;
         }
 }
@@ -155,29 +249,34 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_keys(const attention_t *job, c
 /* Features of queries over their normalizer, as they are: pairs of features lie next to each other. */
 static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_queries(const attention_t *job, const plan_t *plan, int64_t image, int64_t head,
                                                           int64_t heads, int64_t first, int64_t count, char *own,
-                                                          const char *states, int64_t dim) {
+                                                          const char *states, int64_t vectors, int64_t features) {
     const job_t *keys = &job->keys;
-    int64_t features = num_features(keys, dim);
-    float row[MAX_FEATURES], phi[MAX_FEATURES] = {0};
+    __m512 phi[2 * MAX_VECTORS];
     for (int64_t token = 0; token < count; token++)
         for (int64_t h = 0; h < heads; h++) {
-            int64_t index = image * keys->heads + head + h;
             const float *normalizer = (const float *)(states + h * plan->state) + plan->features * plan->columns;
-            load_row(job->query.data, offset(&job->query, image, head + h, first + token), BFLOAT16, keys->scale, row, dim);
-            nonlinearity(keys, dim, row, index, 1.0f, phi);
-            float inverse = 1.0f / (dot(phi, normalizer, features) + keys->eps[index]);
-            for (int64_t j = 0; j < features; j++) phi[j] *= inverse;
-            store_row(phi, own + h * plan->keys, token * plan->features, BFLOAT16, plan->features);
+            uint16_t *out = (uint16_t *)(own + h * plan->keys) + token * plan->features;
+            prefetch(&job->query, image, head + h, first + token, keys->dim);
+            features_of(keys, &job->query, image, head + h, first + token, 1.0f, phi, vectors);
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t j = 0; j < features; j++) sum = _mm512_fmadd_ps(phi[j], _mm512_loadu_ps(normalizer + 16 * j), sum);
+            float eps = keys->eps[image * keys->heads + head + h];
+            __m512 inverse = _mm512_set1_ps(1.0f / (_mm512_reduce_add_ps(sum) + eps));
+            for (int64_t j = 0; j < features; j++) {
+                __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(phi[j], inverse));
+                _mm256_storeu_si256((__m256i *)(out + 16 * j), rounded);
+            }
         }
 }
 
-#define BY_VECTORS(call)                                                                                               \
-    switch (vectors) {                                                                                                 \
-    case 1: { enum { VECTORS = 1 }; call; break; }                                                                     \
-    case 2: { enum { VECTORS = 2 }; call; break; }                                                                     \
-    case 3: { enum { VECTORS = 3 }; call; break; }                                                                     \
-    default: { enum { VECTORS = 4 }; call; }                                                                           \
-    }
+/* The usual head_dim is known to the compiler, which then keeps rows in registers. */
+#define BY_DIM(name, ...)                                                                                              \
+    if (job->keys.dim == 64 && plan->features == 64)                                                                   \
+        name(__VA_ARGS__, 4, 4);                                                                                       \
+    else if (job->keys.dim == 64)                                                                                      \
+        name(__VA_ARGS__, 4, 8);                                                                                       \
+    else                                                                                                               \
+        name(__VA_ARGS__, job->keys.dim / 16, plan->features / 16);
 
 /* States of some heads over tokens [first, last). */
 static BFLOAT16_PROCESSOR void reduce_keys(const attention_t *job, const plan_t *plan, int64_t image, int64_t head,
@@ -185,17 +284,14 @@ static BFLOAT16_PROCESSOR void reduce_keys(const attention_t *job, const plan_t 
     memset(states, 0, heads * plan->state);
     for (; first < last; first += CHUNK) {
         int64_t count = last - first < CHUNK ? last - first : CHUNK;
-        if (job->keys.dim == 64)
-            pack_keys(job, plan, image, head, heads, first, count, own, states, 64);
-        else
-            pack_keys(job, plan, image, head, heads, first, count, own, states, job->keys.dim);
+        BY_DIM(pack_keys, job, plan, image, head, heads, first, count, own, states)
         for (int64_t h = 0; h < heads; h++)
             for (int64_t column = 0; column < plan->columns; column += 64) {
                 const uint32_t *keys = (const uint32_t *)(own + h * plan->keys);
                 const uint32_t *values = (const uint32_t *)(own + plan->group * plan->keys + h * plan->values) + column;
                 float *state = (float *)(states + h * plan->state) + column;
                 int64_t vectors = (plan->columns - column) / 16;
-                BY_VECTORS(add_to_state(keys, values, state, (count + 1) / 2, plan->features, plan->columns, VECTORS))
+                add_to_state(keys, values, state, (count + 1) / 2, plan->features, plan->columns, vectors);
             }
     }
 }
@@ -208,8 +304,12 @@ static BFLOAT16_PROCESSOR void pack_state(const plan_t *plan, int64_t h, int64_t
         for (int64_t i = 0; i < plan->features * (plan->columns + 1); i++) total[i] += part[i];
     }
     for (int64_t pair = 0; pair < plan->features / 2; pair++) {
-        const float *row = total + 2 * pair * plan->columns;
-        pack_pairs(row, row + plan->columns, (uint32_t *)(packed + h * plan->packed) + pair * plan->columns, plan->columns);
+        uint32_t *out = (uint32_t *)(packed + h * plan->packed) + pair * plan->columns;
+        for (int64_t j = 0; j < plan->columns; j += 16) {
+            const float *row = total + 2 * pair * plan->columns + j;
+            __m512 low = _mm512_loadu_ps(row), high = _mm512_loadu_ps(row + plan->columns);
+            pack_pairs(&low, &high, out + j, 1);
+        }
     }
 }
 
@@ -218,18 +318,15 @@ static BFLOAT16_PROCESSOR void read_out(const attention_t *job, const plan_t *pl
                                         int64_t first, int64_t last, char *own, const char *states, const char *packed) {
     for (; first < last; first += CHUNK) {
         int64_t count = last - first < CHUNK ? last - first : CHUNK;
-        if (job->keys.dim == 64)
-            pack_queries(job, plan, image, head, heads, first, count, own, states, 64);
-        else
-            pack_queries(job, plan, image, head, heads, first, count, own, states, job->keys.dim);
+        BY_DIM(pack_queries, job, plan, image, head, heads, first, count, own, states)
         for (int64_t h = 0; h < heads; h++)
             for (int64_t column = 0; column < plan->columns; column += 64) {
                 const uint32_t *queries = (const uint32_t *)(own + h * plan->keys);
                 const uint32_t *state = (const uint32_t *)(packed + h * plan->packed) + column;
                 uint16_t *out = (uint16_t *)job->output.data + offset(&job->output, image, head + h, first) + column;
                 int64_t vectors = (plan->columns - column) / 16;
-                BY_VECTORS(write_output(queries, state, out, job->output.token_stride, count, plan->features,
-                                        plan->columns, job->value_dim - column, VECTORS))
+                write_output(queries, state, out, job->output.token_stride, count, plan->features, plan->columns,
+                             job->value_dim - column, vectors);
             }
     }
 }
@@ -281,6 +378,6 @@ PUBLIC void adala_attention(const attention_t *job) {
 
 #else
 
-PUBLIC int64_t adala_has_fused(void) { return 0; }
+PUBLIC int64_t adala_has_fused(int64_t dim, int64_t value_dim) { return 0; }
 
 #endif
