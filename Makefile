@@ -19,7 +19,7 @@ TORCH_INDEX ?=
 # Always `python -m`: the first line of an installed script breaks when the folder moves.
 PY := .venv/bin/python
 # The packages that exist; mypy refuses a name that does not.
-PACKAGES := $(wildcard modeling_adala trainers hub_cards vit_adala)
+PACKAGES := $(wildcard modeling_adala trainers hub_cards vit_adala benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test style check clean
@@ -28,7 +28,7 @@ help:
 	@sed -n 's/^#     //p' Makefile
 
 # The stamp is touched last, so an interrupted set-up starts again.
-.venv/.installed: setup.py
+.venv/.installed: setup.py $(wildcard modeling_adala/*.c modeling_adala/*.h)
 	@echo "[setup] creating .venv with $(PYTHON)"
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@echo "[setup] installing $(TORCH) (the largest download, minutes on a slow line)"

@@ -1,7 +1,8 @@
 """Linear attention on a CPU, in blocks of images and tokens that fit the caches, forward and backward.
 
-A block goes through passes over its features (`cpu_passes.py`) and PyTorch's matrix products. Nothing of the size of
-all tokens is allocated but results, and queries, keys and values are read where they lie.
+A block goes through passes over its features (`cpu_passes.py`) and PyTorch's matrix products; without gradients, and
+on a processor that multiplies bfloat16, `cpu_fused.c` does all of it in one call. Nothing of the size of all tokens is
+allocated but results, and queries, keys and values are read where they lie.
 
 This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
 """
@@ -62,8 +63,9 @@ def linear_attention_cpu(
 
     Features are computed in float32 and multiplied in bfloat16 where the values are and the CPU can, in float32 (or
     float64) otherwise. The queries' features come divided by their normalizer, so that the second product is the
-    output. Deviates from the canonical form in bfloat16: a block's part of the state is rounded before it is added to
-    the float32 sum, because a CPU's bfloat16 products give bfloat16.
+    output. Deviates from the canonical form in bfloat16: the state is rounded for the second product, and in training
+    (or without `cpu_fused.c`) each block's part of it before it is added to the float32 sum, because PyTorch's bfloat16
+    products give bfloat16 on a CPU.
 
     Args:
         query, key, value, key_mask, eps: See `linear_attention`.

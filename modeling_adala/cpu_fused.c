@@ -1,8 +1,9 @@
 /* The whole forward pass of linear attention in one call, for processors that multiply bfloat16 (AVX512-BF16).
  *
- * Tokens come in chunks that stay in the caches: features are computed, packed as the processor multiplies them (two
- * tokens, or two features, in 32 bits) and used up at once; nothing of them goes to memory. State and normalizer are
- * float32. Few heads at a time, so that their states stay in the caches, too.
+ * Tokens come in chunks that stay in the caches: features are computed, packed as the processor multiplies them and used
+ * up at once; nothing of them goes to memory. State and normalizer are float32. Few heads at a time, so that their states
+ * stay in the caches, too. Packed means words of 32 bits: one float32, or a pair of bfloat16 of two tokens (of keys and
+ * values) or of two features (of queries and the state).
  */
 
 #include "cpu_features.h"
@@ -29,6 +30,7 @@ typedef struct {
 /* Widths with their padding, sizes in bytes, and where things lie in the workspace of a thread and in that of all. */
 typedef struct {
     int64_t features, columns;                     /* multiples of 16 */
+    int64_t pair;                                  /* numbers in a word: 1 of float32, 2 of bfloat16 */
     int64_t group, groups;                         /* heads that go together, and how many times that is */
     int64_t keys, values, state, packed;           /* per head */
     int64_t own, shared;                           /* per thread, and per segment or thread */
@@ -41,10 +43,11 @@ static plan_t get_plan(const attention_t *job) {
     plan_t plan;
     plan.features = num_features(&job->keys, job->keys.dim);
     plan.columns = round_up(job->value_dim, 16);
-    plan.keys = round_up(CHUNK * plan.features * 2, 64);
-    plan.values = round_up(CHUNK * plan.columns * 2, 64);
+    plan.pair = job->keys.dtype == FLOAT32 ? 1 : 2;
+    plan.keys = round_up(CHUNK / plan.pair * plan.features * 4, 64);
+    plan.values = round_up(CHUNK / plan.pair * plan.columns * 4, 64);
     plan.state = round_up((plan.features * plan.columns + plan.features) * 4, 64); /* the normalizer comes last */
-    plan.packed = round_up(plan.features * plan.columns * 2, 64);
+    plan.packed = plan.pair == 1 ? 0 : round_up(plan.features * plan.columns * 2, 64);
     plan.group = STATE_BYTES / plan.state;
     plan.group = plan.group < 1 ? 1 : plan.group > job->keys.heads ? job->keys.heads : plan.group;
     plan.groups = (job->keys.heads + plan.group - 1) / plan.group;
@@ -95,12 +98,17 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void softmax_vectors(const __m512 *x, fl
 /* phi of a row, in vectors of 16; see `nonlinearity` in cpu_features.h. */
 static ALWAYS_INLINE BFLOAT16_PROCESSOR void features_of(const job_t *job, const rows_t *rows, int64_t image, int64_t head,
                                                          int64_t token, float sign, __m512 *phi, int64_t vectors) {
-    const uint16_t *row = (const uint16_t *)rows->data + offset(rows, image, head, token);
+    int64_t at = offset(rows, image, head, token);
     const __m512 zero = _mm512_setzero_ps(), scale = _mm512_set1_ps(job->scale);
     __m512 x[MAX_VECTORS];
     for (int64_t i = 0; i < vectors; i++) {
-        __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(row + 16 * i)));
-        x[i] = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)), scale);
+        if (job->dtype == FLOAT32) {
+            x[i] = _mm512_loadu_ps((const float *)rows->data + at + 16 * i);
+        } else {
+            const __m256i *row = (const __m256i *)((const uint16_t *)rows->data + at + 16 * i);
+            x[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(row)), 16));
+        }
+        x[i] = _mm512_mul_ps(x[i], scale);
     }
     switch (job->nonlinearity) {
     case ELU:
@@ -140,113 +148,132 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_pairs(const __m512 *low, const
     }
 }
 
-/* c[i][j] += sum over `count` of a (rows of pairs, `a_step` apart in i and `a_next` along the sum) times b. */
+/* c[i][j] += sum over `count` of a (words, `a_step` apart in i and `a_next` along the sum) times b. */
 static ALWAYS_INLINE BFLOAT16_PROCESSOR void multiply(const uint32_t *a, int64_t a_step, int64_t a_next, const uint32_t *b,
-                                                      int64_t b_next, int64_t count, int vectors, __m512 c[4][4]) {
+                                                      int64_t b_next, int64_t count, int vectors, int pair, __m512 c[4][4]) {
     for (int64_t k = 0; k < count; k++) {
-        __m512bh right[4];
-        for (int j = 0; j < vectors; j++) right[j] = (__m512bh)_mm512_loadu_si512(b + k * b_next + 16 * j);
+        __m512i right[4];
+        for (int j = 0; j < vectors; j++) right[j] = _mm512_loadu_si512(b + k * b_next + 16 * j);
         for (int i = 0; i < 4; i++) {
-            __m512bh left = (__m512bh)_mm512_set1_epi32((int)a[i * a_step + k * a_next]);
-            for (int j = 0; j < vectors; j++) c[i][j] = _mm512_dpbf16_ps(c[i][j], left, right[j]);
+            __m512i left = _mm512_set1_epi32((int)a[i * a_step + k * a_next]);
+            for (int j = 0; j < vectors; j++)
+                c[i][j] = pair == 1
+                              ? _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right[j]), c[i][j])
+                              : _mm512_dpbf16_ps(c[i][j], (__m512bh)left, (__m512bh)right[j]);
         }
     }
 }
 
-/* state (features, columns) += keys^T values, of pairs of tokens. */
-static ALWAYS_INLINE BFLOAT16_PROCESSOR void add_to_state_of(const uint32_t *keys, const uint32_t *values, float *state,
-                                                             int64_t pairs, int64_t features, int64_t columns, int vectors) {
+/* state (features, columns) += keys^T values, of `count` words per feature. */
+static ALWAYS_INLINE BFLOAT16_PROCESSOR void add_to_state_of(int vectors, int pair, const uint32_t *keys,
+                                                             const uint32_t *values, float *state, int64_t count,
+                                                             int64_t features, int64_t columns) {
     for (int64_t f = 0; f < features; f += 4) {
         __m512 c[4][4];
         for (int i = 0; i < 4; i++)
             for (int j = 0; j < vectors; j++) c[i][j] = _mm512_loadu_ps(state + (f + i) * columns + 16 * j);
-        multiply(keys + f, 1, features, values, columns, pairs, vectors, c);
+        multiply(keys + f, 1, features, values, columns, count, vectors, pair, c);
         for (int i = 0; i < 4; i++)
             for (int j = 0; j < vectors; j++) _mm512_storeu_ps(state + (f + i) * columns + 16 * j, c[i][j]);
     }
 }
 
-/* Writes rows [0, tokens) of queries times the packed state; `width` columns are left. */
-static ALWAYS_INLINE BFLOAT16_PROCESSOR void write_output_of(const uint32_t *queries, const uint32_t *packed, uint16_t *out,
-                                                             int64_t out_step, int64_t tokens, int64_t features,
-                                                             int64_t columns, int64_t width, int vectors) {
+/* Writes rows [0, tokens) of queries times the state, `words` per row; `width` columns are left. */
+static ALWAYS_INLINE BFLOAT16_PROCESSOR void write_output_of(int vectors, int pair, const uint32_t *queries,
+                                                             const uint32_t *state, const rows_t *out, int64_t at,
+                                                             int64_t tokens, int64_t words, int64_t columns, int64_t width) {
     for (int64_t token = 0; token < tokens; token += 4) {
         __m512 c[4][4];
         for (int i = 0; i < 4; i++)
             for (int j = 0; j < vectors; j++) c[i][j] = _mm512_setzero_ps();
-        multiply(queries + token * features / 2, features / 2, 1, packed, columns, features / 2, vectors, c);
+        multiply(queries + token * words, words, 1, state, columns, words, vectors, pair, c);
         for (int i = 0; i < 4 && token + i < tokens; i++)
             for (int j = 0; j < vectors; j++) {
-                int64_t left = width - 16 * j;
+                int64_t left = width - 16 * j, here = at + (token + i) * out->token_stride + 16 * j;
                 __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1 << left) - 1);
-                __m256i rounded = (__m256i)_mm512_cvtneps_pbh(c[i][j]);
-                _mm256_mask_storeu_epi16(out + (token + i) * out_step + 16 * j, mask, rounded);
+                if (pair == 1)
+                    _mm512_mask_storeu_ps((float *)out->data + here, mask, c[i][j]);
+                else
+                    _mm256_mask_storeu_epi16((uint16_t *)out->data + here, mask, (__m256i)_mm512_cvtneps_pbh(c[i][j]));
             }
     }
 }
 
-/* Not inlined: the compiler needs all registers for these. */
-#define BY_VECTORS(name, ...)                                                                                          \
+#define BY_VECTORS(name, pair, ...)                                                                                    \
     switch (vectors) {                                                                                                 \
-    case 1: name##_of(__VA_ARGS__, 1); break;                                                                          \
-    case 2: name##_of(__VA_ARGS__, 2); break;                                                                          \
-    case 3: name##_of(__VA_ARGS__, 3); break;                                                                          \
-    default: name##_of(__VA_ARGS__, 4);                                                                                \
+    case 1: name##_of(1, pair, __VA_ARGS__); break;                                                                    \
+    case 2: name##_of(2, pair, __VA_ARGS__); break;                                                                    \
+    case 3: name##_of(3, pair, __VA_ARGS__); break;                                                                    \
+    default: name##_of(4, pair, __VA_ARGS__);                                                                          \
     }
 
-static __attribute__((noinline)) BFLOAT16_PROCESSOR void add_to_state(const uint32_t *keys, const uint32_t *values, float *state,
-                                                                      int64_t pairs, int64_t features, int64_t columns,
-                                                                      int64_t vectors) {
-    BY_VECTORS(add_to_state, keys, values, state, pairs, features, columns)
+/* Not inlined, this and the next: the compiler needs all registers for them. */
+static __attribute__((noinline)) BFLOAT16_PROCESSOR void add_to_state(const plan_t *plan, int64_t vectors,
+                                                                      const uint32_t *keys, const uint32_t *values,
+                                                                      float *state, int64_t count) {
+    if (plan->pair == 1)
+        BY_VECTORS(add_to_state, 1, keys, values, state, count, plan->features, plan->columns)
+    else
+        BY_VECTORS(add_to_state, 2, keys, values, state, count, plan->features, plan->columns)
 }
 
-static __attribute__((noinline)) BFLOAT16_PROCESSOR void write_output(const uint32_t *queries, const uint32_t *packed,
-                                                                      uint16_t *out, int64_t out_step, int64_t tokens,
-                                                                      int64_t features, int64_t columns, int64_t width,
-                                                                      int64_t vectors) {
-    BY_VECTORS(write_output, queries, packed, out, out_step, tokens, features, columns, width)
+static __attribute__((noinline)) BFLOAT16_PROCESSOR void write_output(const plan_t *plan, int64_t vectors,
+                                                                      const uint32_t *queries, const uint32_t *state,
+                                                                      const rows_t *out, int64_t at, int64_t tokens,
+                                                                      int64_t width) {
+    if (plan->pair == 1)
+        BY_VECTORS(write_output, 1, queries, state, out, at, tokens, plan->features, plan->columns, width)
+    else
+        BY_VECTORS(write_output, 2, queries, state, out, at, tokens, plan->features / 2, plan->columns, width)
 }
 
 /* Asks for a row that will be needed soon: the processor's own guesses end at every page, that is every few tokens. */
-static ALWAYS_INLINE void prefetch(const rows_t *rows, int64_t image, int64_t head, int64_t token, int64_t dim) {
-    const char *row = (const char *)rows->data + 2 * offset(rows, image, head, token + 2);
-    for (int64_t byte = 0; byte < 2 * dim; byte += 64) __builtin_prefetch(row + byte);
+static ALWAYS_INLINE void prefetch(const plan_t *plan, const rows_t *rows, int64_t image, int64_t head, int64_t token,
+                                   int64_t dim) {
+    int64_t size = 4 / plan->pair;
+    const char *row = (const char *)rows->data + size * offset(rows, image, head, token + 2);
+    for (int64_t byte = 0; byte < size * dim; byte += 64) __builtin_prefetch(row + byte);
 }
 
-/* phi of keys in pairs of tokens, and values in pairs of tokens, of some heads; sums of phi are added up. */
+/* phi of keys and values of some heads, in words; sums of phi are added up. */
 static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_keys(const attention_t *job, const plan_t *plan, int64_t image, int64_t head,
                                                        int64_t heads, int64_t first, int64_t count, char *own, char *states,
                                                        int64_t vectors, int64_t features) {
-    static const uint16_t none[MAX_FEATURES] = {0};
+    static const float none[MAX_FEATURES] = {0};
     const job_t *keys = &job->keys;
     __m512 phi[2][2 * MAX_VECTORS];
-    for (int64_t pair = 0; pair < (count + 1) / 2; pair++)
+    for (int64_t word = 0; word * plan->pair < count; word++)
         for (int64_t h = 0; h < heads; h++) {
-            const uint16_t *value[2] = {none, none};
+            const char *value[2] = {(const char *)none, (const char *)none};
             float *normalizer = (float *)(states + h * plan->state) + plan->features * plan->columns;
-            for (int64_t i = 0; i < 2; i++) {
-                int64_t token = first + 2 * pair + i;
+            for (int64_t i = 0; i < plan->pair; i++) {
+                int64_t token = first + word * plan->pair + i;
                 if (token >= first + count || is_padding(keys, image, token)) {
                     for (int64_t j = 0; j < features; j++) phi[i][j] = _mm512_setzero_ps();
                     continue;
                 }
-                prefetch(&keys->input, image, head + h, token, keys->dim);
-                prefetch(&job->value, image, head + h, token, job->value_dim);
+                prefetch(plan, &keys->input, image, head + h, token, keys->dim);
+                prefetch(plan, &job->value, image, head + h, token, job->value_dim);
                 features_of(keys, &keys->input, image, head + h, token, -1.0f, phi[i], vectors);
-                value[i] = (const uint16_t *)job->value.data + offset(&job->value, image, head + h, token);
+                for (int64_t j = 0; j < features; j++)
+                    _mm512_storeu_ps(normalizer + 16 * j, _mm512_add_ps(_mm512_loadu_ps(normalizer + 16 * j), phi[i][j]));
+                value[i] = (const char *)job->value.data + 4 / plan->pair * offset(&job->value, image, head + h, token);
             }
-            for (int64_t j = 0; j < features; j++) {
-                __m512 sum = _mm512_add_ps(phi[0][j], phi[1][j]);
-                _mm512_storeu_ps(normalizer + 16 * j, _mm512_add_ps(_mm512_loadu_ps(normalizer + 16 * j), sum));
+            uint32_t *key_words = (uint32_t *)(own + h * plan->keys) + word * plan->features;
+            uint32_t *value_words = (uint32_t *)(own + plan->group * plan->keys + h * plan->values) + word * plan->columns;
+            if (plan->pair == 1) {
+                for (int64_t j = 0; j < features; j++) _mm512_storeu_ps(key_words + 16 * j, phi[0][j]);
+                memcpy(value_words, value[0], 4 * job->value_dim);
+            } else {
+                const uint16_t *low = (const uint16_t *)value[0], *high = (const uint16_t *)value[1];
+                pack_pairs(phi[0], phi[1], key_words, features);
+                for (int64_t j = 0; j < job->value_dim; j++) value_words[j] = low[j] | (uint32_t)high[j] << 16;
             }
-            pack_pairs(phi[0], phi[1], (uint32_t *)(own + h * plan->keys) + pair * plan->features, features);
-            uint32_t *out = (uint32_t *)(own + plan->group * plan->keys + h * plan->values) + pair * plan->columns;
-            for (int64_t j = 0; j < job->value_dim; j++) out[j] = value[0][j] | (uint32_t)value[1][j] << 16;
-            for (int64_t j = job->value_dim; j < plan->columns; j++) out[j] = 0;
+            for (int64_t j = job->value_dim; j < plan->columns; j++) value_words[j] = 0;
         }
 }
 
-/* Features of queries over their normalizer, as they are: pairs of features lie next to each other. */
+/* Features of queries over their normalizer; words are as they lie. */
 static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_queries(const attention_t *job, const plan_t *plan, int64_t image, int64_t head,
                                                           int64_t heads, int64_t first, int64_t count, char *own,
                                                           const char *states, int64_t vectors, int64_t features) {
@@ -255,16 +282,19 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_queries(const attention_t *job
     for (int64_t token = 0; token < count; token++)
         for (int64_t h = 0; h < heads; h++) {
             const float *normalizer = (const float *)(states + h * plan->state) + plan->features * plan->columns;
-            uint16_t *out = (uint16_t *)(own + h * plan->keys) + token * plan->features;
-            prefetch(&job->query, image, head + h, first + token, keys->dim);
+            uint32_t *words = (uint32_t *)(own + h * plan->keys) + token * plan->features / plan->pair;
+            prefetch(plan, &job->query, image, head + h, first + token, keys->dim);
             features_of(keys, &job->query, image, head + h, first + token, 1.0f, phi, vectors);
             __m512 sum = _mm512_setzero_ps();
             for (int64_t j = 0; j < features; j++) sum = _mm512_fmadd_ps(phi[j], _mm512_loadu_ps(normalizer + 16 * j), sum);
             float eps = keys->eps[image * keys->heads + head + h];
             __m512 inverse = _mm512_set1_ps(1.0f / (_mm512_reduce_add_ps(sum) + eps));
             for (int64_t j = 0; j < features; j++) {
-                __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(phi[j], inverse));
-                _mm256_storeu_si256((__m256i *)(out + 16 * j), rounded);
+                __m512 a = _mm512_mul_ps(phi[j], inverse);
+                if (plan->pair == 1)
+                    _mm512_storeu_ps(words + 16 * j, a);
+                else
+                    _mm256_storeu_si256((__m256i *)(words + 8 * j), (__m256i)_mm512_cvtneps_pbh(a));
             }
         }
 }
@@ -291,19 +321,19 @@ static BFLOAT16_PROCESSOR void reduce_keys(const attention_t *job, const plan_t 
                 const uint32_t *values = (const uint32_t *)(own + plan->group * plan->keys + h * plan->values) + column;
                 float *state = (float *)(states + h * plan->state) + column;
                 int64_t vectors = (plan->columns - column) / 16;
-                add_to_state(keys, values, state, (count + 1) / 2, plan->features, plan->columns, vectors);
+                add_to_state(plan, vectors, keys, values, state, (count + plan->pair - 1) / plan->pair);
             }
     }
 }
 
-/* Adds up the states of all segments in the first, and packs it. */
+/* Adds up the states of all segments in the first, and packs it; one of float32 stays where it is. */
 static BFLOAT16_PROCESSOR void pack_state(const plan_t *plan, int64_t h, int64_t segments, char *states, char *packed) {
     float *total = (float *)(states + h * plan->state);
     for (int64_t segment = 1; segment < segments; segment++) {
         const float *part = (const float *)(states + segment * plan->group * plan->state + h * plan->state);
         for (int64_t i = 0; i < plan->features * (plan->columns + 1); i++) total[i] += part[i];
     }
-    for (int64_t pair = 0; pair < plan->features / 2; pair++) {
+    for (int64_t pair = 0; plan->pair == 2 && pair < plan->features / 2; pair++) {
         uint32_t *out = (uint32_t *)(packed + h * plan->packed) + pair * plan->columns;
         for (int64_t j = 0; j < plan->columns; j += 16) {
             const float *row = total + 2 * pair * plan->columns + j;
@@ -322,11 +352,10 @@ static BFLOAT16_PROCESSOR void read_out(const attention_t *job, const plan_t *pl
         for (int64_t h = 0; h < heads; h++)
             for (int64_t column = 0; column < plan->columns; column += 64) {
                 const uint32_t *queries = (const uint32_t *)(own + h * plan->keys);
-                const uint32_t *state = (const uint32_t *)(packed + h * plan->packed) + column;
-                uint16_t *out = (uint16_t *)job->output.data + offset(&job->output, image, head + h, first) + column;
+                const char *state = plan->pair == 1 ? states + h * plan->state : packed + h * plan->packed;
                 int64_t vectors = (plan->columns - column) / 16;
-                write_output(queries, state, out, job->output.token_stride, count, plan->features, plan->columns,
-                             job->value_dim - column, vectors);
+                write_output(plan, vectors, queries, (const uint32_t *)state + column, &job->output,
+                             offset(&job->output, image, head + h, first) + column, count, job->value_dim - column);
             }
     }
 }

@@ -210,7 +210,7 @@ class CompiledPasses(TorchPasses):
     def attention(self, query, key, value, key_mask, eps, key_max, output):
         """Writes the whole result, in one call, where the processor can; returns whether it could."""
         library = load_library()
-        if key.dtype != torch.bfloat16 or not library.adala_has_fused(*map(ctypes.c_int64, (key.shape[-1], value.shape[-1]))):
+        if not library.adala_has_fused(key.shape[-1], value.shape[-1]):
             return False
         mask = None if key_mask is None else key_mask.contiguous()
         job = _Attention(self._job(key, input=key, mask=mask, key_max=key_max, eps=eps))
@@ -274,5 +274,6 @@ def load_library() -> ctypes.CDLL | None:
         except OSError:  # built for another machine
             continue
         library.adala_workspace.restype = library.adala_has_fused.restype = ctypes.c_int64
+        library.adala_has_fused.argtypes = [ctypes.c_int64, ctypes.c_int64]
         return library
     return None

@@ -126,7 +126,7 @@ def test_the_backward_pass_ignores_autocast():
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # passes, and the fused forward pass
 @pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
 def test_what_is_not_a_number_does_not_become_one(nonlinearity, dtype):
     query, key, value = fused_heads(1, 2, 100, 64, dtype)
@@ -165,6 +165,63 @@ def test_the_number_of_threads_changes_the_order_of_sums_and_nothing_else():
         torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=1e-6)
 
 
+needs_bfloat16 = pytest.mark.skipif(
+    not (cpu_passes.load_library() and cpu_passes.load_library().adala_has_fused(64, 64)),
+    reason="no processor, or no compiler, for the fused forward pass",
+)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 5e-3), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize(
+    ("batch", "heads", "query_tokens", "tokens", "dim", "value_dim"),
+    [
+        (1, 12, 197, 197, 64, 64),
+        (1, 40, 66, 131, 64, 64),  # more heads than go together
+        (7, 3, 64, 64, 64, 64),  # an image per thread
+        (2, 2, 3, 257, 80, 80),
+        (1, 2, 130, 5, 16, 24),  # a part of a vector
+        (1, 1, 9, 1, 128, 100),
+        (2, 1, 70, 70, 256, 16),
+    ],
+)
+def test_the_fused_forward_pass_is_that_of_float64(
+    batch, heads, query_tokens, tokens, dim, value_dim, nonlinearity, threads, dtype, bound
+):
+    torch.manual_seed(0)
+    query = fused_heads(batch, heads, query_tokens, dim, dtype)[0]
+    key = fused_heads(batch, heads, tokens, dim, dtype)[1]
+    value = fused_heads(batch, heads, tokens, value_dim, dtype)[2] + 3
+    if nonlinearity == "identity":
+        query, key = query.abs(), key.abs()
+    mask = torch.rand(batch, tokens) < 0.7
+    mask[0, 0] = True
+    if batch > 1:
+        mask[-1] = False
+    before = torch.get_num_threads()
+    passes = cpu_passes.CompiledPasses(nonlinearity, 0.8, 1e-6)
+    output = torch.full((batch, heads, query_tokens, value_dim), torch.nan, dtype=dtype)
+    eps = cpu_backend._sum_of_eps(key, mask, passes)
+    largest = cpu_backend._largest_key(key, mask, passes)
+    try:
+        torch.set_num_threads(threads)
+        assert passes.attention(query, key, value, mask, eps, largest, output)
+    finally:
+        torch.set_num_threads(before)
+    expected = reference(query.double(), key.double(), value.double(), nonlinearity, 0.8, mask, 1e-6)
+    assert output.isfinite().all()
+    assert relative_error(output, expected) < bound
+
+
+@needs_bfloat16
+def test_wide_or_odd_heads_are_left_to_the_passes():
+    library = cpu_passes.load_library()
+    supported = {(dim, width): bool(library.adala_has_fused(dim, width)) for dim in (64, 72, 272) for width in (64, 2000)}
+    assert [shape for shape, yes in supported.items() if yes] == [(64, 64)]
+
+
 # --- memory and cost -------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +254,7 @@ def test_scratch_does_not_grow_with_tokens_or_images(compiled, monkeypatch):
         return recorder.numel
 
     size = largest(1, 1000)
-    assert size <= 2 * 128 * 100
+    assert size <= 2**18  # a few blocks, or bytes of the fused pass
     assert largest(1, 8000) <= size
     assert largest(8, 1000) <= size
 
@@ -209,7 +266,7 @@ def test_few_tokens_are_multiplied_in_the_quadratic_order(tokens, quadratic, mon
     original = cpu_backend._quadratic
     monkeypatch.setattr(cpu_backend, "_quadratic", lambda *args: called.append(1) or original(*args))
     query, key, value = fused_heads(2, 2, tokens, 64, torch.float32)
-    linear_attention_cpu(query, key, value, "elu", 1.0, None, 1e-6)
+    linear_attention_cpu(query, key, value, "elu", 1.0, None, 1e-6, compiled=False)
     assert bool(called) == quadratic
 
 
