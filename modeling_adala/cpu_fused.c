@@ -13,11 +13,15 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #define BFLOAT16_PROCESSOR __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #define CHUNK 64             /* tokens, a multiple of 4 */
 #define STATE_BYTES (1 << 18) /* of the heads that go together */
 #define MAX_VECTORS 16       /* of 16 numbers in a row of queries or keys */
+#define HUGE_PAGE (1l << 21)
 
 /* What cpu_passes.py fills in. */
 typedef struct {
@@ -370,8 +374,20 @@ static int64_t bound(int64_t tokens, int64_t segment, int64_t segments) {
     return segment * step < tokens ? segment * step : tokens;
 }
 
+/* glibc maps what is larger than 32 MB afresh each time, and every page of 4 KB is a fault: a third of the time. */
+static void ask_for_huge_pages(const attention_t *job) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const rows_t *out = &job->output;
+    int64_t row = job->keys.heads * job->value_dim, bytes = job->keys.batch * job->query_tokens * row * (job->keys.dtype == FLOAT32 ? 4 : 2);
+    int is_whole = out->token_stride == row && (job->keys.batch == 1 || out->batch_stride == job->query_tokens * row);
+    uintptr_t start = round_up((int64_t)out->data, HUGE_PAGE), end = ((uintptr_t)out->data + bytes) / HUGE_PAGE * HUGE_PAGE;
+    if (is_whole && bytes > 16 * HUGE_PAGE) madvise((void *)start, end - start, MADV_HUGEPAGE); /* may be refused */
+#endif
+}
+
 PUBLIC void adala_attention(const attention_t *job) {
     plan_t plan = get_plan(job);
+    ask_for_huge_pages(job);
     int64_t units = job->keys.batch * plan.groups, segments = plan.threads;
     char *shared = job->workspace + plan.threads * plan.own, *packed = shared + segments * plan.group * plan.state;
     if (units >= plan.threads) { /* every thread has images or heads of its own */
