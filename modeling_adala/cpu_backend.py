@@ -64,8 +64,8 @@ def linear_attention_cpu(
     Features are computed in float32 and multiplied in bfloat16 where the values are and the CPU can, in float32 (or
     float64) otherwise. The queries' features come divided by their normalizer, so that the second product is the
     output. Deviates from the canonical form in bfloat16: the state is rounded for the second product, and in training
-    (or without `cpu_fused.c`) each block's part of it before it is added to the float32 sum, because PyTorch's bfloat16
-    products give bfloat16 on a CPU.
+    (or without `cpu_fused.c`) each block's part of it before it is added to the float32 sum, because PyTorch's
+    bfloat16 products give bfloat16 on a CPU.
 
     Args:
         query, key, value, key_mask, eps: See `linear_attention`.
@@ -130,7 +130,8 @@ def _forward(
     passes: TorchPasses,
     keep_states: bool = False,
 ) -> tuple[Tensor, list[State]]:
-    output, states = _empty(query, value.shape[-1]), []
+    output = _empty(query, value.shape[-1])
+    states: list[State] = []
     if not keep_states:
         eps, key_max = _sum_of_eps(key, key_mask, passes), _largest_key(key, key_mask, passes)
         if passes.attention(query, key, value, key_mask, eps, key_max, output):

@@ -8,6 +8,7 @@ import functools
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -266,8 +267,8 @@ def _tasks(tokens: int) -> int:
 
 
 @functools.cache
-def load_library() -> ctypes.CDLL | None:
-    """The compiled passes, or `None` where `setup.py` could not build them."""
+def load_library() -> Any:
+    """The compiled passes, a `ctypes.CDLL`; `None` where `setup.py` could not build them."""
     for path in sorted(Path(__file__).parent.glob("_cpu_kernels*.so")):
         try:
             library = ctypes.CDLL(str(path))
