@@ -62,7 +62,7 @@ def read_readme() -> str:
 
 
 class BuildCpuKernels(build_ext):
-    """Compiles the C files of `modeling_adala` where there is a compiler; without one the install goes on, and PyTorch does the work.
+    """Compiles the C files of `modeling_adala`; without a compiler the install goes on, and PyTorch does the work.
 
     The result is a plain library for `ctypes` and no Python module.
     """
