@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backends import choose_backend, warn_unsupported
 from .cpu_backend import linear_attention_cpu
@@ -164,8 +165,10 @@ def _is_watched(feature_map: FeatureMap) -> bool:
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    """Whether these are numbers in memory, and no stand-ins of a tracer or of `torch.func`."""
+    """Whether these are numbers in memory, no stand-ins of a tracer or of `torch.func`, and no mode such as a FLOP
+    counter waits to see each operation."""
     return (
         all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
         and not torch._C._are_functorch_transforms_active()
+        and not is_in_torch_dispatch_mode()
     )

@@ -118,13 +118,13 @@ class WithTeacherFeatures(Dataset):
         if self.folder is None:
             return example
         # opened here, because a worker process may get a copy of this object: a mapping would travel as its content
-        checksums = np.load(self.folder / "pixels.npy", mmap_mode="r")
+        checksums = np.lib.format.open_memmap(self.folder / "pixels.npy", mode="r")
         if checksums[index] != _checksum(example["pixel_values"]):
             raise DataError(
                 f"teacher_feature_cache: row {index} is not the image that {self.folder} was made from; remove that"
                 " folder to make it anew."
             )
-        features = np.load(self.folder / "features.npy", mmap_mode="r")
+        features = np.lib.format.open_memmap(self.folder / "features.npy", mode="r")
         return example | {FEATURES: torch.from_numpy(np.array(features[index]))}
 
     def set_epoch(self, epoch: int) -> None:
