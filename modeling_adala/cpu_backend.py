@@ -132,10 +132,10 @@ def _forward(
 ) -> tuple[Tensor, list[State]]:
     output = _empty(query, value.shape[-1])
     states: list[State] = []
-    if not keep_states:
+    if not keep_states and passes.fuses(key, value):
         eps, key_max = _sum_of_eps(key, key_mask, passes), _largest_key(key, key_mask, passes)
-        if passes.attention(query, key, value, key_mask, eps, key_max, output):
-            return output, states
+        passes.attention(query, key, value, key_mask, eps, key_max, output)
+        return output, states
     for images in _images(key, passes):
         q, k, v, out, mask = (_of_images(x, images) for x in (query, key, value, output, key_mask))
         if not keep_states and _is_short(q, k, v, passes):

@@ -94,6 +94,10 @@ class TorchPasses:
             gradient = gradient * key_mask.repeat_interleave(out.shape[1], dim=0)[..., None]
         self._chain(features.to(gradient.dtype), gradient, out)
 
+    def fuses(self, key: Tensor, value: Tensor) -> bool:
+        """Whether `attention` computes the whole result in one call."""
+        return False
+
     def attention(
         self,
         query: Tensor,
@@ -103,9 +107,9 @@ class TorchPasses:
         eps: Tensor,
         key_max: Tensor | None,
         output: Tensor,
-    ) -> bool:
-        """Would write the whole result; returns whether it did."""
-        return False
+    ) -> None:
+        """Writes the whole result; for those that fuse."""
+        raise NotImplementedError
 
     def by_head(self, block: Tensor) -> Tensor:
         """`(batch, heads, tokens, dim)` as `(batch * heads, tokens, dim)`."""
@@ -208,11 +212,11 @@ class CompiledPasses(TorchPasses):
         tensors = {"features": features, "products": products, "normalizer_gradient": normalizer_gradient}
         self._run("key_gradient", out, gradient=out, mask=mask, **tensors)
 
+    def fuses(self, key, value):
+        return bool(load_library().adala_has_fused(key.shape[-1], value.shape[-1]))
+
     def attention(self, query, key, value, key_mask, eps, key_max, output):
-        """Writes the whole result, in one call, where the processor can; returns whether it could."""
         library = load_library()
-        if not library.adala_has_fused(key.shape[-1], value.shape[-1]):
-            return False
         mask = None if key_mask is None else key_mask.contiguous()
         job = _Attention(self._job(key, input=key, mask=mask, key_max=key_max, eps=eps))
         job.query_tokens, job.value_dim = query.shape[2], value.shape[-1]
@@ -220,7 +224,6 @@ class CompiledPasses(TorchPasses):
         workspace = torch.empty(library.adala_workspace(ctypes.byref(job)), dtype=torch.uint8)
         job.workspace = workspace.data_ptr()
         library.adala_attention(ctypes.byref(job))
-        return True
 
     def by_head(self, block):
         batch, heads, tokens, dim = block.shape

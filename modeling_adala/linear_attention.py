@@ -57,12 +57,12 @@ def linear_attention(
         heads, value_dim)` memory, which is how an output projection reads it.
 
     Raises:
-        UsageError: for an unknown backend, or `cu_seqlens` with a mask, with a batch, or that does not fit the tokens.
+        UsageError: for an unknown backend, or `cu_seqlens` with a batch, or that does not fit the tokens.
     """
     eps = feature_map.eps if eps is None else eps
     name = choose_backend(query.device.type, backend).name
     if cu_seqlens is not None and (name != "triton" or feature_map.center_keys):
-        return _one_by_one(query, key, value, feature_map, eps, cu_seqlens, backend)
+        return _one_by_one(query, key, value, feature_map, key_mask, eps, cu_seqlens, backend)
     with _no_autocast(query):
         if _is_watched(feature_map):
             return linear_attention_torch(query, key, value, feature_map, key_mask, eps)
@@ -132,6 +132,7 @@ def _one_by_one(
     key: Tensor,
     value: Tensor,
     feature_map: FeatureMap,
+    key_mask: Tensor | None,
     eps: float,
     cu_seqlens: Tensor,
     backend: str | None,
@@ -149,7 +150,8 @@ def _one_by_one(
     for first, last in pairwise(bounds):
         if last > first:
             q, k, v = (x[:, :, first:last] for x in (query, key, value))
-            outputs.append(linear_attention(q, k, v, feature_map, eps=eps, backend=backend).transpose(1, 2))
+            mask = None if key_mask is None else key_mask[:, first:last]
+            outputs.append(linear_attention(q, k, v, feature_map, mask, eps, backend=backend).transpose(1, 2))
     return torch.cat(outputs, dim=1).transpose(1, 2)
 
 

@@ -207,7 +207,8 @@ def test_the_fused_forward_pass_is_that_of_float64(
     largest = cpu_backend._largest_key(key, mask, passes)
     try:
         torch.set_num_threads(threads)
-        assert passes.attention(query, key, value, mask, eps, largest, output)
+        assert passes.fuses(key, value)
+        passes.attention(query, key, value, mask, eps, largest, output)
     finally:
         torch.set_num_threads(before)
     expected = reference(query.double(), key.double(), value.double(), nonlinearity, 0.8, mask, 1e-6)
@@ -345,12 +346,16 @@ def test_packed_images_attend_within_themselves():
     sizes, feature_map = [5, 0, 40, 1], build_feature_map("hedgehog", 2, 16)
     query, key, value = fused_heads(1, 2, sum(sizes), 16, torch.float64)
     bounds = torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32)
-    output = linear_attention(query, key, value, feature_map.double(), cu_seqlens=bounds)
+    mask = torch.rand(1, sum(sizes)) < 0.7
+    masked = linear_attention(query, key, value, feature_map.double(), mask, cu_seqlens=bounds)
+    output = linear_attention(query, key, value, feature_map, cu_seqlens=bounds)
     for first, last in pairwise(bounds):
         if last > first:
             alone = [x[:, :, first:last] for x in (query, key, value)]
             expected = linear_attention_torch(*alone, feature_map, None, 1e-6)
             torch.testing.assert_close(output[:, :, first:last], expected, rtol=1e-10, atol=1e-10)
+            expected = linear_attention_torch(*alone, feature_map, mask[:, first:last], 1e-6)
+            torch.testing.assert_close(masked[:, :, first:last], expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
