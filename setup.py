@@ -78,8 +78,8 @@ class BuildCpuKernels(build_ext):
 # and a second one would start a second set of threads.
 CPU_KERNELS = Extension(
     "modeling_adala._cpu_kernels",
-    sources=["modeling_adala/cpu_kernels.c", "modeling_adala/cpu_fused.c"],
-    depends=["modeling_adala/cpu_features.h"],
+    sources=[f"modeling_adala/cpu_{name}.c" for name in ("kernels", "fused", "fused_backward")],
+    depends=[f"modeling_adala/cpu_{name}.h" for name in ("features", "vectors", "fused")],
     extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-fopenmp"],
     optional=True,
 )

@@ -1,8 +1,8 @@
 """Linear attention on a CPU, in blocks of images and tokens that fit the caches, forward and backward.
 
-A block goes through passes over its features (`cpu_passes.py`) and PyTorch's matrix products; without gradients, and
-on a processor that multiplies bfloat16, `cpu_fused.c` does all of it in one call. Nothing of the size of all tokens is
-allocated but results, and queries, keys and values are read where they lie.
+A block goes through passes over its features (`cpu_passes.py`) and PyTorch's matrix products; on a processor that
+multiplies bfloat16, `cpu_fused.c` and `cpu_fused_backward.c` do all of it in one call each. Nothing of the size of all
+tokens is allocated but results, and queries, keys and values are read where they lie.
 
 This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
 """
@@ -28,7 +28,8 @@ class State(NamedTuple):
     As sums over the tokens, with eps times their number, and not as means: bfloat16 has the range for it.
 
     Args:
-        state (`Tensor`): N S, `(batch * heads, features, value_dim)`, in the dtype of the products.
+        state (`Tensor`): N S, `(batch * heads, features, value_dim)`, in the dtype of the products; that of the fused
+            passes is float32, and both are as wide as whole vectors.
         normalizer (`Tensor`): N z, `(batch * heads, 1, features)`.
         eps (`Tensor`): N eps, `(batch * heads, 1, 1)`, of real tokens.
         key_max (`Tensor`, *optional*): Largest keys, `(batch * heads, 1, dim)`, for `exp`.
@@ -63,9 +64,11 @@ def linear_attention_cpu(
 
     Features are computed in float32 and multiplied in bfloat16 where the values are and the CPU can, in float32 (or
     float64) otherwise. The queries' features come divided by their normalizer, so that the second product is the
-    output. Deviates from the canonical form in bfloat16: the state is rounded for the second product, and in training
-    (or without `cpu_fused.c`) each block's part of it before it is added to the float32 sum, because PyTorch's
-    bfloat16 products give bfloat16 on a CPU.
+    output. Deviates from the canonical form in bfloat16: the state is rounded for the second product, and without
+    `cpu_fused.c` each block's part of it before it is added to the float32 sum, because PyTorch's bfloat16 products
+    give bfloat16 on a CPU. The gradient of a query is what remains where the mean of all values cancels, which a
+    rounded state does not survive: `cpu_fused_backward.c` takes the mean out first, and all else multiplies in float32
+    when there will be a backward pass.
 
     Args:
         query, key, value, key_mask, eps: See `linear_attention`.
@@ -78,8 +81,11 @@ def linear_attention_cpu(
     query = query.expand(key.shape[0], -1, -1, -1)  # queries may be shared by the batch
     compiled = compiled and CompiledPasses.supports(query, nonlinearity, dtype)
     passes = (CompiledPasses if compiled else TorchPasses)(nonlinearity, scale, eps)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if differentiable and dtype == torch.bfloat16 and not passes.fuses(key, value):
+        dtype = torch.float32
     q, k, v = (_readable(x, dtype) for x in (query, key, value))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if differentiable:
         return _LinearAttention.apply(q, k, v, key_mask, passes).to(value.dtype)
     return _forward(q, k, v, key_mask, passes)[0].to(value.dtype)
 
@@ -114,6 +120,11 @@ class _LinearAttention(torch.autograd.Function):
         states = [State(*saved[i : i + 4]) for i in range(0, len(saved), 4)]
         gradients = [_empty(x, x.shape[-1]) for x in (query, key, value)]
         gradient = _readable(gradient, value.dtype)
+        if ctx.passes.fuses(key, value):
+            state, normalizer, eps, key_max = saved
+            kept = eps, key_max, state, normalizer
+            ctx.passes.attention_gradient(query, key, value, key_mask, *kept, gradient, gradients)
+            return *gradients, None, None
         with torch.autocast("cpu", enabled=False):
             for images, state in zip(_images(key, ctx.passes), states, strict=True):
                 inputs = [_of_images(x, images) for x in (query, key, value, key_mask)]
@@ -132,10 +143,10 @@ def _forward(
 ) -> tuple[Tensor, list[State]]:
     output = _empty(query, value.shape[-1])
     states: list[State] = []
-    if not keep_states and passes.fuses(key, value):
+    if passes.fuses(key, value):
         eps, key_max = _sum_of_eps(key, key_mask, passes), _largest_key(key, key_mask, passes)
-        passes.attention(query, key, value, key_mask, eps, key_max, output)
-        return output, states
+        kept = passes.attention(query, key, value, key_mask, eps, key_max, output, keep_states)
+        return output, states if kept is None else [State(*kept, eps, key_max)]
     for images in _images(key, passes):
         q, k, v, out, mask = (_of_images(x, images) for x in (query, key, value, output, key_mask))
         if not keep_states and _is_short(q, k, v, passes):
@@ -262,8 +273,8 @@ def _empty(x: Tensor, dim: int) -> Tensor:
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Writes the products of `(batch * heads, ...)` matrices to `(batch, heads, ...)`."""
-    if len(out) == 1:
-        torch.bmm(a, b, out=out[0])  # whatever the strides
+    if len(out) == 1 and out.dtype == torch.bfloat16:
+        torch.bmm(a, b, out=out[0])  # oneDNN writes where it shall; MKL, in float32, is slower at it than a copy
     else:
         out.copy_(torch.bmm(a, b).view(out.shape))
 

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,25 @@ class TorchPasses:
         eps: Tensor,
         key_max: Tensor | None,
         output: Tensor,
+        keep_state: bool = False,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Writes the whole result; for those that fuse. Returns state and normalizer for `attention_gradient`."""
+        raise NotImplementedError
+
+    def attention_gradient(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        eps: Tensor,
+        key_max: Tensor | None,
+        state: Tensor,
+        normalizer: Tensor,
+        gradient: Tensor,
+        out: Sequence[Tensor],
     ) -> None:
-        """Writes the whole result; for those that fuse."""
+        """Writes the gradients of query, key and value to `out`, given that of the output; for those that fuse."""
         raise NotImplementedError
 
     def by_head(self, block: Tensor) -> Tensor:
@@ -164,12 +182,14 @@ class _Job(ctypes.Structure):
 
 
 class _Attention(ctypes.Structure):
-    """`attention_t` of cpu_fused.c."""
+    """`attention_t` of cpu_fused.h."""
 
     _fields_ = [
         ("keys", _Job),
         *((name, ctypes.c_int64) for name in ("query_tokens", "value_dim")),
         *((name, _Rows) for name in ("query", "value", "output")),
+        *((name, ctypes.c_void_p) for name in ("state", "normalizer")),
+        *((name, _Rows) for name in ("output_gradient", "query_gradient", "key_gradient", "value_gradient")),
         ("workspace", ctypes.c_void_p),
     ]
 
@@ -215,15 +235,45 @@ class CompiledPasses(TorchPasses):
     def fuses(self, key, value):
         return bool(load_library().adala_has_fused(key.shape[-1], value.shape[-1]))
 
-    def attention(self, query, key, value, key_mask, eps, key_max, output):
+    def attention(self, query, key, value, key_mask, eps, key_max, output, keep_state=False):
+        kept = None
+        if keep_state:
+            width, columns = (-(-x.shape[-1] // 16) * 16 for x in (key, value))  # whole vectors
+            num_features = self.num_features(width)
+            kept = eps.new_empty(len(eps), num_features, columns), eps.new_empty(len(eps), 1, num_features)
+        self._run_fused("attention", query, key, value, key_mask, eps, key_max, kept, output=output)
+        return kept
+
+    def attention_gradient(self, query, key, value, key_mask, eps, key_max, state, normalizer, gradient, out):
+        names = ("output_gradient", "query_gradient", "key_gradient", "value_gradient")
+        rows = dict(zip(names, (gradient, *out), strict=True))
+        kept = state, normalizer
+        self._run_fused("attention_gradient", query, key, value, key_mask, eps, key_max, kept, **rows)
+
+    def _run_fused(
+        self,
+        name: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        eps: Tensor,
+        key_max: Tensor | None,
+        kept: tuple[Tensor, Tensor] | None,
+        **rows: Tensor,
+    ) -> None:
         library = load_library()
         mask = None if key_mask is None else key_mask.contiguous()
         job = _Attention(self._job(key, input=key, mask=mask, key_max=key_max, eps=eps))
         job.query_tokens, job.value_dim = query.shape[2], value.shape[-1]
-        job.query, job.value, job.output = _rows(query), _rows(value), _rows(output)
-        workspace = torch.empty(library.adala_workspace(ctypes.byref(job)), dtype=torch.uint8)
+        for field, tensor in {"query": query, "value": value, **rows}.items():
+            setattr(job, field, _rows(tensor))
+        if kept is not None:
+            job.state, job.normalizer = (tensor.data_ptr() for tensor in kept)
+        size = library.adala_workspace(ctypes.byref(job), name == "attention_gradient")
+        workspace = torch.empty(size, dtype=torch.uint8)
         job.workspace = workspace.data_ptr()
-        library.adala_attention(ctypes.byref(job))
+        getattr(library, f"adala_{name}")(ctypes.byref(job))
 
     def by_head(self, block):
         batch, heads, tokens, dim = block.shape
@@ -279,5 +329,6 @@ def load_library() -> Any:
             continue
         library.adala_workspace.restype = library.adala_has_fused.restype = ctypes.c_int64
         library.adala_has_fused.argtypes = [ctypes.c_int64, ctypes.c_int64]
+        library.adala_workspace.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         return library
     return None
