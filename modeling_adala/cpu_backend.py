@@ -234,7 +234,7 @@ def _largest_key(key: Tensor, key_mask: Tensor | None, passes: TorchPasses) -> T
 
 def _step(x: Tensor, passes: TorchPasses) -> int:
     """Tokens in a block."""
-    return max(BLOCK_NUMEL // (x.shape[1] * passes.num_features(x.shape[-1])), 64)
+    return max(BLOCK_NUMEL // max(x.shape[1] * passes.num_features(x.shape[-1]), 1), 64)
 
 
 def _images(key: Tensor, passes: TorchPasses) -> list[slice]:

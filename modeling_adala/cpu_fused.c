@@ -58,7 +58,7 @@ static BFLOAT16_PROCESSOR void reduce_keys(const unit_t *unit, int64_t segment) 
     int64_t first = bound(job->keys.tokens, segment, unit->segments), last = bound(job->keys.tokens, segment + 1, unit->segments);
     memset(get_state(unit, segment, 0), 0, unit->heads * plan->state);
     for (; first < last; first += plan->chunk) {
-        int64_t count = last - first < plan->chunk ? last - first : plan->chunk;
+        int64_t count = min(plan->chunk, last - first);
         BY_DIM(pack_keys, unit, segment, first, count)
         for (int64_t h = 0; h < unit->heads; h++) {
             scratch_t scratch = get_scratch(unit, segment, h);
@@ -84,7 +84,7 @@ static BFLOAT16_PROCESSOR void read_out(const unit_t *unit, int64_t segment) {
     const plan_t *plan = unit->plan;
     int64_t first = bound(job->query_tokens, segment, unit->segments), last = bound(job->query_tokens, segment + 1, unit->segments);
     for (; first < last; first += plan->chunk) {
-        int64_t count = last - first < plan->chunk ? last - first : plan->chunk;
+        int64_t count = min(plan->chunk, last - first);
         BY_DIM(pack_queries, unit, segment, first, count)
         for (int64_t h = 0; h < unit->heads; h++) {
             scratch_t scratch = get_scratch(unit, segment, h);

@@ -66,16 +66,17 @@ typedef struct {
     char *packed, *transposed; /* state, packed along columns and along rows, by head */
 } unit_t;
 
+static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 static plan_t get_plan(const attention_t *job, int is_backward) {
     plan_t plan;
-    int64_t tokens = job->query_tokens > job->keys.tokens ? job->query_tokens : job->keys.tokens;
+    int64_t tokens = max(job->query_tokens, job->keys.tokens);
     plan.features = num_features(&job->keys, round_up(job->keys.dim, 16));
     plan.columns = round_up(job->value_dim, 16);
     plan.pair = job->keys.dtype == FLOAT32 ? 1 : 2;
-    plan.chunk = is_backward ? BACKWARD_CHUNK : CHUNK;
-    plan.chunk = tokens < plan.chunk ? round_up(tokens, 4) : plan.chunk;
+    plan.chunk = min(is_backward ? BACKWARD_CHUNK : CHUNK, round_up(tokens, 4));
     plan.words = round_up(plan.chunk / plan.pair * plan.features * 4, 64);
     plan.rows = round_up(plan.chunk / plan.pair * plan.columns * 4, 64);
     plan.products = round_up(plan.chunk * plan.features * 4, 64);
@@ -83,14 +84,18 @@ static plan_t get_plan(const attention_t *job, int is_backward) {
     plan.state = round_up((plan.features * plan.columns + plan.features) * 4, 64);
     plan.packed = plan.pair == 1 ? 0 : round_up(plan.features * plan.columns * 2, 64);
     plan.transposed = is_backward ? round_up((plan.features / plan.pair + 1) * plan.columns * 4, 64) : 0;
-    plan.group = STATE_BYTES / plan.state;
-    plan.group = plan.group < 1 ? 1 : plan.group > job->keys.heads ? job->keys.heads : plan.group;
-    plan.groups = (job->keys.heads + plan.group - 1) / plan.group;
 #if defined(_OPENMP)
     plan.threads = omp_get_max_threads();
 #else
     plan.threads = 1;
 #endif
+    plan.group = min(STATE_BYTES / plan.state, job->keys.heads);
+    if (tokens <= plan.chunk) { /* too few for threads to share: each gets heads of its own */
+        int64_t shares = (plan.threads + job->keys.batch - 1) / max(job->keys.batch, 1);
+        plan.group = min(plan.group, (job->keys.heads + shares - 1) / max(shares, 1));
+    }
+    plan.group = max(plan.group, 1);
+    plan.groups = (job->keys.heads + plan.group - 1) / plan.group;
     return plan;
 }
 
@@ -255,7 +260,7 @@ static BFLOAT16_PROCESSOR void pack_state(const unit_t *unit, int64_t h) {
 /* Where a segment begins: at whole fours of tokens. */
 static int64_t bound(int64_t tokens, int64_t segment, int64_t segments) {
     int64_t step = round_up((tokens + segments - 1) / segments, 4);
-    return segment * step < tokens ? segment * step : tokens;
+    return min(segment * step, tokens);
 }
 
 /* glibc maps what is larger than 32 MB afresh each time, and every page of 4 KB is a fault: a third of the time. */
@@ -277,8 +282,8 @@ typedef struct {
 } pass_t;
 
 static unit_t get_unit(const attention_t *job, const plan_t *plan, int64_t number, int64_t thread, int64_t segments) {
-    unit_t unit = {job, plan, number / plan->groups, number % plan->groups * plan->group, plan->group, segments, 0, 0, 0, 0};
-    if (job->keys.heads - unit.head < unit.heads) unit.heads = job->keys.heads - unit.head;
+    int64_t head = number % plan->groups * plan->group, heads = min(plan->group, job->keys.heads - head);
+    unit_t unit = {job, plan, number / plan->groups, head, heads, segments, 0, 0, 0, 0};
     int64_t sizes[] = {plan->scratch, plan->state, plan->packed, plan->transposed};
     char **places[] = {&unit.own, &unit.states, &unit.packed, &unit.transposed}, *at = job->workspace;
     for (int i = 0; i < 4; i++) {

@@ -109,6 +109,19 @@ def test_values_and_gradients_are_those_of_float64(passes, dtype, nonlinearity, 
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "heads", "query_tokens", "tokens"), [(0, 2, 3, 3), (2, 0, 3, 3), (2, 2, 0, 3), (2, 2, 3, 0)]
+)
+def test_of_nothing_comes_nothing(batch, heads, query_tokens, tokens, compiled):
+    query = torch.randn(batch, heads, query_tokens, 64, requires_grad=True)
+    key, value = (torch.randn(batch, heads, tokens, 64, requires_grad=True) for _ in range(2))
+    output = linear_attention_cpu(query, key, value, "elu", 1.0, None, 1e-6, compiled)
+    gradients = torch.autograd.grad(output.sum(), (query, key, value))
+    assert output.shape == query.shape
+    assert all(x.count_nonzero() == 0 for x in (output, *gradients))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
 def test_the_gradient_of_float16_and_of_mixed_types_comes_in_the_type_of_each(compiled):
     """float16 is computed in float32; DINOv3's rotary positions leave query and key in float32 under autocast."""
     query, key, value = fused_heads(2, 2, 50, 64, torch.float32)
