@@ -5,11 +5,12 @@
 #if defined(HAS_FUSED)
 
 /* phi of keys and values in words of tokens; sums of phi are added up. */
-static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_keys(const unit_t *unit, int64_t segment, int64_t first, int64_t count,
+static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_keys(const unit_t *all, int64_t segment, int64_t first, int64_t count,
                                                        int64_t dim, int64_t features) {
+    const unit_t own = *all, *unit = &own;
     static const float none[MAX_FEATURES] = {0};
-    const attention_t *job = unit->job;
-    const plan_t *plan = unit->plan;
+    const attention_t *job = &unit->job;
+    const plan_t *plan = &unit->plan;
     const job_t *keys = &job->keys;
     __m512 phi[2][2 * MAX_VECTORS];
     for (int64_t word = 0; word * plan->pair < count; word++)
@@ -36,10 +37,11 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_keys(const unit_t *unit, int64
 }
 
 /* phi of queries over their normalizer, in words along rows. */
-static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_queries(const unit_t *unit, int64_t segment, int64_t first, int64_t count,
+static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_queries(const unit_t *all, int64_t segment, int64_t first, int64_t count,
                                                           int64_t dim, int64_t features) {
-    const attention_t *job = unit->job;
-    const plan_t *plan = unit->plan;
+    const unit_t own = *all, *unit = &own;
+    const attention_t *job = &unit->job;
+    const plan_t *plan = &unit->plan;
     const job_t *keys = &job->keys;
     __m512 phi[2 * MAX_VECTORS];
     for (int64_t token = 0; token < count; token++)
@@ -53,8 +55,8 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_queries(const unit_t *unit, in
 
 /* The states over a segment of the keys. */
 static BFLOAT16_PROCESSOR void reduce_keys(const unit_t *unit, int64_t segment) {
-    const attention_t *job = unit->job;
-    const plan_t *plan = unit->plan;
+    const attention_t *job = &unit->job;
+    const plan_t *plan = &unit->plan;
     int64_t first = bound(job->keys.tokens, segment, unit->segments), last = bound(job->keys.tokens, segment + 1, unit->segments);
     memset(get_state(unit, segment, 0), 0, unit->heads * plan->state);
     for (; first < last; first += plan->chunk) {
@@ -68,20 +70,20 @@ static BFLOAT16_PROCESSOR void reduce_keys(const unit_t *unit, int64_t segment) 
 }
 
 static void finish_state(const unit_t *unit, int64_t h) {
-    const plan_t *plan = unit->plan;
-    int64_t index = unit->image * unit->job->keys.heads + unit->head + h, numbers = plan->features * plan->columns;
+    const plan_t *plan = &unit->plan;
+    int64_t index = unit->image * unit->job.keys.heads + unit->head + h, numbers = plan->features * plan->columns;
     add_segments(unit, h);
     pack_state(unit, h);
-    if (unit->job->state) {
-        memcpy(unit->job->state + index * numbers, get_state(unit, 0, h), 4 * numbers);
-        memcpy(unit->job->normalizer + index * plan->features, get_normalizer(unit, 0, h), 4 * plan->features);
+    if (unit->job.state) {
+        memcpy(unit->job.state + index * numbers, get_state(unit, 0, h), 4 * numbers);
+        memcpy(unit->job.normalizer + index * plan->features, get_normalizer(unit, 0, h), 4 * plan->features);
     }
 }
 
 /* The output for a segment of the queries. */
 static BFLOAT16_PROCESSOR void read_out(const unit_t *unit, int64_t segment) {
-    const attention_t *job = unit->job;
-    const plan_t *plan = unit->plan;
+    const attention_t *job = &unit->job;
+    const plan_t *plan = &unit->plan;
     int64_t first = bound(job->query_tokens, segment, unit->segments), last = bound(job->query_tokens, segment + 1, unit->segments);
     for (; first < last; first += plan->chunk) {
         int64_t count = min(plan->chunk, last - first);

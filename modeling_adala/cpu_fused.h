@@ -56,10 +56,12 @@ typedef struct {
     float *inverse;     /* (chunk), 1 / (phi_q z + eps) */
 } scratch_t;
 
-/* Some heads of an image. Tokens come in segments, one or as many as there are threads. */
+/* Some heads of an image. Tokens come in segments, one or as many as there are threads. Functions that go token by token
+ * work with a copy of their own: a vector may be stored anywhere, for all the compiler knows, and it would read a shared
+ * one again after every store. */
 typedef struct {
-    const attention_t *job;
-    const plan_t *plan;
+    attention_t job;
+    plan_t plan;
     int64_t image, head, heads, segments;
     char *own;                 /* scratch for all heads, segment after segment */
     char *states;              /* what is summed over the tokens, by head, segment after segment */
@@ -104,7 +106,7 @@ static int64_t workspace_bytes(const plan_t *plan) {
 }
 
 static ALWAYS_INLINE scratch_t get_scratch(const unit_t *unit, int64_t segment, int64_t h) {
-    const plan_t *plan = unit->plan;
+    const plan_t *plan = &unit->plan;
     char *at = unit->own + (segment * plan->group + h) * plan->scratch;
     char *pairs = at + plan->words, *rows = pairs + plan->rows, *products = rows + plan->rows;
     scratch_t scratch = {(uint32_t *)at, (uint32_t *)pairs, (uint32_t *)rows, (float *)products, (float *)(products + plan->products)};
@@ -112,22 +114,22 @@ static ALWAYS_INLINE scratch_t get_scratch(const unit_t *unit, int64_t segment, 
 }
 
 static ALWAYS_INLINE float *get_state(const unit_t *unit, int64_t segment, int64_t h) {
-    return (float *)(unit->states + (segment * unit->plan->group + h) * unit->plan->state);
+    return (float *)(unit->states + (segment * unit->plan.group + h) * unit->plan.state);
 }
 
 static ALWAYS_INLINE float *get_normalizer(const unit_t *unit, int64_t segment, int64_t h) {
-    return get_state(unit, segment, h) + unit->plan->features * unit->plan->columns;
+    return get_state(unit, segment, h) + unit->plan.features * unit->plan.columns;
 }
 
 /* (columns) */
 static ALWAYS_INLINE float *get_center(const unit_t *unit, int64_t h) {
-    const plan_t *plan = unit->plan;
+    const plan_t *plan = &unit->plan;
     return (float *)(unit->transposed + h * plan->transposed) + plan->features / plan->pair * plan->columns;
 }
 
 /* The state that writes the output, or whatever is a product of features and a state. */
 static ALWAYS_INLINE const uint32_t *get_packed(const unit_t *unit, int64_t h) {
-    return unit->plan->pair == 1 ? (const uint32_t *)get_state(unit, 0, h) : (const uint32_t *)(unit->packed + h * unit->plan->packed);
+    return unit->plan.pair == 1 ? (const uint32_t *)get_state(unit, 0, h) : (const uint32_t *)(unit->packed + h * unit->plan.packed);
 }
 
 /* Calls a function for 64 columns at a time, of which it gets the number of vectors; not inlined, because the compiler
@@ -222,13 +224,13 @@ static BFLOAT16_PROCESSOR void add_segments(const unit_t *unit, int64_t h) {
     float *total = get_state(unit, 0, h);
     for (int64_t segment = 1; segment < unit->segments; segment++) {
         const float *part = get_state(unit, segment, h);
-        for (int64_t i = 0; i < unit->plan->features * (unit->plan->columns + 1); i++) total[i] += part[i];
+        for (int64_t i = 0; i < unit->plan.features * (unit->plan.columns + 1); i++) total[i] += part[i];
     }
 }
 
 /* Packs the state of the first segment; one of float32 stays where it is. */
 static BFLOAT16_PROCESSOR void pack_state(const unit_t *unit, int64_t h) {
-    const plan_t *plan = unit->plan;
+    const plan_t *plan = &unit->plan;
     const float *state = get_state(unit, 0, h);
     for (int64_t pair = 0; plan->pair == 2 && pair < plan->features / 2; pair++) {
         uint32_t *out = (uint32_t *)(unit->packed + h * plan->packed) + pair * plan->columns;
@@ -283,7 +285,7 @@ typedef struct {
 
 static unit_t get_unit(const attention_t *job, const plan_t *plan, int64_t number, int64_t thread, int64_t segments) {
     int64_t head = number % plan->groups * plan->group, heads = min(plan->group, job->keys.heads - head);
-    unit_t unit = {job, plan, number / plan->groups, head, heads, segments, 0, 0, 0, 0};
+    unit_t unit = {*job, *plan, number / plan->groups, head, heads, segments, 0, 0, 0, 0};
     int64_t sizes[] = {plan->scratch, plan->state, plan->packed, plan->transposed};
     char **places[] = {&unit.own, &unit.states, &unit.packed, &unit.transposed}, *at = job->workspace;
     for (int i = 0; i < 4; i++) {

@@ -14,20 +14,20 @@
 
 /* Packs a row of a state along itself, among the columns of the transposed state; leaves it rounded. */
 static void transpose_row(const unit_t *unit, int64_t h, int64_t feature, float *row) {
-    const plan_t *plan = unit->plan;
+    const plan_t *plan = &unit->plan;
     uint32_t words[MAX_FEATURES], *out = (uint32_t *)(unit->transposed + h * plan->transposed) + feature;
-    store_row(row, words, 0, unit->job->keys.dtype, plan->columns);
-    load_row(words, 0, unit->job->keys.dtype, 1.0f, row, plan->columns);
+    store_row(row, words, 0, unit->job.keys.dtype, plan->columns);
+    load_row(words, 0, unit->job.keys.dtype, 1.0f, row, plan->columns);
     for (int64_t j = 0; j < plan->columns / plan->pair; j++) out[j * plan->features] = words[j];
 }
 
 /* The state less z m^T, m = S^T z / (z z). Gradients of queries and keys are those of values less m, but for what eps
  * does; S may be almost all z m^T, of which rounding would leave nothing true. */
 static void center_state(const unit_t *unit, int64_t h) {
-    const plan_t *plan = unit->plan;
-    int64_t index = unit->image * unit->job->keys.heads + unit->head + h;
-    const float *state = unit->job->state + index * plan->features * plan->columns;
-    const float *normalizer = unit->job->normalizer + index * plan->features;
+    const plan_t *plan = &unit->plan;
+    int64_t index = unit->image * unit->job.keys.heads + unit->head + h;
+    const float *state = unit->job.state + index * plan->features * plan->columns;
+    const float *normalizer = unit->job.normalizer + index * plan->features;
     float row[MAX_FEATURES], *center = get_center(unit, h), squares = dot(normalizer, normalizer, plan->features);
     memset(center, 0, 4 * plan->columns);
     for (int64_t f = 0; f < plan->features && squares > 1e-37f; f++)
@@ -40,7 +40,7 @@ static void center_state(const unit_t *unit, int64_t h) {
 
 /* Products with values are taken of the rounded dS, so that what they have of m is taken from dz. */
 static void finish_gradient(const unit_t *unit, int64_t h) {
-    const plan_t *plan = unit->plan;
+    const plan_t *plan = &unit->plan;
     float row[MAX_FEATURES];
     add_segments(unit, h);
     pack_state(unit, h);
@@ -60,11 +60,12 @@ static ALWAYS_INLINE void copy_row(const plan_t *plan, const char *row, int64_t 
 
 /* Features of queries over their normalizer, and the gradient of the output, in words of tokens and the latter along rows,
  * too. */
-static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_queries(const unit_t *unit, int64_t segment, int64_t first, int64_t count,
+static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_queries(const unit_t *all, int64_t segment, int64_t first, int64_t count,
                                                           int64_t dim, int64_t features) {
+    const unit_t own = *all, *unit = &own;
     static const float none[MAX_FEATURES] = {0};
-    const attention_t *job = unit->job;
-    const plan_t *plan = unit->plan;
+    const attention_t *job = &unit->job;
+    const plan_t *plan = &unit->plan;
     const job_t *keys = &job->keys;
     __m512 phi[2][2 * MAX_VECTORS];
     for (int64_t word = 0; word * plan->pair < count; word++)
@@ -90,10 +91,11 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_queries(const unit_t *unit, in
         }
 }
 
-static ALWAYS_INLINE BFLOAT16_PROCESSOR void write_query_gradient(const unit_t *unit, int64_t segment, int64_t first,
+static ALWAYS_INLINE BFLOAT16_PROCESSOR void write_query_gradient(const unit_t *all, int64_t segment, int64_t first,
                                                                   int64_t count, int64_t dim, int64_t features) {
-    const attention_t *job = unit->job;
-    const plan_t *plan = unit->plan;
+    const unit_t own = *all, *unit = &own;
+    const attention_t *job = &unit->job;
+    const plan_t *plan = &unit->plan;
     const job_t *keys = &job->keys;
     int64_t numbers = 16 * features, width = (dim + 15) / 16 * 16;
     float a[32 * MAX_VECTORS], gradient[32 * MAX_VECTORS], out[16 * MAX_VECTORS], incoming[MAX_FEATURES];
@@ -124,8 +126,8 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void write_query_gradient(const unit_t *
 
 /* The gradients of a segment of the queries, and what they add to that of the state. */
 static BFLOAT16_PROCESSOR void reduce_queries(const unit_t *unit, int64_t segment) {
-    const attention_t *job = unit->job;
-    const plan_t *plan = unit->plan;
+    const attention_t *job = &unit->job;
+    const plan_t *plan = &unit->plan;
     int64_t first = bound(job->query_tokens, segment, unit->segments), last = bound(job->query_tokens, segment + 1, unit->segments);
     memset(get_state(unit, segment, 0), 0, unit->heads * plan->state);
     for (; first < last; first += plan->chunk) {
@@ -141,10 +143,11 @@ static BFLOAT16_PROCESSOR void reduce_queries(const unit_t *unit, int64_t segmen
 }
 
 /* Features of keys, zero for padding, and values, in words along rows. */
-static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_keys(const unit_t *unit, int64_t segment, int64_t first, int64_t count,
+static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_keys(const unit_t *all, int64_t segment, int64_t first, int64_t count,
                                                        int64_t dim, int64_t features) {
-    const attention_t *job = unit->job;
-    const plan_t *plan = unit->plan;
+    const unit_t own = *all, *unit = &own;
+    const attention_t *job = &unit->job;
+    const plan_t *plan = &unit->plan;
     const job_t *keys = &job->keys;
     __m512 phi[2 * MAX_VECTORS];
     for (int64_t token = 0; token < count; token++)
@@ -163,9 +166,10 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_keys(const unit_t *unit, int64
         }
 }
 
-static ALWAYS_INLINE BFLOAT16_PROCESSOR void write_key_gradient(const unit_t *unit, int64_t segment, int64_t first,
+static ALWAYS_INLINE BFLOAT16_PROCESSOR void write_key_gradient(const unit_t *all, int64_t segment, int64_t first,
                                                                 int64_t count, int64_t dim, int64_t features) {
-    const attention_t *job = unit->job;
+    const unit_t own = *all, *unit = &own;
+    const attention_t *job = &unit->job;
     const job_t *keys = &job->keys;
     int64_t numbers = 16 * features, width = (dim + 15) / 16 * 16;
     float phi[32 * MAX_VECTORS], gradient[32 * MAX_VECTORS], out[16 * MAX_VECTORS];
@@ -187,8 +191,8 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void write_key_gradient(const unit_t *un
 
 /* The gradients of a segment of the keys and values. */
 static BFLOAT16_PROCESSOR void write_gradients(const unit_t *unit, int64_t segment) {
-    const attention_t *job = unit->job;
-    const plan_t *plan = unit->plan;
+    const attention_t *job = &unit->job;
+    const plan_t *plan = &unit->plan;
     int64_t first = bound(job->keys.tokens, segment, unit->segments), last = bound(job->keys.tokens, segment + 1, unit->segments);
     for (; first < last; first += plan->chunk) {
         int64_t count = min(plan->chunk, last - first);
