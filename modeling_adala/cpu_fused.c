@@ -16,7 +16,7 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_keys(const unit_t *all, int64_
     for (int64_t word = 0; word * plan->pair < count; word++)
         for (int64_t h = 0; h < unit->heads; h++) {
             const char *values[2] = {(const char *)none, (const char *)none};
-            float *normalizer = get_normalizer(unit, segment, h);
+            scratch_t scratch = get_scratch(unit, segment, h);
             for (int64_t i = 0; i < plan->pair; i++) {
                 int64_t token = first + word * plan->pair + i;
                 if (token >= first + count || is_padding(keys, unit->image, token)) {
@@ -27,10 +27,9 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void pack_keys(const unit_t *all, int64_
                 prefetch(plan, &job->value, unit->image, unit->head + h, token, job->value_dim);
                 features_of(keys, &keys->input, unit->image, unit->head + h, token, -1.0f, phi[i], dim);
                 for (int64_t j = 0; j < features; j++)
-                    _mm512_storeu_ps(normalizer + 16 * j, _mm512_add_ps(_mm512_loadu_ps(normalizer + 16 * j), phi[i][j]));
+                    _mm512_storeu_ps(scratch.sums + 16 * j, _mm512_add_ps(_mm512_loadu_ps(scratch.sums + 16 * j), phi[i][j]));
                 values[i] = get_row(plan, &job->value, unit->image, unit->head + h, token);
             }
-            scratch_t scratch = get_scratch(unit, segment, h);
             pack_tokens(plan, phi, scratch.features + word * plan->features, features);
             interleave(plan, values, job->value_dim, scratch.pairs + word * plan->columns);
         }
@@ -61,7 +60,9 @@ static BFLOAT16_PROCESSOR void reduce_keys(const unit_t *unit, int64_t segment) 
     memset(get_state(unit, segment, 0), 0, unit->heads * plan->state);
     for (; first < last; first += plan->chunk) {
         int64_t count = min(plan->chunk, last - first);
+        clear_sums(unit, segment);
         BY_DIM(pack_keys, unit, segment, first, count)
+        add_sums(unit, segment);
         for (int64_t h = 0; h < unit->heads; h++) {
             scratch_t scratch = get_scratch(unit, segment, h);
             add_to_state(plan, &scratch, get_state(unit, segment, h), count);

@@ -51,6 +51,7 @@ typedef struct {
 typedef struct {
     uint32_t *features; /* of a chunk, packed */
     uint32_t *pairs;    /* values, or the gradient of the output, packed over tokens */
+    float *sums;        /* (features), what the chunk adds to the normalizer or to its gradient */
     uint32_t *rows;     /* the same packed along rows; backward pass alone, as what follows */
     float *products;    /* (chunk, features) */
     float *inverse;     /* (chunk), 1 / (phi_q z + eps) */
@@ -82,7 +83,7 @@ static plan_t get_plan(const attention_t *job, int is_backward) {
     plan.words = round_up(plan.chunk / plan.pair * plan.features * 4, 64);
     plan.rows = round_up(plan.chunk / plan.pair * plan.columns * 4, 64);
     plan.products = round_up(plan.chunk * plan.features * 4, 64);
-    plan.scratch = plan.words + plan.rows + (is_backward ? plan.rows + plan.products + round_up(plan.chunk * 4, 64) : 0);
+    plan.scratch = plan.words + plan.rows + 4 * plan.features + (is_backward ? plan.rows + plan.products + round_up(plan.chunk * 4, 64) : 0);
     plan.state = round_up((plan.features * plan.columns + plan.features) * 4, 64);
     plan.packed = plan.pair == 1 ? 0 : round_up(plan.features * plan.columns * 2, 64);
     plan.transposed = is_backward ? round_up((plan.features / plan.pair + 1) * plan.columns * 4, 64) : 0;
@@ -108,8 +109,9 @@ static int64_t workspace_bytes(const plan_t *plan) {
 static ALWAYS_INLINE scratch_t get_scratch(const unit_t *unit, int64_t segment, int64_t h) {
     const plan_t *plan = &unit->plan;
     char *at = unit->own + (segment * plan->group + h) * plan->scratch;
-    char *pairs = at + plan->words, *rows = pairs + plan->rows, *products = rows + plan->rows;
-    scratch_t scratch = {(uint32_t *)at, (uint32_t *)pairs, (uint32_t *)rows, (float *)products, (float *)(products + plan->products)};
+    char *pairs = at + plan->words, *sums = pairs + plan->rows, *rows = sums + 4 * plan->features, *products = rows + plan->rows;
+    scratch_t scratch = {(uint32_t *)at,  (uint32_t *)pairs,   (float *)sums,
+                         (uint32_t *)rows, (float *)products, (float *)(products + plan->products)};
     return scratch;
 }
 
@@ -125,6 +127,18 @@ static ALWAYS_INLINE float *get_normalizer(const unit_t *unit, int64_t segment, 
 static ALWAYS_INLINE float *get_center(const unit_t *unit, int64_t h) {
     const plan_t *plan = &unit->plan;
     return (float *)(unit->transposed + h * plan->transposed) + plan->features / plan->pair * plan->columns;
+}
+
+/* Before and after the tokens of a chunk. */
+static void clear_sums(const unit_t *unit, int64_t segment) {
+    for (int64_t h = 0; h < unit->heads; h++) memset(get_scratch(unit, segment, h).sums, 0, 4 * unit->plan.features);
+}
+
+static void add_sums(const unit_t *unit, int64_t segment) {
+    for (int64_t h = 0; h < unit->heads; h++) {
+        float *total = get_normalizer(unit, segment, h), *sums = get_scratch(unit, segment, h).sums;
+        for (int64_t f = 0; f < unit->plan.features; f++) total[f] += sums[f];
+    }
 }
 
 /* The state that writes the output, or whatever is a product of features and a state. */

@@ -105,7 +105,6 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void write_query_gradient(const unit_t *
             scratch_t scratch = get_scratch(unit, segment, h);
             const uint32_t *words = scratch.features + token / plan->pair * numbers;
             const float *products = scratch.products + token * numbers, *normalizer = job->normalizer + index * numbers;
-            float *of_normalizer = get_normalizer(unit, segment, h);
             for (int64_t i = 0; i < numbers; i++) { /* the number of this token */
                 uint32_t bits = plan->pair == 1 ? words[i] : token % 2 ? words[i] & 0xffff0000 : words[i] << 16;
                 memcpy(a + i, &bits, 4);
@@ -115,7 +114,7 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void write_query_gradient(const unit_t *
             float of_center = dot(incoming, get_center(unit, h), plan->columns);
             float c = dot(a, products, numbers) - of_center * keys->eps[index] * inverse;
             for (int64_t i = 0; i < numbers; i++) {
-                of_normalizer[i] -= c * a[i];
+                scratch.sums[i] -= c * a[i];
                 gradient[i] = (products[i] - c * normalizer[i]) * inverse;
                 a[i] *= denominator;
             }
@@ -138,7 +137,9 @@ static BFLOAT16_PROCESSOR void reduce_queries(const unit_t *unit, int64_t segmen
             add_to_state(plan, &scratch, get_state(unit, segment, h), count);
             write_products(plan, &scratch, (const uint32_t *)(unit->transposed + h * plan->transposed), count);
         }
+        clear_sums(unit, segment);
         BY_DIM(write_query_gradient, unit, segment, first, count)
+        add_sums(unit, segment);
     }
 }
 

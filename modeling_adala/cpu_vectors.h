@@ -121,17 +121,21 @@ static ALWAYS_INLINE BFLOAT16_PROCESSOR void multiply(const uint32_t *a, int64_t
     }
 }
 
-/* state (features, columns) += keys^T values, of `count` words per feature. */
+/* state (features, columns) += keys^T values, of `count` words per feature; added up on their own first, so that the sum
+ * over many tokens is rounded once in a chunk and not at every token. */
 static ALWAYS_INLINE BFLOAT16_PROCESSOR void add_to_state_of(int vectors, int pair, const uint32_t *keys,
                                                              const uint32_t *values, float *state, int64_t count,
                                                              int64_t features, int64_t columns) {
     for (int64_t f = 0; f < features; f += 4) {
         __m512 c[4][4];
         for (int i = 0; i < 4; i++)
-            for (int j = 0; j < vectors; j++) c[i][j] = _mm512_loadu_ps(state + (f + i) * columns + 16 * j);
+            for (int j = 0; j < vectors; j++) c[i][j] = _mm512_setzero_ps();
         multiply(keys + f, 1, features, values, columns, count, vectors, pair, c);
         for (int i = 0; i < 4; i++)
-            for (int j = 0; j < vectors; j++) _mm512_storeu_ps(state + (f + i) * columns + 16 * j, c[i][j]);
+            for (int j = 0; j < vectors; j++) {
+                float *sum = state + (f + i) * columns + 16 * j;
+                _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), c[i][j]));
+            }
     }
 }
 

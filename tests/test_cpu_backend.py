@@ -16,6 +16,7 @@ from modeling_adala.cpu_backend import linear_attention_cpu
 from modeling_adala.feature_maps import apply_nonlinearity
 from modeling_adala.linear_attention import linear_attention
 from modeling_adala.torch_backend import linear_attention_torch
+from vit_adala.benchmark.operators import operator_error, operator_inputs
 
 NONLINEARITIES = ["elu", "relu", "exp", "softmax_pair", "identity"]
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -246,6 +247,15 @@ def test_the_fused_passes_are_those_of_float64(
         # the weight of a single key is 1 whatever it is, so that gradients are all but zero
         least = incoming.norm().item() if tokens == 1 and name in ("query", "key") else 1e-30
         assert relative_error(actual, truth, least) < factor * bound, name
+
+
+@needs_library
+def test_sums_over_many_tokens_stay_exact():
+    """Rounded once at every token, they would be off by 1e-5."""
+    feature_map = build_feature_map("elu", 1, 16)
+    inputs = operator_inputs(1, 1, 2**18, 16, requires_grad=True)
+    error = operator_error(lambda *args: linear_attention(*args, feature_map), inputs, feature_map, backward=True)
+    assert error < 4e-6
 
 
 @needs_bfloat16
