@@ -177,9 +177,9 @@ def _reduce_keys(key: Tensor, value: Tensor, key_mask: Tensor | None, passes: To
 def _backward(
     inputs: list[Tensor], gradient: Tensor, gradients: list[Tensor], state: State, passes: TorchPasses
 ) -> None:
-    """Writes the gradients of some images' queries, keys and values."""
+    """Writes the gradients of some images' queries, keys and values, which are float32 or float64 here."""
     (query, key, value, key_mask), (query_gradient, key_gradient, value_gradient) = inputs, gradients
-    of_state, of_normalizer = torch.zeros_like(state.state, dtype=state.eps.dtype), torch.zeros_like(state.normalizer)
+    of_state, of_normalizer = torch.zeros_like(state.state), torch.zeros_like(state.normalizer)
     for tokens in _tokens(query, passes):
         block, incoming = _of_tokens(query, tokens), passes.by_head(_of_tokens(gradient, tokens))
         features, inverse = passes.query_features(block, state.normalizer, state.eps, state.key_max)
@@ -187,7 +187,6 @@ def _backward(
         products = torch.bmm(incoming, state.state.mT)
         out = _of_tokens(query_gradient, tokens)
         passes.query_gradient(features, inverse, products, state.normalizer, of_normalizer, out)
-    of_state = of_state.to(value.dtype)
     for tokens in _tokens(key, passes):
         mask = _of_tokens(key_mask, tokens)
         features = passes.key_features(_of_tokens(key, tokens), mask, state.key_max)

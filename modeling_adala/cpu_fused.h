@@ -123,10 +123,13 @@ static ALWAYS_INLINE float *get_normalizer(const unit_t *unit, int64_t segment, 
     return get_state(unit, segment, h) + unit->plan.features * unit->plan.columns;
 }
 
+static ALWAYS_INLINE uint32_t *get_transposed(const unit_t *unit, int64_t h) {
+    return (uint32_t *)(unit->transposed + h * unit->plan.transposed);
+}
+
 /* (columns) */
 static ALWAYS_INLINE float *get_center(const unit_t *unit, int64_t h) {
-    const plan_t *plan = &unit->plan;
-    return (float *)(unit->transposed + h * plan->transposed) + plan->features / plan->pair * plan->columns;
+    return (float *)get_transposed(unit, h) + unit->plan.features / unit->plan.pair * unit->plan.columns;
 }
 
 /* Before and after the tokens of a chunk. */

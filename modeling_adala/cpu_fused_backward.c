@@ -15,7 +15,7 @@
 /* Packs a row of a state along itself, among the columns of the transposed state; leaves it rounded. */
 static void transpose_row(const unit_t *unit, int64_t h, int64_t feature, float *row) {
     const plan_t *plan = &unit->plan;
-    uint32_t words[MAX_FEATURES], *out = (uint32_t *)(unit->transposed + h * plan->transposed) + feature;
+    uint32_t words[MAX_FEATURES], *out = get_transposed(unit, h) + feature;
     store_row(row, words, 0, unit->job.keys.dtype, plan->columns);
     load_row(words, 0, unit->job.keys.dtype, 1.0f, row, plan->columns);
     for (int64_t j = 0; j < plan->columns / plan->pair; j++) out[j * plan->features] = words[j];
@@ -135,7 +135,7 @@ static BFLOAT16_PROCESSOR void reduce_queries(const unit_t *unit, int64_t segmen
         for (int64_t h = 0; h < unit->heads; h++) {
             scratch_t scratch = get_scratch(unit, segment, h);
             add_to_state(plan, &scratch, get_state(unit, segment, h), count);
-            write_products(plan, &scratch, (const uint32_t *)(unit->transposed + h * plan->transposed), count);
+            write_products(plan, &scratch, get_transposed(unit, h), count);
         }
         clear_sums(unit, segment);
         BY_DIM(write_query_gradient, unit, segment, first, count)
@@ -202,7 +202,7 @@ static BFLOAT16_PROCESSOR void write_gradients(const unit_t *unit, int64_t segme
             scratch_t scratch = get_scratch(unit, segment, h);
             int64_t at = offset(&job->value_gradient, unit->image, unit->head + h, first);
             write_rows(plan, &scratch, get_packed(unit, h), &job->value_gradient, at, count, job->value_dim);
-            write_products(plan, &scratch, (const uint32_t *)(unit->transposed + h * plan->transposed), count);
+            write_products(plan, &scratch, get_transposed(unit, h), count);
         }
         BY_DIM(write_key_gradient, unit, segment, first, count)
     }
