@@ -33,10 +33,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The whole lines of a `metrics.jsonl`; none if there is no such file."""
     lines = []
     if Path(path).is_file():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 content = json.loads(line)
-            except json.JSONDecodeError:  # the line that was being written when the process was killed
+            except (ValueError, RecursionError):  # such as the line that was being written when a process was killed
                 continue
             if isinstance(content, dict):
                 lines.append(content)

@@ -19,7 +19,9 @@ class AdaLATrainingArguments(TrainingArguments):
     > - `lr_scheduler_type="cosine"`, `warmup_steps=0.05`: five percent of the steps, then a cosine to zero.
     > - `per_device_train_batch_size=16`, `per_device_eval_batch_size=64`.
     > - `logging_steps=10`, `logging_first_step=True`.
-    > - `save_total_limit=1`: earlier checkpoints of a stage serve to resume it and nothing else.
+    > - `save_total_limit=2`: the newest checkpoint to resume from, and one to fall back on should it be damaged.
+    > - `ddp_timeout=21600`: the other processes wait while the first one evaluates.
+    > - `logging_nan_inf_filter=False`: the stock filter logs a loss of NaN as 0; here such a loss ends the run.
     > - `save_strategy="steps"`, `save_steps=200`.
     """
 
@@ -36,7 +38,9 @@ class AdaLATrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
     save_steps: float = field(default=200, metadata={"help": "Steps between two checkpoints to resume from."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "How many of those to keep."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "How many of those to keep."})
+    ddp_timeout: int = field(default=21600, metadata={"help": "Seconds that processes wait for each other."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log losses that are not finite as 0."})
 
     def __post_init__(self):
         if self.bf16 is None:

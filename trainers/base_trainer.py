@@ -4,13 +4,15 @@ No training loop of our own: every method here overrides one hook of `Trainer`.
 """
 
 import logging
+import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from accelerate import AutocastKwargs
@@ -18,15 +20,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import CONFIG_NAME
 
 from hub_cards import write_card
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import load_teacher
-from modeling_adala.errors import DataError, UsageError
+from modeling_adala.errors import AdaLAError, CheckpointError, DataError, UsageError
 
-from .checkpoints import complete_checkpoints, writing
+from .checkpoints import find_damage, intact_checkpoint, is_sealed, seal, unseal, writing
 from .data import collate_images
 from .facts import record_stage
 from .monitoring import TrainingCost
@@ -49,7 +51,8 @@ class _EpochCallback(TrainerCallback):
 class AdaLATrainer(Trainer):
     """`Trainer` for AdaLA models.
 
-    - A checkpoint appears whole or not at all: it is written beside its final name and renamed.
+    - Every checkpoint is sealed with the checksums of its files, and resumed from only while they hold.
+    - The first loss or gradient that is not a finite number ends the run, and no such weight is ever saved.
     - Loss components reported through `record` are averaged over the logging window and over the processes.
     - Gradient accumulation averages (the stock check multiplies a custom loss by the number of accumulated batches).
     - Waiting for data and peak memory are logged, see `TrainingCost`.
@@ -91,60 +94,79 @@ class AdaLATrainer(Trainer):
             return super().get_batch_samples(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`; `resume_from_checkpoint=True` starts from nothing where there is no whole checkpoint."""
+        """Train as `Trainer.train` does; `resume_from_checkpoint=True` starts fresh where there is no checkpoint.
+
+        A checkpoint whose files are not those that were written is not resumed from; see `intact_checkpoint`.
+
+        Raises:
+            CheckpointError: If the checkpoint to resume from is damaged, and so are those before it.
+            AdaLAError: At the first loss, gradient or weight that is not a finite number.
+        """
         if resume_from_checkpoint is True:
-            found = complete_checkpoints(self.args.output_dir)
-            resume_from_checkpoint = str(found[-1]) if found else None
+            found = intact_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = None if found is None else str(found)
+        elif resume_from_checkpoint and is_sealed(Path(resume_from_checkpoint)):
+            damage = find_damage(resume_from_checkpoint)
+            if damage is not None:
+                raise CheckpointError(
+                    f"resume_from_checkpoint={resume_from_checkpoint!r} is damaged: {damage}; pass an earlier one."
+                )
         if resume_from_checkpoint:
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
-            last_step = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
-            if state.global_step >= last_step:
+            if self._has_finished(state):
                 return self._take_finished(resume_from_checkpoint, state)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _has_finished(self, state: TrainerState) -> bool:
+        """Return whether a run in this state has no step left, by the settings of today and not by those back then."""
+        if self.args.max_steps > 0:
+            return state.global_step >= self.args.max_steps
+        return state.epoch is not None and state.epoch >= self.args.num_train_epochs - 1e-6
+
     def _take_finished(self, checkpoint: str, state: TrainerState) -> TrainOutput:
-        """Loads a checkpoint of the last step; stock `train` (5.23) would resume it and train one step too many."""
+        """Load a checkpoint of the last step; stock `train` (5.24) would resume it and train one step too many."""
         self.state = state
         self._load_from_checkpoint(checkpoint)
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
         return TrainOutput(state.global_step, 0.0, {})
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_dir = super()._get_output_dir(trial)
-        name = f"checkpoint-{self.state.global_step}"
-        staging = os.path.join(run_dir, ".writing")
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._staging_dir = staging
-        try:
-            with writing(os.path.join(run_dir, name), cleanup=staging):
-                super()._save_checkpoint(model, trial)
-        finally:
-            self._staging_dir = None
-        self.accelerator.wait_for_everyone()  # other processes write their RNG states
-        best = self.state.best_model_checkpoint
-        if best is not None and best.startswith(staging):
-            self.state.best_model_checkpoint = os.path.join(run_dir, os.path.basename(best))  # in every process
-            if self.args.should_save:
-                self.state.save_to_json(os.path.join(staging, name, "trainer_state.json"))
-        if not self.args.should_save:
-            return
-        shutil.rmtree(os.path.join(run_dir, name), ignore_errors=True)
-        os.replace(os.path.join(staging, name), os.path.join(run_dir, name))
-        os.rmdir(staging)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(os.path.join(run_dir, name))
-        rotate_checkpoints(
-            output_dir=run_dir,
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):  # the stock filter of such losses, which is off, would wait for the device too
+            parts = [name for name, values in self._components["train"].items() if not values[-1].isfinite().all()]
+            self._stop(f"the loss is {loss.item()}" + (f", in {', '.join(parts)}" if parts else ""))
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # a gradient scaler skips the steps whose float16 gradients overflow
+        if self.accelerator.scaler is None and not math.isfinite(grad_norm):
+            bad = (n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+            self._stop(f"the gradient norm is {float(grad_norm)}, first in {next(bad, 'no parameter by itself')!r}")
+        return grad_norm
+
+    def _stop(self, what: str) -> NoReturn:
+        raise AdaLAError(
+            f"stage {self.stage}, step {self.state.global_step + 1}: {what}. Nothing of it was saved. Lower"
+            f" learning_rate={self.args.learning_rate:g}, or look for images and weights that are not finite."
         )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        path = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            unseal(path)  # a damaged checkpoint of this step may be there
+        self.accelerator.wait_for_everyone()
+        with writing(path, cleanup=path):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # other processes write their RNG states
+            if self.args.should_save:
+                seal(path)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # A stock model would be written under its family's old names, and resuming or loading the best checkpoint
         # would silently leave most tensors as they are (see AdaLAMixin.save_pretrained).
+        check_finite(self.model.state_dict() if state_dict is None else state_dict, "the weights")
         if not isinstance(self.model, PreTrainedModel):
             return super()._save(output_dir, state_dict)
         self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
@@ -181,19 +203,13 @@ class AdaLATrainer(Trainer):
         return None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Called while the checkpoint has its final name only: the stock upload runs on in the background, reads all of
-        # output_dir, and would take the half-written folder with it. Stock also pushes no card before the end.
-        if self._staging_dir is not None or self.args.hub_strategy == HubStrategy.END:
+        # stock pushes no card before the end
+        if self.args.hub_strategy == HubStrategy.END:
             return
         if self.is_world_process_zero() and is_student(self.accelerator.unwrap_model(self.model)):
             shutil.copy(os.path.join(checkpoint_folder, CONFIG_NAME), self.args.output_dir)
             self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
-
-    _staging_dir: str | None = None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._staging_dir or super()._get_output_dir(trial)
 
 
 class AlignmentTrainer(AdaLATrainer):
@@ -222,7 +238,12 @@ class AlignmentTrainer(AdaLATrainer):
         self.teacher_model = teacher.to(self.args.device)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        self.variances()  # now, in epoch 0: on the way, a resumed run would measure the augmentation of a later epoch
+        # now, in epoch 0: on the way, a resumed run would measure the augmentation of a later epoch
+        if not all(variance.isfinite().all() for variance in _flatten(self.variances())):
+            raise AdaLAError(
+                "teacher_model gives features that are not finite on the calibration images; check its weights and the"
+                " normalization (image_mean, image_std) of its image processor."
+            )
         return super().train(resume_from_checkpoint, **kwargs)
 
     def variances(self) -> list:
@@ -290,6 +311,21 @@ def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
                 f"model and teacher_model differ in {name} ({getattr(ours, name)} and {getattr(theirs, name)}); pass"
                 " the teacher that the student was converted from."
             )
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise `AdaLAError` if a floating-point tensor holds NaN or infinity, naming the first."""
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise AdaLAError(
+            f"{what} are not finite in {len(bad)} of {len(tensors)} tensors, first in {bad[0]!r}, and were not saved;"
+            " lower the learning rate and train again."
+        )
+
+
+def _flatten(variances: list) -> Iterator[Tensor]:
+    for variance in variances:
+        yield from variance.values() if isinstance(variance, dict) else [variance]
 
 
 def is_student(model: nn.Module) -> bool:

@@ -34,6 +34,21 @@ SETTINGS = (
     "bf16",
     "seed",
 )
+# Those that decide it too, but are hardly ever set.
+RARE_SETTINGS = (
+    "max_grad_norm",
+    "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "lr_scheduler_kwargs",
+    "fp16",
+    "data_seed",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+)
 # Paths of this machine, which say nothing about a training.
 LOCAL_SETTINGS = ("teacher_feature_cache",)
 
@@ -64,6 +79,13 @@ def record_stage(directory: str | Path, trainer: Trainer, student: PreTrainedMod
         "stages": {**stages, stage: _trainer_facts(trainer) | facts},
     }
     whole_file(Path(directory) / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+
+def training_settings(args: AdaLATrainingArguments) -> dict[str, Any]:
+    """Return the settings of a stage that decide its result: a resumed run has to share them."""
+    names = (*SETTINGS, *RARE_SETTINGS, *_own_settings(args))
+    settings = {name: getattr(args, name) for name in names if name not in LOCAL_SETTINGS}
+    return settings | {"num_processes": args.world_size}
 
 
 def data_facts(data: DataModule) -> dict[str, Any]:
@@ -108,8 +130,7 @@ def describe_machine() -> str:
 def _trainer_facts(trainer: Trainer) -> dict[str, Any]:
     args, state, dataset = trainer.args, trainer.state, trainer.train_dataset
     unused = "num_train_epochs" if args.max_steps > 0 else "max_steps"
-    own = {item.name for item in fields(args)} - {item.name for item in fields(AdaLATrainingArguments)}
-    names = [name for name in (*SETTINGS, *sorted(own)) if name not in (unused, *LOCAL_SETTINGS)]
+    names = [name for name in (*SETTINGS, *_own_settings(args)) if name not in (unused, *LOCAL_SETTINGS)]
     facts = {
         "steps": state.global_step,
         "images_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -130,3 +151,8 @@ def _trainer_facts(trainer: Trainer) -> dict[str, Any]:
     if "eval_accuracy" in evaluated:
         facts["evaluation"] = {"head_accuracy": evaluated["eval_accuracy"]}
     return facts
+
+
+def _own_settings(args: AdaLATrainingArguments) -> list[str]:
+    """Return the names that a stage's configuration adds to those that all stages share."""
+    return sorted({item.name for item in fields(args)} - {item.name for item in fields(AdaLATrainingArguments)})

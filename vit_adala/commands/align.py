@@ -11,7 +11,7 @@ from trainers.attention_alignment_config import AttentionAlignmentConfig
 from trainers.data_config import DataConfig
 
 from ..arguments import CommandParser, read_json_dict
-from .common import TeacherArguments, load_data, run_and_report
+from .common import TeacherArguments, finished_before, load_data, open_folder, run_and_report
 
 
 @dataclass
@@ -39,8 +39,12 @@ def main(arguments: Sequence[str]) -> None:
     )
     model_args, data_args, args = parser.parse(arguments)
     options = {name: value for name, value in model_args.options.items() if value is not None}
+    teacher = model_args.teacher
+    folder = open_folder("attention-alignment", args, data_args, [teacher], teacher=teacher, **options)
     student_config(load_teacher_config(model_args.teacher), **options)  # before any time is spent
+    if finished_before(folder):
+        return
     set_seed(args.seed)
     data, processor = load_data(data_args, model_args.teacher)
     student, _ = convert(model_args.teacher, **options)
-    run_and_report("attention-alignment", student, args, data, processor, teacher_model=model_args.teacher)
+    run_and_report(folder, student, args, data, processor, teacher_model=model_args.teacher)

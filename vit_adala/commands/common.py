@@ -1,20 +1,26 @@
 """What several commands share: the teacher argument, loading data, running one stage."""
 
 import json
-from dataclasses import dataclass, field
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers import PreTrainedModel
 
 from hub_cards import write_card
 from modeling_adala.conversion import load_config
+from trainers.base_config import AdaLATrainingArguments
 from trainers.base_trainer import is_student
 from trainers.checkpoints import whole_file
 from trainers.data_config import DataConfig, DataModule
-from trainers.facts import data_facts
+from trainers.facts import data_facts, training_settings
 from trainers.monitoring import cost_in_words
+from trainers.output_folder import EVALUATION, OutputFolder
 from trainers.recipe import load_image_processor
+from trainers.sources import fingerprint
 from trainers.stages import STAGES, StageResult, run_stage
 
 
@@ -28,28 +34,60 @@ def load_data(config: DataConfig, model: str, require_labels: bool = False) -> t
     return DataModule(config, load_config(model), processor, require_labels=require_labels), processor
 
 
+def open_folder(
+    name: str, args: AdaLATrainingArguments, data: DataConfig, models: Sequence[str | None], **settings: Any
+) -> OutputFolder:
+    """Check the output folder of a stage command before any time is spent, and write nothing.
+
+    Args:
+        name (`str`): Name of the stage.
+        args (`AdaLATrainingArguments`): Its settings, `output_dir` among them.
+        data (`DataConfig`): Where the images come from.
+        models (`Sequence[str]`): What is read besides, teacher and model; names on the Hub or folders.
+        settings: Whatever else decides the result.
+
+    Raises:
+        UsageError: See `OutputFolder`.
+    """
+    of_data = {key: value for key, value in asdict(data).items() if not key.startswith("eval_")}
+    named = {"dataset": data.dataset} | {key: value for key, value in settings.items() if isinstance(value, str)}
+    places = {key: os.path.realpath(value) for key, value in named.items() if os.path.exists(value or "")}
+    inputs = [*models, data.dataset]
+    return OutputFolder(args.output_dir, name, of_data | settings | places | training_settings(args), inputs)
+
+
+def finished_before(folder: OutputFolder) -> bool:
+    """Return whether a stage has finished in a folder, and say so."""
+    if folder.finished and PartialState().is_main_process:
+        print(f"stage {STAGES[folder.command].number}, {folder.command}: already done, in {folder.path}")
+    return folder.finished
+
+
 def run_and_report(
-    name: str, model: Any, args: Any, data: DataModule, image_processor: Any, **kwargs: Any
+    folder: OutputFolder, model: Any, args: AdaLATrainingArguments, data: DataModule, image_processor: Any, **kwargs
 ) -> StageResult:
-    directory = Path(args.output_dir)
+    """Run the stage of a folder and print one line on what it took."""
     train_dataset = data.train_dataset(args.seed)
     if args.eval_strategy != "no" and "eval_dataset" not in kwargs:
         kwargs["eval_dataset"] = data.eval_dataset()
-    stage = STAGES[name]
+    stage = STAGES[folder.command]
+    folder.settings["data_fingerprint"] = fingerprint(data.raw_train)
     kwargs |= {"image_processor": image_processor, "train_dataset": train_dataset, "facts": data_facts(data)}
-    result = run_stage(stage, model, args, **kwargs)
+    result = run_stage(stage, model, args, folder=folder, **kwargs)
     if PartialState().is_main_process:
         print(
             f"stage {stage.number}, {stage.name}: {result.steps} steps in {result.seconds:.0f} s"
-            f"{cost_in_words(result.metrics)}, {train_dataset.summary()}; saved {directory}"
+            f"{cost_in_words(result.metrics)}, {train_dataset.summary()}; saved {folder.path}"
         )
     return result
 
 
-def record_evaluation(result: StageResult, data: DataModule, figures: dict[str, float]) -> None:
-    """Leaves the figures of a checkpoint's own head in its folder, as `evaluation.json`, and in its card."""
+def record_evaluation(
+    directory: Path, model: PreTrainedModel, data: DataModule, figures: dict[str, float]
+) -> None:
+    """Leave the figures of a checkpoint's own head in its folder, as `evaluation.json`, and in its card."""
     if PartialState().is_main_process:
         facts = data_facts(data) | {f"head_{name}": value for name, value in figures.items()}
-        whole_file(result.directory / "evaluation.json", json.dumps(facts, indent=2) + "\n")
-        if is_student(result.model):
-            write_card(result.directory)
+        whole_file(directory / EVALUATION, json.dumps(facts, indent=2) + "\n")
+        if is_student(model):
+            write_card(directory)

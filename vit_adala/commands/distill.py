@@ -14,7 +14,7 @@ from trainers.feature_alignment_config import FeatureAlignmentConfig
 from trainers.stages import check_stage_directory, load_student
 
 from ..arguments import CommandParser
-from .common import TeacherArguments, load_data, run_and_report
+from .common import TeacherArguments, finished_before, load_data, open_folder, run_and_report
 
 
 @dataclass
@@ -39,9 +39,14 @@ def main(arguments: Sequence[str]) -> None:
     )
     model_args, data_args, args = parser.parse(arguments)
     check_counts(lora_r=model_args.lora_r)
+    names = {"teacher": model_args.teacher, "model": model_args.model}
+    lora = {"lora_r": model_args.lora_r, "lora_target_modules": model_args.lora_target_modules}
+    folder = open_folder("feature-alignment", args, data_args, list(names.values()), **names, **lora)
     load_teacher_config(model_args.teacher)
     if model_args.model is not None:
         check_stage_directory(model_args.model, ("attention-alignment", "converted", "feature-alignment"), "stage 2")
+    if finished_before(folder):
+        return
     set_seed(args.seed)
     data, processor = load_data(data_args, model_args.teacher)
     student = load_student(model_args.model) if model_args.model is not None else convert(model_args.teacher)[0]
@@ -52,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
         targets = _lora_targets(student, model_args.lora_target_modules)
         peft_config = LoraConfig(r=model_args.lora_r, target_modules=targets)
     options = {"teacher_model": model_args.teacher, "peft_config": peft_config}
-    run_and_report("feature-alignment", student, args, data, processor, **options)
+    run_and_report(folder, student, args, data, processor, **options)
 
 
 def _lora_targets(student: PreTrainedModel, chosen: list[str]) -> list[str]:
