@@ -32,6 +32,7 @@ import trainers.report
 from modeling_adala import AdaLAViTForImageClassification, UsageError, convert
 from trainers.data_config import DataConfig
 from trainers.digits import load_digits
+from trainers.output_folder import OutputFolder
 from trainers.recipe_config import RecipeConfig, fit_type
 from trainers.stages import STAGES
 from vit_adala.arguments import parse_settings, read_json_dict
@@ -360,17 +361,18 @@ def test_corrupt_images_end_the_run_with_their_count(refused, places, out):
 
 def test_output_dir_of_another_run_is_refused_and_left_alone(refused, places, out, tmp_path):
     other = tmp_path / "other"
-    other.mkdir()
     settings = {"teacher": places["teacher"], "dataset": places["digits"], "image_size": 56}
-    (other / "config.yaml").write_text(RecipeConfig(**settings, output_dir=str(other)).to_yaml())
-    before = (other / "config.yaml").read_text()
+    folder = OutputFolder(other, "run", RecipeConfig(**settings, output_dir=str(other)).to_dict())
+    with folder.claim():
+        folder.write_record("finished")
+    before = (other / "manifest.json").read_text()
     argv = arguments("run", out, places, **{"output-dir": other, "knn-images": None, "eval-images": None, "set": None})
     line = refused(2, argv, (f"output_dir={str(other)!r}", "image_size=56", "another output_dir"))
     assert "--from-stage" not in line  # it would not help
     argv += ["--image-size", "56", "--set", "feature_alignment.max_steps=3"]
     refused(2, argv, ("feature_alignment={}", "--from-stage 2"))
-    assert [path.name for path in other.iterdir()] == ["config.yaml"]
-    assert (other / "config.yaml").read_text() == before
+    assert [path.name for path in other.iterdir()] == ["manifest.json"]
+    assert (other / "manifest.json").read_text() == before
 
 
 def leftovers(out: Path) -> list[Path]:
@@ -397,8 +399,10 @@ def test_full_disk_at_the_end_of_a_stage_leaves_nothing_but_checkpoints(refused,
     with full_disk():
         names = (str(out / ALIGNED), "disk is full", "free some space", "same command")
         refused(1, arguments(command, out, places), names, logs=True)
-    assert not (out / ALIGNED).exists() and not leftovers(out)
-    assert (out / "checkpoints" / ALIGNED / "checkpoint-2" / "model.safetensors").is_file()
+    assert not leftovers(out)
+    work = out / "checkpoints" / ALIGNED if command == "run" else out / ALIGNED / "checkpoints"
+    assert sorted(path.name for path in work.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert not list((out / ALIGNED).glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
@@ -406,13 +410,13 @@ def test_same_command_goes_on_where_a_full_disk_stopped_it(places, out, capsys, 
     argv = arguments("align", out, places, lr_scheduler_type=schedule)
     with full_disk():
         assert main(argv) == 1
-    trained = load_file(out / "checkpoints" / ALIGNED / "checkpoint-2" / "model.safetensors")
+    trained = load_file(out / ALIGNED / "checkpoints" / "checkpoint-2" / "model.safetensors")
     assert main(argv) == 0
-    assert "going on from step 2" in caplog.text
+    assert "resuming from step 2" in caplog.text
     assert "stage 1, attention-alignment: " in capsys.readouterr().out
     assert_same_tensors(load_file(out / ALIGNED / "model.safetensors"), trained)
     assert AdaLAViTForImageClassification.from_pretrained(out / ALIGNED).config.adala_stage == "attention-alignment"
-    assert not (out / "checkpoints").exists()
+    assert not (out / ALIGNED / "checkpoints").exists()
 
 
 def test_wrong_data_of_a_run_do_not_stand_in_the_way_of_right_ones(refused, places, out, monkeypatch):
@@ -420,7 +424,7 @@ def test_wrong_data_of_a_run_do_not_stand_in_the_way_of_right_ones(refused, plac
     ran = []
     monkeypatch.setattr("trainers.recipe._Run.run", lambda self: ran.append(self.config) or self.out / "report.md")
     assert main(arguments("run", out, places)) == 0
-    assert ran and (out / "config.yaml").is_file()
+    assert ran and (out / "manifest.json").is_file()
 
 
 # --- help ------------------------------------------------------------------------------------------------------------
@@ -648,7 +652,7 @@ def chain(places, tmp_path_factory) -> Path:
 
 
 def test_chain_leaves_a_whole_checkpoint_per_stage(chain):
-    assert sorted(path.name for path in chain.iterdir()) == [*FOLDERS, "metrics.jsonl"]
+    assert sorted(path.name for path in chain.iterdir()) == FOLDERS
     assert not leftovers(chain)
     for stage in STAGES.values():
         model = AdaLAViTForImageClassification.from_pretrained(chain / stage.directory)
@@ -724,8 +728,11 @@ def test_finetune_takes_the_softmax_teacher_as_the_baseline(places, out, capsys)
     assert not hasattr(model.config, "adala_stage")
 
 
-def test_same_stage_again_replaces_its_folder(places, out, chain):
-    shutil.copytree(chain, out)
-    (out / ALIGNED / "stale").touch()
-    assert main(arguments("align", out, places)) == 0
-    assert not (out / ALIGNED / "stale").exists() and not leftovers(out)
+def test_same_stage_again_says_that_it_is_done(places, out, capsys):
+    for command, folder in zip(("align", "distill", "finetune"), FOLDERS):
+        assert main(arguments(command, out, places)) == 0
+        before = {path: path.stat().st_mtime_ns for path in (out / folder).rglob("*")}
+        capsys.readouterr()
+        assert main(arguments(command, out, places)) == 0
+        assert re.fullmatch(rf"stage \d, [a-z-]+: already done, in {out / folder}\n", capsys.readouterr().out)
+        assert {path: path.stat().st_mtime_ns for path in (out / folder).rglob("*")} == before

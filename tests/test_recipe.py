@@ -17,6 +17,7 @@ from training_helpers import assert_same_tensors, moved, one_thread, save_teache
 
 import trainers.report
 from trainers.callbacks import read_metrics
+from trainers.checkpoints import is_sealed, list_checkpoints
 from trainers.stages import STAGES, load_student
 from vit_adala.cli import main
 
@@ -218,15 +219,18 @@ main(arguments)
 def test_run_killed_in_every_stage_ends_with_the_weights_of_an_undisturbed_one(teacher, finished, tmp_path):
     out = tmp_path / "out"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    left = []
+    left, sealed = [], []
     for kill in KILLS:
         command = [sys.executable, "-c", KILLER, json.dumps([kill, arguments(teacher, out)])]
         killed = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         left.append({path.name: sorted(os.listdir(path)) for path in (out / "checkpoints").iterdir()})
+        (folder,) = (out / "checkpoints").iterdir()
+        sealed.append([is_sealed(checkpoint) for checkpoint in list_checkpoints(folder)])
     # each time a whole checkpoint to go on from; the second kill came while the next one was being written
-    assert left[0] == {FOLDERS[0]: ["checkpoint-4"]}
-    assert left[1] == {FOLDERS[1]: [".writing", "checkpoint-2"]}
+    assert left[0] == {FOLDERS[0]: ["checkpoint-2", "checkpoint-4"]}
+    assert left[1] == {FOLDERS[1]: ["checkpoint-2", "checkpoint-4"]}
+    assert sealed == [[True, True], [True, False], [True, True]]
     assert "checkpoint-6" in left[2][FOLDERS[2]]
     assert main(arguments(teacher, out)) == 0
     actual, expected = weights_of(out), weights_of(finished)

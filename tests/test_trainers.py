@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from modeling_adala import CheckpointError, DataError, UsageError, convert
 from trainers.attention_alignment_config import AttentionAlignmentConfig
 from trainers.callbacks import MetricsFileCallback, append_metrics, read_metrics
-from trainers.checkpoints import complete_checkpoints
+from trainers.checkpoints import list_checkpoints
 from trainers.feature_alignment_config import FeatureAlignmentConfig
 from trainers.stages import STAGES, load_student, run_stage
 from trainers.supervised_config import SupervisedConfig
@@ -300,7 +300,7 @@ def test_lora_run_leaves_a_plain_checkpoint(tmp_path):
     saved = load_file(tmp_path / "2" / "model.safetensors")
     assert saved.keys() == names
     assert load_student(str(tmp_path / "2")).config.adala_stage == FEATURES
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "metrics.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
 @pytest.mark.parametrize("stage", [ATTENTION, FEATURES])
@@ -464,7 +464,7 @@ def test_resumed_run_ends_with_the_tensors_of_an_uninterrupted_one(tmp_path, var
     start = copy_state(whole.model)
     whole.train()
     interrupt(variant, tmp_path / "cut", step=5)
-    assert [path.name for path in complete_checkpoints(tmp_path / "cut")] == ["checkpoint-3"]
+    assert [path.name for path in list_checkpoints(tmp_path / "cut")] == ["checkpoint-3"]
     resumed = resumable(variant, tmp_path / "cut")
     resumed.train(resume_from_checkpoint=True)
     assert moved(start, copy_state(resumed.model))
@@ -507,7 +507,7 @@ def test_load_best_model_at_end_restores_every_tensor_of_the_best_checkpoint(tmp
             load_best_model_at_end=True,
             metric_for_best_model="accuracy",
             compute_metrics=lambda _: {"accuracy": scores[trainer.state.global_step]},
-            callbacks=[states, InterruptAt(5 if cut and not complete_checkpoints(tmp_path) else -1)],
+            callbacks=[states, InterruptAt(5 if cut and not list_checkpoints(tmp_path) else -1)],
         )
         return trainer
 
@@ -564,7 +564,7 @@ def test_full_disk_ends_in_one_line_and_leaves_the_checkpoint_before_to_go_on_fr
     resumed = resumable(FEATURES, tmp_path / "full")
     resumed.train(resume_from_checkpoint=True)
     assert_same_tensors(copy_state(resumed.model), copy_state(whole.model))
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["checkpoint-7"]
+    assert [path.name for path in list_checkpoints(tmp_path / "full")] == ["checkpoint-6", "checkpoint-7"]
 
 
 def test_full_disk_does_not_touch_the_checkpoint_before(tmp_path, monkeypatch):
@@ -594,12 +594,17 @@ def test_full_disk_at_the_end_of_a_stage_keeps_what_it_takes_to_go_on(tmp_path, 
         patch.setattr(PreTrainedModel, "save_pretrained", save_pretrained)
         with pytest.raises(CheckpointError, match="disk is full"):
             run()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
+    left = ["checkpoints", "manifest.json", "metrics.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    assert sorted(path.name for path in (tmp_path / "1").iterdir()) == left
     result = run()
     assert (result.resumed_from_step, result.steps) == (2, 0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "metrics.jsonl"]
-    steps = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
-    summaries = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "train_runtime" in line]
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    left = {path.name for path in (tmp_path / "1").iterdir()}
+    assert {"config.json", "model.safetensors", "manifest.json", "metrics.jsonl"} <= left
+    assert not {"checkpoints", ".writing", ".lock"} & left
+    steps = [line["step"] for line in read_metrics(tmp_path / "1" / "metrics.jsonl") if "loss" in line]
+    summaries = [line for line in read_metrics(tmp_path / "1" / "metrics.jsonl") if "train_runtime" in line]
     assert steps == sorted(set(steps)) and len(summaries) == 1
 
 

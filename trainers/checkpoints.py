@@ -165,6 +165,8 @@ def remove_checkpoints(output_dir: str | os.PathLike) -> None:
         remove_files(checkpoint, {*names, CHECKSUMS, f".{CHECKSUMS}.writing"})
     with contextlib.suppress(OSError):  # not empty, or not there
         folder.rmdir()
+        if folder.parent.name == "checkpoints":  # a recipe keeps those of all stages in one folder
+            folder.parent.rmdir()
 
 
 def remove_files(directory: Path, names: set[str]) -> None:

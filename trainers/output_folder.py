@@ -164,11 +164,12 @@ class OutputFolder:
             UsageError: If another process works here, or see the class.
             CheckpointError: If the folder cannot be written.
         """
+        self.settings |= json.loads(json.dumps(found, default=str))
         if not main:
             yield
             return
-        self.settings |= json.loads(json.dumps(found, default=str))
-        existed = self.path.is_dir()
+        place = Path(os.path.realpath(self.path))
+        created = [folder for folder in (place, *place.parents) if not folder.exists()]
         with self._locked():
             self._check_content()  # another process may have come before
             fresh = not self.record
@@ -180,8 +181,11 @@ class OutputFolder:
                 if fresh and not self.stages and not any(map(is_sealed, list_checkpoints(self.checkpoints))):
                     remove_checkpoints(self.checkpoints)
                     remove_folder(self.path)
-                    if existed:
-                        self.path.mkdir(exist_ok=True)
+                    if not created:
+                        place.mkdir(exist_ok=True)
+                    for folder in created[1:]:
+                        with contextlib.suppress(OSError):
+                            folder.rmdir()
                 raise
 
     @contextlib.contextmanager

@@ -3,33 +3,39 @@
 import copy
 import json
 import logging
-import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import PartialState
 from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 
 from hub_cards import write_card
+from hub_cards.card_data import PICTURES
 from hub_cards.records import find_license, read_manifest
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import convert, load_teacher, load_teacher_config, student_config
-from modeling_adala.errors import UsageError
+from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
 
-from .base_config import has_fast_bf16
+from .base_config import AdaLATrainingArguments, has_fast_bf16
 from .callbacks import append_metrics, read_metrics
-from .checkpoints import whole_file
+from .checkpoints import remove_checkpoints, whole_file
 from .comparison import Comparison
 from .data_config import DataModule
-from .facts import data_facts, describe_machine, hash_weights, software_versions
+from .facts import data_facts, describe_machine, hash_weights, software_versions, training_settings
+from .output_folder import CHECKPOINTS, METRICS, OutputFolder, is_finished, read_manifest_file, remove_folder
 from .recipe_config import RecipeConfig
 from .report import write_report
 from .sources import fingerprint
-from .stages import STAGES, Stage, StageResult, load_classifier, load_student, remove_checkpoints, run_stage
+from .stages import STAGES, Stage, StageResult, load_classifier, load_student, run_stage
 
 logger = logging.getLogger(__name__)
+
+CONFIG, SPEED, REPORT = "config.yaml", "speed.json", "report.md"
+CONTROL, CONTROL_METRICS = "control-feature-alignment", "metrics-control.jsonl"
+# what a run leaves besides the folders of its stages
+FILES = (CONFIG, SPEED, REPORT, CONTROL_METRICS, *PICTURES)
 
 
 def run_recipe(config: RecipeConfig, *, from_stage: int | None = None) -> Path:
@@ -46,7 +52,44 @@ def run_recipe(config: RecipeConfig, *, from_stage: int | None = None) -> Path:
         UsageError: for settings that do not fit, or an `output_dir` that holds a different run.
         DataError, CheckpointError: see there. What finished before stays, and the same command goes on.
     """
-    return _Run(config, from_stage).run()
+    run = _Run(config, from_stage)
+    facts = {"teacher_sha256": hash_weights(run.teacher), "data_fingerprint": fingerprint(run.data.raw_train)}
+    with run.folder.claim(run.main, **facts):
+        return run.run()
+
+
+class _RunFolder(OutputFolder):
+    """Output folder of a recipe, whose settings may change in what `from_stage` runs again.
+
+    Args:
+        config (`RecipeConfig`): What to run.
+        from_stage (`int`, *optional*): See `run_recipe`.
+    """
+
+    def __init__(self, config: RecipeConfig, from_stage: int | None):
+        self.from_stage = from_stage
+        settings = {name: value for name, value in config.to_dict().items() if name != "output_dir"}
+        stages = [*(stage.directory for stage in STAGES.values()), CONTROL]
+        super().__init__(config.output_dir, "run", settings, [config.teacher, config.dataset], FILES, stages=stages)
+
+    def check_settings(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        changed = [name for name in wanted if found.get(name) != wanted[name]]
+        numbers = {name.replace("-", "_"): stage.number for name, stage in STAGES.items()}
+        late = {"stages": 9, "control": 9, **numbers}
+        if self.from_stage is not None and all(late.get(name, 0) >= self.from_stage for name in changed):
+            return
+        before = found.get("stages", [])
+        grown = changed == ["stages"] and wanted["stages"][: len(before)] == before
+        if not changed or grown or changed == ["control"]:
+            return
+        again = ""
+        if all(name in numbers for name in changed):
+            again = f", or --from-stage {min(numbers[name] for name in changed)} to run what it changes again"
+        name = changed[0]
+        raise UsageError(
+            f"output_dir={str(self.path)!r} holds a run with {name}={found.get(name)!r}, not {wanted[name]!r}; pass"
+            f" another output_dir{again}."
+        )
 
 
 class _Run:
@@ -56,8 +99,11 @@ class _Run:
         self.config, self.out = config, Path(config.output_dir)
         self.main = PartialState().is_main_process
         self.stages = [STAGES[name] for name in config.stages]
+        self.from_stage = from_stage
+        self.folder = _RunFolder(config, from_stage)
+        if from_stage is not None:
+            self._check_from(from_stage)
         student_config(load_teacher_config(config.teacher), **config.feature_options)  # before any time is spent
-        self._check_output_dir(from_stage)
         self.image_processor = load_image_processor(config.teacher)
         self.teacher = load_teacher(config.teacher)
         supervised = "supervised" in config.stages
@@ -66,19 +112,24 @@ class _Run:
         self.comparison = Comparison(
             self.teacher.to(device), self.data, knn_images=config.knn_images, eval_images=config.eval_images
         )
-        # now that all is there: a mistake in the data should not stand in the way of its repair
-        self._claim_output_dir(from_stage)
-        self.manifest = self._open_manifest()
+        self.manifest: dict[str, Any] = {}
 
     def run(self) -> Path:
+        """Run what is left to do. The folder has been claimed."""
+        if self.main:
+            if self.from_stage is not None:
+                self._forget_from(self.from_stage)
+            whole_file(self.out / CONFIG, self.config.to_yaml())
+        PartialState().wait_for_everyone()
+        self.manifest = self._open_manifest()
         student = self._evaluate_before_training()
         for stage in self.stages:
             directory = self.out / stage.directory
-            if directory.is_dir():
-                logger.warning("stage %d, %s: finished before, in %s", stage.number, stage.name, directory)
-                student = load_student(str(directory))
+            if is_finished(directory):
+                logger.warning("stage %d, %s: already done, in %s", stage.number, stage.name, directory)
+                student = self._open_finished(stage)
                 if self.main:
-                    remove_checkpoints(directory)  # a kill may have come between the two
+                    remove_checkpoints(self._checkpoints(directory))  # a kill may have come between the two
                 self._finish(stage, student)
                 continue
             student = self._run_stage(stage, student).model
@@ -88,6 +139,7 @@ class _Run:
             write_report(self.out, self.comparison, self.config)
             for stage in self.stages:
                 write_card(self.out / stage.directory)  # with speed and pictures
+            self.folder.write_record("finished", **self.manifest)
         return self.out / "report.md"
 
     def _evaluate_before_training(self) -> PreTrainedModel:
@@ -115,10 +167,35 @@ class _Run:
             kwargs["eval_dataset"] = self.data.eval_dataset(self.config.eval_images)
         else:
             kwargs["teacher_model"] = self.teacher
-        metrics = self.out / "metrics.jsonl"
-        result = run_stage(stage, student, args, metrics_file=metrics, facts=data_facts(self.data), **kwargs)
+        result = run_stage(
+            stage,
+            student,
+            args,
+            folder=self._stage_folder(stage, args),
+            metrics_file=self.out / METRICS,
+            facts=data_facts(self.data),
+            **kwargs,
+        )
         self._finish(stage, result.model)
         return result
+
+    def _stage_folder(self, stage: Stage, args: AdaLATrainingArguments) -> OutputFolder:
+        directory = Path(args.output_dir)
+        return OutputFolder(directory, stage.name, training_settings(args), checkpoints=self._checkpoints(directory))
+
+    def _checkpoints(self, directory: Path) -> Path:
+        return self.out / CHECKPOINTS / directory.name
+
+    def _open_finished(self, stage: Stage) -> PreTrainedModel:
+        directory = self.out / stage.directory
+        try:
+            return load_student(str(directory))
+        except (AdaLAError, OSError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise CheckpointError(
+                f"stage {stage.number} has finished, but its model does not open: {reason}. Pass --from-stage"
+                f" {stage.number} to run it again."
+            ) from error
 
     def _finish(self, stage: Stage, student: PreTrainedModel) -> None:
         """Records a stage, also one whose process was killed between its checkpoint and this line."""
@@ -142,15 +219,16 @@ class _Run:
         args = self.config.stage_arguments(stage)
         extra = first.get("seconds", 0.0) * second["steps"] / second["seconds"]
         args.max_steps = round(second["steps"] + extra)
-        args.output_dir = str(self.out / "control-feature-alignment")
+        args.output_dir = str(self.out / CONTROL)
         set_seed(self.config.seed)
         student, _ = convert(copy.deepcopy(self.teacher).cpu(), check_parity=False, **self.config.feature_options)
         result = run_stage(
             stage,
             student,
             args,
+            folder=self._stage_folder(stage, args),
             image_processor=self.image_processor,
-            metrics_file=self.out / "metrics-control.jsonl",
+            metrics_file=self.out / CONTROL_METRICS,
             teacher_model=self.teacher,
             train_dataset=self.data.train_dataset(self.config.seed),
             facts=data_facts(self.data),
@@ -164,81 +242,50 @@ class _Run:
         # earlier rows show the way, the last one is the result
         quick = row not in ("control", self.stages[-1].name)
         values = self.comparison(student, quick=quick) if student is not None else values or {}
-        append_metrics(self.out / "metrics.jsonl", {"evaluation": row, **values})
+        append_metrics(self.out / METRICS, {"evaluation": row, **values})
         logger.info("evaluated %s in %.0f s", row, time.perf_counter() - start)
 
     def _evaluated(self) -> set[str]:
-        return {line["evaluation"] for line in read_metrics(self.out / "metrics.jsonl") if "evaluation" in line}
+        return {line["evaluation"] for line in read_metrics(self.out / METRICS) if "evaluation" in line}
 
     def _last_directory(self, stage: Stage) -> str | None:
         before = [self.out / s.directory for s in self.stages if s.number < stage.number]
         return str(before[-1]) if before else None
-
-    def _check_output_dir(self, from_stage: int | None) -> None:
-        """Refuses an `output_dir` that another run left, and a `from_stage` that cannot be."""
-        settings = yaml.safe_load(self.config.to_yaml())
-        file = self.out / "config.yaml"
-        if self.main and file.is_file():
-            found = yaml.safe_load(file.read_text())
-            changed = [name for name in settings if found.get(name) != settings[name] and name != "output_dir"]
-            numbers = {name.replace("-", "_"): stage.number for name, stage in STAGES.items()}
-            late = {"stages": 9, "control": 9, **numbers}
-            still_valid = from_stage is not None and all(late.get(name, 0) >= from_stage for name in changed)
-            grown = changed == ["stages"] and settings["stages"][: len(found["stages"])] == found["stages"]
-            if changed and not still_valid and not grown and changed != ["control"]:
-                name = changed[0]
-                again = ""
-                if all(name in numbers for name in changed):
-                    again = f", or --from-stage {min(numbers[name] for name in changed)} to run what it changes again"
-                raise UsageError(
-                    f"output_dir={str(self.out)!r} holds a run with {name}={found.get(name)!r}, not {settings[name]!r}"
-                    f"; pass another output_dir{again}."
-                )
-        if self.main and from_stage is not None:
-            self._check_from(from_stage)
-
-    def _claim_output_dir(self, from_stage: int | None) -> None:
-        if self.main:
-            if from_stage is not None:
-                self._forget_from(from_stage)
-            self.out.mkdir(parents=True, exist_ok=True)
-            whole_file(self.out / "config.yaml", self.config.to_yaml())
-        PartialState().wait_for_everyone()
 
     def _check_from(self, number: int) -> None:
         if number not in {stage.number for stage in self.stages}:
             raise UsageError(f"from_stage={number} is none of this run's stages {[s.number for s in self.stages]}.")
         for stage in self.stages:
             directory = self.out / stage.directory
-            if stage.number < number and not directory.is_dir():
+            if stage.number < number and not is_finished(directory):
                 raise UsageError(
-                    f"from_stage={number} needs {directory}, which is not there; start at {stage.number}."
+                    f"from_stage={number} needs {directory}, which has not finished; start at {stage.number}."
                 )
 
     def _forget_from(self, number: int) -> None:
         forgotten = [stage for stage in STAGES.values() if stage.number >= number]
         for stage in forgotten:
-            shutil.rmtree(self.out / stage.directory, ignore_errors=True)
-            remove_checkpoints(self.out / stage.directory)
+            remove_folder(self.out / stage.directory)
+            remove_checkpoints(self._checkpoints(self.out / stage.directory))
         names = {stage.name for stage in forgotten}
-        lines = read_metrics(self.out / "metrics.jsonl")
+        lines = read_metrics(self.out / METRICS)
         kept = [line for line in lines if line.get("stage") not in names and line.get("evaluation") not in names]
         if lines:
-            whole_file(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+            whole_file(self.out / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _open_manifest(self) -> dict[str, Any]:
-        path = self.out / "manifest.json"
-        if path.is_file():
-            return json.loads(path.read_text())
+        found = read_manifest_file(self.out)
+        if "teacher_sha256" in found:
+            return found
         manifest = {
             "teacher": self.config.teacher,
             "teacher_revision": getattr(self.teacher.config, "_commit_hash", None),
-            "teacher_sha256": hash_weights(self.teacher),
+            "teacher_sha256": self.folder.settings["teacher_sha256"],
             "teacher_license": find_license(
                 self.config.teacher, getattr(self.teacher.config, "_commit_hash", None), download=True
             ),
             **data_facts(self.data),
-            "data_fingerprint": fingerprint(self.data.raw_train),
+            "data_fingerprint": self.folder.settings["data_fingerprint"],
             "versions": software_versions(),
             "machine": describe_machine(),
             "bf16": has_fast_bf16(),
@@ -251,7 +298,7 @@ class _Run:
     def _record(self, **facts: Any) -> None:
         self.manifest |= facts
         if self.main:
-            whole_file(self.out / "manifest.json", json.dumps(self.manifest, indent=2) + "\n")
+            self.folder.write_record("running", **self.manifest)
 
 
 def load_image_processor(name_or_path: str) -> Any | None:

@@ -1,8 +1,10 @@
 """A whole run in one YAML: teacher, data, the linear student, the settings of each stage."""
 
 import contextlib
+import copy
+import os
 import types
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import date
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -105,8 +107,25 @@ class RecipeConfig(DataConfig):
         names = ("feature_map", "feature_map_kwargs", "softmax_layers")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values; a dataset object is described by its type and fingerprint."""
+        settings = {
+            item.name: copy.deepcopy(getattr(self, item.name)) for item in fields(self) if item.name != "dataset"
+        }
+        dataset: Any = self.dataset
+        if not isinstance(dataset, str):
+            dataset = f"{type(dataset).__name__} in memory"
+        elif os.path.exists(dataset):
+            dataset = os.path.realpath(dataset)
+        teacher = os.path.realpath(self.teacher) if os.path.exists(self.teacher) else self.teacher
+        return {**settings, "teacher": teacher, "dataset": dataset}
+
     def to_yaml(self) -> str:
-        return yaml.safe_dump(asdict(self), sort_keys=False)
+        """Return a recipe that `from_yaml` reads again; one in memory names its dataset, but cannot hold it."""
+        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        if not isinstance(self.dataset, str):
+            settings["dataset"] = self.to_dict()["dataset"]
+        return yaml.safe_dump(settings, sort_keys=False)
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "RecipeConfig":

@@ -82,9 +82,7 @@ def run_and_report(
     return result
 
 
-def record_evaluation(
-    directory: Path, model: PreTrainedModel, data: DataModule, figures: dict[str, float]
-) -> None:
+def record_evaluation(directory: Path, model: PreTrainedModel, data: DataModule, figures: dict[str, float]) -> None:
     """Leave the figures of a checkpoint's own head in its folder, as `evaluation.json`, and in its card."""
     if PartialState().is_main_process:
         facts = data_facts(data) | {f"head_{name}": value for name, value in figures.items()}

@@ -15,14 +15,15 @@ from modeling_adala.families import get_family
 from trainers.callbacks import append_metrics
 from trainers.comparison import Comparison
 from trainers.data_config import DataConfig
+from trainers.output_folder import EVALUATION, METRICS, OutputFolder
 from trainers.recipe import load_image_processor
 from trainers.segmentation import evaluate_segmentation, segmentation_processor
 from trainers.segmentation_data import SegmentationData, read_labels
-from trainers.stages import StageResult, check_stage_directory, load_classifier, load_segmenter
+from trainers.stages import check_stage_directory, load_classifier, load_segmenter
 from trainers.supervised_config import SupervisedConfig
 
 from ..arguments import CommandParser
-from .common import load_data, record_evaluation, run_and_report
+from .common import finished_before, load_data, open_folder, record_evaluation, run_and_report
 
 
 @dataclass
@@ -58,26 +59,36 @@ def main(arguments: Sequence[str]) -> None:
         check_stage_directory(
             model_args.model, ("feature-alignment", "supervised", "attention-alignment", "converted"), "stage 3"
         )
+    folder = open_folder("supervised", args, data_args, [model_args.model], **vars(model_args))
+    if folder.finished and (folder.path / EVALUATION).is_file():
+        finished_before(folder)
+        return
     set_seed(args.seed)
-    TASKS[model_args.task](model_args, data_args, args)
+    TASKS[model_args.task](folder, model_args, data_args, args)
 
 
-def _classify(model_args: FinetuneArguments, data_args: DataConfig, args: SupervisedConfig) -> None:
+def _classify(
+    folder: OutputFolder, model_args: FinetuneArguments, data_args: DataConfig, args: SupervisedConfig
+) -> None:
     for name, value in {**vars(model_args), "window": args.window, "stride": args.stride}.items():
         if name in ("labels", "reduce_labels", "window", "stride") and value:
             raise UsageError(f"{name}={value!r} is for --task semantic-segmentation; leave it out.")
     data, processor = load_data(data_args, model_args.model, require_labels=True)
-    model = load_classifier(model_args.model, data.labels or [])
-    result = run_and_report("supervised", model, args, data, processor, eval_dataset=data.eval_dataset())
+    # a kill may have come between the end of the training and the evaluation
+    model = load_classifier(str(folder.path) if finished_before(folder) else model_args.model, data.labels or [])
+    if not folder.finished:
+        model = run_and_report(folder, model, args, data, processor, eval_dataset=data.eval_dataset()).model
     if data.raw_eval is not None:
-        accuracy = Comparison(model, data, probe=False).classifier_accuracy(result.model.to(model.device))
+        accuracy = Comparison(model, data, probe=False).classifier_accuracy(model.to(args.device))
         assert accuracy is not None  # data and model were opened for classification
-        record_evaluation(result, data, {"accuracy": accuracy})
+        record_evaluation(folder.path, model, data, {"accuracy": accuracy})
         if args.process_index == 0:
             print(f"accuracy {accuracy:.4f} on {len(data.raw_eval):,} images")
 
 
-def _segment(model_args: FinetuneArguments, data_args: DataConfig, args: SupervisedConfig) -> None:
+def _segment(
+    folder: OutputFolder, model_args: FinetuneArguments, data_args: DataConfig, args: SupervisedConfig
+) -> None:
     processor, windows = load_image_processor(model_args.model), args.windows
     data = SegmentationData(
         data_args,
@@ -87,24 +98,24 @@ def _segment(model_args: FinetuneArguments, data_args: DataConfig, args: Supervi
         reduce_labels=model_args.reduce_labels,
         window=None if windows is None else windows[0],
     )
-    model = load_segmenter(model_args.model, data.labels)
     dataset: Any = data.eval_dataset()
-    processor = segmentation_processor(processor, data.image_size)
-    result: StageResult = run_and_report("supervised", model, args, data, processor, eval_dataset=dataset)
+    model = load_segmenter(str(folder.path) if finished_before(folder) else model_args.model, data.labels)
+    if not folder.finished:
+        processor = segmentation_processor(processor, data.image_size)
+        model = run_and_report(folder, model, args, data, processor, eval_dataset=dataset).model
     if dataset is None:
         return
     metrics = evaluate_segmentation(
-        result.model,
+        model.to(args.device),
         data.loader(dataset, args.per_device_eval_batch_size) or [],
         windows=windows,
         autocast_dtype=torch.bfloat16 if args.bf16 else None,
         disable_progress=args.disable_tqdm or None,
     )
     if args.process_index == 0:
-        line: dict[str, Any] = {"stage": "supervised", "step": result.resumed_from_step + result.steps}
-        line |= {f"eval_{name}": value for name, value in metrics.items()}
-        append_metrics(result.directory.parent / "metrics.jsonl", line)
-        record_evaluation(result, data, metrics)
+        line = {"stage": "supervised"} | {f"eval_{name}": value for name, value in metrics.items()}
+        append_metrics(folder.path / METRICS, line)
+        record_evaluation(folder.path, model, data, metrics)
         _print_table(metrics, data.labels)
         print(f"mean IoU {metrics['mean_iou']:.4f} on {dataset.summary()}")
 
