@@ -123,7 +123,7 @@ def runs(request, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def logged(folder: Path, stage: str, name: str) -> dict[int, float]:
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = read_metrics(folder / FOLDERS[stage] / "metrics.jsonl")
     return {line["step"]: line[name] for line in lines if line["stage"] == stage and name in line}
 
 
@@ -175,5 +175,7 @@ def test_each_stage_moved_the_weights(runs):
 def test_two_processes_leave_no_checkpoints_and_one_line_a_step(runs):
     for folder in runs:
         assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == sorted(FOLDERS.values())
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        assert len(lines) == len(read_metrics(folder / "metrics.jsonl")) == 4 * 3 + 4 + 3
+        for stage, count in zip(STAGES, (4 + 1, 4 + 1, 4 + 4 + 1)):
+            metrics = folder / FOLDERS[stage] / "metrics.jsonl"
+            assert len(metrics.read_text().splitlines()) == len(read_metrics(metrics)) == count
+            assert not (folder / FOLDERS[stage] / "checkpoints").exists()

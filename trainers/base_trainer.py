@@ -138,13 +138,23 @@ class AdaLATrainer(Trainer):
             self._stop(f"the loss is {loss.item()}" + (f", in {', '.join(parts)}" if parts else ""))
         return loss
 
+    def _clip_grad_norm(self, model):
+        self._check_gradients(model)
+        return super()._clip_grad_norm(model)
+
     def _get_grad_norm(self, model, grad_norm=None):
-        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if grad_norm is None:  # nothing was clipped
+            self._check_gradients(model)
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _check_gradients(self, model: nn.Module) -> None:
+        # before they are clipped: one that is not finite would then be in all of them
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        norm = nn.utils.get_total_norm(gradients.values())
         # a gradient scaler skips the steps whose float16 gradients overflow
-        if self.accelerator.scaler is None and not math.isfinite(grad_norm):
-            bad = (n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
-            self._stop(f"the gradient norm is {float(grad_norm)}, first in {next(bad, 'no parameter by itself')!r}")
-        return grad_norm
+        if self.accelerator.scaler is None and not torch.isfinite(norm):
+            bad = (name for name, gradient in gradients.items() if not gradient.isfinite().all())
+            self._stop(f"the gradient norm is {norm.item()}, first in {next(bad, 'no parameter by itself')!r}")
 
     def _stop(self, what: str) -> NoReturn:
         raise AdaLAError(

@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from hub_cards.card import code, plain
+from hub_cards.records import read_json
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import convert
 from modeling_adala.families import forward_features, patch_size
@@ -77,10 +78,10 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
     if comparison.eval_loader is not None:
         draw_features(out / "features.png", comparison, students)
         pictures["features.png"] = "Patch features as PCA colors, one basis (the teacher's) for all"
-    if not (out / "speed.json").is_file():  # the stages to come change the weights, not what they cost
-        measured = measure_speed(comparison.teacher, students["last"])
-        whole_file(out / "speed.json", json.dumps(measured, indent=2) + "\n")
-    speed = json.loads((out / "speed.json").read_text())
+    speed = read_json(out / "speed.json")
+    if not speed.get("rows"):  # the stages to come change the weights, not what they cost
+        speed = measure_speed(comparison.teacher, students["last"])
+        whole_file(out / "speed.json", json.dumps(speed, indent=2) + "\n")
     draw_speed(out / "speed.png", speed["rows"])
     pictures["speed.png"] = f"Forward pass over resolution, batch 1, on {speed['machine']}"
     whole_file(out / "report.md", _render(table, manifest, pictures, speed["rows"], config))

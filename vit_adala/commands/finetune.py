@@ -53,13 +53,13 @@ def main(arguments: Sequence[str]) -> None:
     model_args, data_args, args = parser.parse(arguments)
     if model_args.task not in TASKS:
         raise UsageError(f"task={model_args.task!r} is not supported; choose from {', '.join(TASKS)}.")
+    folder = open_folder("supervised", args, data_args, [model_args.model], **vars(model_args))
     config = load_config(model_args.model)
     get_family(config.model_type)
     if config.model_type.startswith("adala_"):
         check_stage_directory(
             model_args.model, ("feature-alignment", "supervised", "attention-alignment", "converted"), "stage 3"
         )
-    folder = open_folder("supervised", args, data_args, [model_args.model], **vars(model_args))
     if folder.finished and (folder.path / EVALUATION).is_file():
         finished_before(folder)
         return
