@@ -51,7 +51,7 @@ def open_folder(
     """
     of_data = {key: value for key, value in asdict(data).items() if not key.startswith("eval_")}
     named = {"dataset": data.dataset} | {key: value for key, value in settings.items() if isinstance(value, str)}
-    places = {key: os.path.realpath(value) for key, value in named.items() if os.path.exists(value or "")}
+    places = {key: os.path.realpath(value) for key, value in named.items() if value and os.path.exists(value)}
     inputs = [*models, data.dataset]
     return OutputFolder(args.output_dir, name, of_data | settings | places | training_settings(args), inputs)
 
