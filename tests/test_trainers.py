@@ -683,6 +683,13 @@ def test_teacher_that_the_student_was_not_converted_from_is_refused(tmp_path, st
         trainer_of(stage, tmp_path, student_of(tiny_vit()), teacher())
 
 
+@pytest.mark.parametrize("stage", [ATTENTION, FEATURES])
+def test_metrics_that_would_be_ignored_are_refused(tmp_path, stage):
+    teacher = tiny_vit()
+    with pytest.raises(UsageError, match="compute_metrics"):
+        trainer_of(stage, tmp_path, student_of(teacher), teacher, compute_metrics=lambda prediction: {})
+
+
 def test_stage_1_without_a_linear_layer_is_refused(tmp_path):
     teacher = tiny_vit()
     with pytest.raises(UsageError, match="softmax_layers"):

@@ -238,6 +238,11 @@ class AlignmentTrainer(AdaLATrainer):
     """
 
     def __init__(self, model: PreTrainedModel, teacher_model: str | PreTrainedModel, args: Any, **kwargs):
+        if kwargs.get("compute_metrics") is not None:
+            raise UsageError(
+                "compute_metrics: stages 1 and 2 predict nothing to compute them from; evaluate the student with"
+                " `trainers.evaluation.evaluate_pair`, or in a callback."
+            )
         teacher = load_teacher(teacher_model)
         check_pair(teacher, model)
         super().__init__(model=model, args=args, **kwargs)
