@@ -19,10 +19,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_adala.checkpoint_safety import check_checkpoint, read_shapes
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion import load_config, load_teacher
 from modeling_adala.errors import CheckpointError
 from modeling_adala.families import attention_modules, forward_features, get_family, native_size, patch_size
 from modeling_adala.feature_maps import FeatureMap
+from modeling_adala.loading import load_config, load_teacher
 
 from .checks import Check, run_check
 

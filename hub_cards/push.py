@@ -28,9 +28,9 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_adala
-from modeling_adala.conversion import load_config
 from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
 from modeling_adala.hub_code import auto_map
+from modeling_adala.loading import load_config
 
 from .card import build_card, render_card
 from .card_data import AdaLACardData

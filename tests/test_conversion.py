@@ -36,7 +36,7 @@ from modeling_adala import (
     conversion,
     convert,
 )
-from modeling_adala.conversion import load_teacher, parity_report, student_config
+from modeling_adala.conversion import parity_report, student_config
 from modeling_adala.families import (
     FAMILIES,
     attention_modules,
@@ -44,6 +44,7 @@ from modeling_adala.families import (
     get_family,
     token_groups,
 )
+from modeling_adala.loading import load_teacher
 from modeling_adala.mixins import image_inputs
 
 SHARED = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}

@@ -18,9 +18,8 @@ from transformers import PreTrainedModel, ViTConfig
 
 from hub_cards.checks import check_checkpoint
 from modeling_adala import CheckpointError, convert
-from modeling_adala.conversion import load_config, load_teacher
+from modeling_adala.loading import load_classifier, load_config, load_student, load_teacher
 from trainers import report
-from trainers.stages import load_classifier, load_student
 from vit_adala.cli import main
 
 REPOSITORY = Path(__file__).parents[1]

@@ -23,8 +23,8 @@ from transformers.utils import CONFIG_NAME
 
 from hub_cards import write_card
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion import load_teacher
 from modeling_adala.errors import DataError, UsageError
+from modeling_adala.loading import load_teacher
 
 from .checkpoints import complete_checkpoints, writing
 from .data import collate_images

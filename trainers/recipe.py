@@ -10,13 +10,20 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from transformers import AutoImageProcessor, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from hub_cards import write_card
 from hub_cards.records import find_license, read_manifest
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion import convert, load_teacher, load_teacher_config, student_config
+from modeling_adala.conversion import convert, student_config
 from modeling_adala.errors import UsageError
+from modeling_adala.loading import (
+    load_classifier,
+    load_image_processor,
+    load_student,
+    load_teacher,
+    load_teacher_config,
+)
 
 from .base_config import has_fast_bf16
 from .callbacks import append_metrics, read_metrics
@@ -27,7 +34,7 @@ from .facts import data_facts, describe_machine, hash_weights, software_versions
 from .recipe_config import RecipeConfig
 from .report import write_report
 from .sources import fingerprint
-from .stages import STAGES, Stage, StageResult, load_classifier, load_student, remove_checkpoints, run_stage
+from .stages import STAGES, Stage, StageResult, remove_checkpoints, run_stage
 
 logger = logging.getLogger(__name__)
 
@@ -252,14 +259,3 @@ class _Run:
         self.manifest |= facts
         if self.main:
             whole_file(self.out / "manifest.json", json.dumps(self.manifest, indent=2) + "\n")
-
-
-def load_image_processor(name_or_path: str) -> Any | None:
-    """The checkpoint's image processor, or `None`, with a warning, where it has none."""
-    try:
-        return AutoImageProcessor.from_pretrained(name_or_path, backend="pil")
-    except (OSError, ValueError) as error:
-        logger.warning(
-            "%s has no image processor (%s): pixels are fed as 0..1", name_or_path, str(error).split("\n")[0]
-        )
-        return None

@@ -8,13 +8,12 @@ from typing import Any
 from accelerate import PartialState
 
 from hub_cards import write_card
-from modeling_adala.conversion import load_config
+from modeling_adala.loading import load_config, load_image_processor
 from trainers.base_trainer import is_student
 from trainers.checkpoints import whole_file
 from trainers.data_config import DataConfig, DataModule
 from trainers.facts import data_facts
 from trainers.monitoring import cost_in_words
-from trainers.recipe import load_image_processor
 from trainers.stages import STAGES, StageResult, run_stage
 
 
