@@ -114,7 +114,8 @@ def check_image_processor(name: str, values: Any) -> None:
         values (`dict`): Its preprocessor_config.json.
 
     Raises:
-        CheckpointError: for a mean, a standard deviation or a factor that is missing, not finite or not positive.
+        CheckpointError: for a mean, a standard deviation or a factor that is missing, not finite or not positive, and
+            for flags and filters that are none.
     """
     if not isinstance(values, dict):
         refuse_image_processor(name, "it is no JSON object")
@@ -124,6 +125,9 @@ def check_image_processor(name: str, values: Any) -> None:
     factor = values.get("rescale_factor")
     if factor is not None and not (_is_number(factor) and factor > 0):
         refuse_image_processor(name, f"rescale_factor={factor!r} is no positive number")
+    resample = values.get("resample")
+    if resample is not None and resample not in range(6):
+        refuse_image_processor(name, f"resample={resample!r} is none of Pillow's filters, 0 to 5")
     if values.get("do_normalize") is False:
         return
     for key in ("image_mean", "image_std"):
