@@ -149,6 +149,15 @@ def check_dtypes(what: str, files: Iterable[Path]) -> None:
         )
 
 
+def nonfinite_tensors(files: Iterable[Path]) -> list[str]:
+    """Return the names of the stored tensors that hold NaN or infinity; reads all weights, one tensor at a time."""
+    bad = []
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            bad += [name for name in file.keys() if not is_finite(file.get_tensor(name))]  # noqa: SIM118, it is no dict
+    return bad
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite, mostly without a mask of the tensor's size."""
     return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

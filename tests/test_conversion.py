@@ -136,7 +136,7 @@ def test_provenance_is_written_to_disk(tmp_path):
     student, _ = convert(str(tmp_path / "teacher"))
     student.save_pretrained(tmp_path / "student")
     written = json.loads((tmp_path / "student" / "config.json").read_text())
-    assert written["teacher_name_or_path"] == str(tmp_path / "teacher")
+    assert written["teacher_name_or_path"] == "teacher"  # the folders above it are of this machine
     assert written["adala_stage"] == "converted"
     assert written["architectures"] == ["AdaLADinov2Model"]
 
