@@ -64,7 +64,7 @@ def shared_name(name_or_path: str | None) -> str | None:
     cached = re.search(r"models--([\w.-]+)[/\\]snapshots[/\\]", name_or_path)
     if cached:  # a folder of the Hub's cache
         return cached[1].replace("--", "/")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path) and not os.path.exists(name_or_path):
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path) and not os.path.exists(name_or_path):
         return name_or_path
     return re.split(r"[/\\]", name_or_path.rstrip("/\\"))[-1] or None
 
