@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -122,12 +123,9 @@ def read_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: if the file is not one, or its length does not fit its header.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-            return {name: StoredTensor(part.get_dtype(), part.get_shape()) for name, part in parts.items()}
-    except (SafetensorError, OSError) as error:
-        _refuse(Path(path), f"it is truncated or corrupt ({str(error).splitlines()[0]})")
+    with _opened(path) as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        return {name: StoredTensor(part.get_dtype(), part.get_shape()) for name, part in parts.items()}
 
 
 def check_dtypes(what: str, files: Iterable[Path]) -> None:
@@ -150,10 +148,14 @@ def check_dtypes(what: str, files: Iterable[Path]) -> None:
 
 
 def nonfinite_tensors(files: Iterable[Path]) -> list[str]:
-    """Return the names of the stored tensors that hold NaN or infinity; reads all weights, one tensor at a time."""
+    """Return the names of the stored tensors that hold NaN or infinity; reads all weights, one tensor at a time.
+
+    Raises:
+        CheckpointError: see `read_tensors`.
+    """
     bad = []
     for path in files:
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             bad += [name for name in file.keys() if not is_finite(file.get_tensor(name))]  # noqa: SIM118, it is no dict
     return bad
 
@@ -161,6 +163,15 @@ def nonfinite_tensors(files: Iterable[Path]) -> list[str]:
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite, mostly without a mask of the tensor's size."""
     return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+@contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        _refuse(Path(path), f"it is truncated or corrupt ({str(error).splitlines()[0]})")
 
 
 def _check_links(directory: Path) -> None:
