@@ -18,14 +18,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_adala
-from modeling_adala.checkpoint_safety import check_checkpoint, nonfinite_tensors, read_tensors, weight_files
+from modeling_adala.checkpoint_safety import check_checkpoint
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.errors import CheckpointError
 from modeling_adala.families import attention_modules, forward_features, native_size, patch_size
 from modeling_adala.feature_maps import FeatureMap
 from modeling_adala.hub_code import ADALA_VERSION
-from modeling_adala.loading import load_config, load_student, load_teacher
+from modeling_adala.loading import load_config, load_image_processor, load_student, load_teacher
 from modeling_adala.mixins import num_special_tokens
+from modeling_adala.stored_weights import nonfinite_tensors, read_tensors, weight_files
 
 from .checks import Check, run_check
 
@@ -161,9 +162,9 @@ def position_grid(subject: Subject) -> Check:
 
 
 def image_processor(subject: Subject) -> Check:
-    """The folder says how images become pixel values."""
-    if any((subject.directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        return Check("image processor", "PASS", "preprocessor_config.json is there")
+    """The folder says how images become pixel values, and in numbers that can be used."""
+    if load_image_processor(str(subject.directory)) is not None:
+        return Check("image processor", "PASS", "there, with a mean and a standard deviation that can be used")
     remedy = "Save the teacher's image processor into the folder."
     return Check("image processor", "WARN", "none: users have to guess the normalization", remedy)
 

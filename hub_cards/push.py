@@ -29,10 +29,10 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_adala
-from modeling_adala.checkpoint_safety import check_dtypes, nonfinite_tensors, weight_files
 from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
 from modeling_adala.hub_code import auto_map, shared_name
 from modeling_adala.loading import load_config
+from modeling_adala.stored_weights import INDEX, check_dtypes, nonfinite_tensors, weight_files
 
 from .card import build_card, render_card
 from .card_data import AdaLACardData
@@ -40,7 +40,6 @@ from .card_data import AdaLACardData
 CARD = "README.md"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
-_INDEX = "model.safetensors.index.json"
 _LOGIN = re.compile(r"(?<=://)[^/\s]*@")
 # `from_pretrained` prefers one file to shards and falls back on pickles, so none of an earlier push may stay behind
 _WEIGHTS = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
@@ -234,7 +233,7 @@ def _weights(directory: Path) -> dict[str, Path | bytes]:
             f"directory={str(directory)!r} holds non-finite weights in {len(bad)} tensors (first: {bad[0]!r}); push an"
             " earlier checkpoint, or train again with a lower learning rate."
         )
-    index = [directory / _INDEX] if files[0].name != "model.safetensors" else []
+    index = [directory / INDEX] if files[0].name != "model.safetensors" else []
     return {path.name: path for path in (*index, *files)}
 
 

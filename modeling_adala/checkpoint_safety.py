@@ -8,18 +8,16 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from .configuration_adala import pair
 from .errors import CheckpointError
 from .families import FAMILIES
+from .stored_weights import read_tensors, replace_it, weight_files
 
 # Attention implementations that are code of Transformers or ours. Any other name is a repository of kernels to run.
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "adala")
@@ -27,7 +25,6 @@ MAX_LAYERS = 1_000
 MAX_SIZE = 1_000_000
 MAX_CONFIG_BYTES = 2**24  # ImageNet-22k's names, twice over, are a tenth of that
 
-_INDEX = "model.safetensors.index.json"
 _LAYERS = {"num_hidden_layers", "num_layers", "depth"}
 _AT_LEAST_ONE = _LAYERS | {
     "hidden_size",
@@ -53,16 +50,6 @@ _SIZES = _AT_LEAST_ONE | {
     "max_position_embeddings",
 }
 _ATTENTION_FIELDS = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-# buffers that count
-_COUNTERS = ("position_ids", "num_batches_tracked")
-
-
-class StoredTensor(NamedTuple):
-    """What the header of a safetensors file says of a tensor; `dtype` by safetensors' name, such as `"F32"`."""
-
-    dtype: str
-    shape: list[int]
 
 
 def check_checkpoint(directory: str | os.PathLike) -> None:
@@ -94,84 +81,6 @@ def check_checkpoint(directory: str | os.PathLike) -> None:
     tensors = {name: tensor for file in weights for name, tensor in read_tensors(file).items()}
     if values["model_type"].removeprefix("adala_") in FAMILIES:
         _check_config(directory, values, {name: tensor.shape for name, tensor in tensors.items()})
-
-
-def weight_files(directory: str | os.PathLike) -> list[Path]:
-    """Return the safetensors files of a checkpoint folder, those that `from_pretrained` reads; none if it has none.
-
-    Raises:
-        CheckpointError: for an index of shards that is none, or names a file that is not in the folder.
-    """
-    directory = Path(directory)
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    if not (directory / _INDEX).is_file():
-        return []
-    try:
-        names = sorted({str(name) for name in json.loads((directory / _INDEX).read_bytes())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        _refuse(directory, f"{_INDEX} is no index of weights")
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors") or not (directory / name).is_file():
-            _refuse(directory, f"{name!r} is named as a file of weights, but is none of its safetensors files")
-    return [directory / name for name in names]
-
-
-def read_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
-    """Return dtype and shape of the tensors of a safetensors file, from its header.
-
-    Raises:
-        CheckpointError: if the file is not one, or its length does not fit its header.
-    """
-    with _opened(path) as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        return {name: StoredTensor(part.get_dtype(), part.get_shape()) for name, part in parts.items()}
-
-
-def check_dtypes(what: str, files: Iterable[Path]) -> None:
-    """Refuse weights that were cast to integers or to 8 bits: Transformers would read the rounded numbers as they are.
-
-    Args:
-        what (`str`): How the message calls the model.
-        files (`Iterable[Path]`): Its safetensors files.
-
-    Raises:
-        CheckpointError: naming one of them.
-    """
-    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
-    cast = [name for name, tensor in tensors.items() if tensor.dtype not in _FLOATS and not name.endswith(_COUNTERS)]
-    if cast:
-        raise CheckpointError(
-            f"{what} is not opened: {len(cast)} of {len(tensors)} stored weights are no floating-point numbers of 16"
-            f" bits or more, such as {cast[0]!r} ({tensors[cast[0]].dtype}). Save it in float32 or bfloat16."
-        )
-
-
-def nonfinite_tensors(files: Iterable[Path]) -> list[str]:
-    """Return the names of the stored tensors that hold NaN or infinity; reads all weights, one tensor at a time.
-
-    Raises:
-        CheckpointError: see `read_tensors`.
-    """
-    bad = []
-    for path in files:
-        with _opened(path) as file:
-            bad += [name for name in file.keys() if not is_finite(file.get_tensor(name))]  # noqa: SIM118, it is no dict
-    return bad
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite, mostly without a mask of the tensor's size."""
-    return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-@contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        _refuse(Path(path), f"it is truncated or corrupt ({str(error).splitlines()[0]})")
 
 
 def _check_links(directory: Path) -> None:
@@ -280,5 +189,5 @@ def _fewest_parameters(config: PretrainedConfig, shapes: dict[str, list[int]]) -
     return count
 
 
-def _refuse(path: Path, reason: str, remedy: str = "Get it again from where it comes from") -> NoReturn:
-    raise CheckpointError(f"{str(path)!r} is not opened: {reason}. {remedy}.")
+def _refuse(path: Path, reason: str, remedy: str | None = None) -> NoReturn:
+    raise CheckpointError(f"{str(path)!r} is not opened: {reason}. {remedy or replace_it(path)}.")

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from .checkpoint_safety import ATTENTIONS, check_checkpoint, check_dtypes, weight_files
+from .checkpoint_safety import ATTENTIONS, check_checkpoint
 from .configuration_adala import vision_config
 from .errors import CheckpointError, DataError, UsageError
 from .families import get_family, vision_tower
@@ -34,8 +34,8 @@ from .loading_checks import (
     reason_of,
     refuse_image_processor,
     saved_as,
-    stage_remedy,
 )
+from .stored_weights import check_dtypes, replace_it, stage_remedy, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -328,9 +328,7 @@ def _open(
                 f"{what} could not be opened: the Hub did not deliver its weights ({reason_of(error)}) Pass a local"
                 " folder, or try again with a network."
             ) from error
-        raise CheckpointError(
-            f"{what} could not be opened: {reason_of(error)} Get it again from where it comes from."
-        ) from error
+        raise CheckpointError(f"{what} could not be opened: {reason_of(error)} {replace_it(name)}.") from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise CheckpointError(f"{what} holds adapters; merge them with merge_and_unload and save the model whole.")
     check_complete(model, info, config, what, new_head, new_labels)

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -12,9 +11,9 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .checkpoint_safety import is_finite
 from .errors import CheckpointError
 from .families import get_family, vision_tower
+from .stored_weights import is_finite, replace_it
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +50,19 @@ def check_complete(
         unexpected -= _keys_left_out(model, config, unexpected)
     found = []
     if missing:
-        found.append(f"{len(missing)} of its {len(model.state_dict())} weights are missing, such as {min(missing)!r}")
+        found.append(f"missing weights: {len(missing)} of {len(model.state_dict())}, such as {min(missing)!r}")
     if unexpected:
-        example = min(unexpected)
-        found.append(f"{len(unexpected)} stored weights have no place in {type(model).__name__}, such as {example!r}")
+        found.append(
+            f"weights without a place in {type(model).__name__}: {len(unexpected)}, such as {min(unexpected)!r}"
+        )
     if sizes:
         key = min(sizes)
         stored, wanted = (tuple(shape) for shape in sizes[key])
-        found.append(f"{len(sizes)} weights are of another size, such as {key!r}: {stored} stored, {wanted} expected")
+        found.append(f"weights of another size: {len(sizes)}, such as {key!r} ({stored} stored, {wanted} expected)")
     if found:
         raise CheckpointError(
-            f"{what} does not fit its config.json: {'; '.join(found)}. Undo what was changed in either, or get it"
-            " again from where it comes from."
+            f"{what} does not fit its config.json: {'; '.join(found)}. Undo what was changed in either."
+            f" {replace_it(config.name_or_path)}."
         )
 
 
@@ -77,7 +77,7 @@ def _keys_inside(model: PreTrainedModel) -> set[str]:
 def _keys_left_out(model: PreTrainedModel, config: PretrainedConfig, unexpected: Iterable[str]) -> set[str]:
     """Those of the unexpected keys that belong to the class that the checkpoint was saved as, such as a pooler."""
     classes = {cls.__name__: cls for cls in get_family(config.model_type).classes.values()}
-    saved_class = classes.get(saved_as(config)) or getattr(transformers, saved_as(config), None)
+    saved_class: Any = classes.get(saved_as(config)) or getattr(transformers, saved_as(config), None)
     if getattr(saved_class, "config_class", None) is not type(config):
         return set()
     with torch.device("meta"):
@@ -102,7 +102,7 @@ def check_finite(model: PreTrainedModel, what: str) -> None:
     if bad:
         raise CheckpointError(
             f"{what} holds non-finite weights in {len(bad)} of {len(tensors)} tensors (first: {bad[0]!r}). Pass an"
-            " earlier checkpoint, or get it again from where it comes from."
+            f" earlier checkpoint. {replace_it(model.config.name_or_path)}."
         )
 
 
@@ -154,12 +154,6 @@ def refuse_image_processor(name: str, reason: str, cause: BaseException | None =
 def saved_as(config: PretrainedConfig) -> str:
     """Return the name of the class that a checkpoint was saved as, or an empty one."""
     return str((config.architectures or [""])[0])
-
-
-def stage_remedy(name: str) -> str | None:
-    """Return how to get back the folder of a stage of a run, which has its number in front; `None` for any other."""
-    found = re.fullmatch(r"(\d)-[a-z-]+", os.path.basename(os.path.normpath(name)))
-    return found and f"If a run left it, run that again with --from-stage {found[1]}"
 
 
 def reason_of(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from modeling_adala import CheckpointError, DataError, UsageError, convert
-from modeling_adala.checkpoint_safety import ATTENTIONS, check_checkpoint, is_finite
+from modeling_adala.checkpoint_safety import ATTENTIONS, check_checkpoint
 from modeling_adala.families import FAMILIES, attention_modules, vision_tower
 from modeling_adala.loading import (
     load_classifier,
@@ -35,6 +35,7 @@ from modeling_adala.loading import (
     load_student,
     load_teacher,
 )
+from modeling_adala.stored_weights import is_finite
 from vit_adala.cli import main
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -110,7 +111,7 @@ DAMAGE = {
     "no second layer": (lambda tensors: {n: t for n, t in tensors.items() if ".1." not in n}, "missing"),
     "no bias": (lambda tensors: {n: t for n, t in tensors.items() if n != in_attention(tensors)}, "missing"),
     "one shape": (lambda tensors: tensors | {in_attention(tensors): torch.zeros(7)}, "another size"),
-    "one too many": (lambda t: t | {in_attention(t).replace(".1.", ".2."): torch.zeros(32)}, "have no place"),
+    "one too many": (lambda t: t | {in_attention(t).replace(".1.", ".2."): torch.zeros(32)}, "without a place"),
 }
 
 
@@ -175,7 +176,7 @@ def test_a_layer_that_config_json_leaves_out_is_not_dropped_in_silence(copy_of):
         for kind, load in (("teacher", load_teacher), ("student", load_student)):
             folder = copy_of(name, "Model", kind)
             set_json(folder, **part, **({"out_features": None, "out_indices": None} if kind == "student" else {}))
-            refused(lambda load=load, folder=folder: load(str(folder)), " stored weights have no place in ", ".1.")
+            refused(lambda load=load, folder=folder: load(str(folder)), "weights without a place in ", ".1.")
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
@@ -188,7 +189,7 @@ def test_a_head_may_be_new_and_only_where_it_is_asked_for(kind, saved, copy_of):
     assert load_classifier(base, LABELS).classifier.weight.shape == (3, 32)
     headless = copy_of("vit", "ForImageClassification", kind)
     change(headless, lambda tensors: {n: t for n, t in tensors.items() if not n.startswith("classifier")})
-    refused(lambda: load_classifier(str(headless), own), "classifier.bias", "2 of its")
+    refused(lambda: load_classifier(str(headless), own), "missing weights: 2 of", "classifier.bias")
     other, nine = headless, {"classifier.weight": torch.zeros(9, 32), "classifier.bias": torch.zeros(9)}
     change(other, lambda tensors: tensors | nine)
     refused(lambda: load_classifier(str(other), own), "classifier.bias", "(9,) stored, (2,) expected")
@@ -204,7 +205,7 @@ def test_a_teacher_without_a_pooler_opens_as_dinos_checkpoints_do(tmp_path, capl
     assert convert(teacher)[1].passed
     half = load_file(tmp_path / "model.safetensors") | {"pooler.dense.weight": torch.zeros(32, 32)}
     save_file(half, tmp_path / "model.safetensors", {"format": "pt"})
-    refused(lambda: load_teacher(str(tmp_path)), "1 of its 40 weights", "'pooler.dense.bias'")
+    refused(lambda: load_teacher(str(tmp_path)), "missing weights: 1 of 40", "'pooler.dense.bias'")
 
 
 def test_encoders_that_are_a_vit_by_another_name_are_teachers_too(tmp_path):
@@ -285,7 +286,7 @@ def test_all_floating_point_numbers_of_16_bits_and_more_open_as_float32(dtype, c
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, ("quantized",)),
         ({"image_size": 35}, ("'vit.embeddings.position_embeddings'", "another size")),
         ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}, ("'classifier.bias'", "(2,) expected")),
-        ({"architectures": ["ViTModel"]}, ("have no place in ViTModel", "'classifier.bias'")),
+        ({"architectures": ["ViTModel"]}, ("without a place in ViTModel", "'classifier.bias'")),
         ({"num_channels": 3}, ("patch_embeddings.projection.weight", "another size")),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -302,7 +303,18 @@ def test_folders_without_weights_say_what_to_do(folder, tmp_path):
     line = refused(lambda: load_student(str(tmp_path / "2-feature-alignment")), "no config.json", error=DataError)
     assert "--from-stage 2" in line
     shutil.copy(folder / "config.json", tmp_path / "2-feature-alignment")
-    refused(lambda: load_teacher(str(tmp_path / "2-feature-alignment")), "has no weights", "--from-stage 2")
+    stage = tmp_path / "2-feature-alignment"
+    refused(lambda: load_teacher(str(stage)), "has no weights", "--from-stage 2")
+    (stage / "model.safetensors").write_bytes(b"")
+    refused(lambda: load_teacher(str(stage)), "truncated", "--from-stage 2")
+
+
+def test_every_way_out_of_a_damaged_stage_folder_names_its_stage(vit, tmp_path):
+    folder = Path(shutil.copytree(vit, tmp_path / "1-attention-alignment"))
+    change(folder, lambda tensors: {n: t for n, t in tensors.items() if ".1." not in n})
+    refused(lambda: load_teacher(str(folder)), "missing weights", "--from-stage 1")
+    change(folder, lambda tensors: {n: t * float("nan") for n, t in load_file(vit / "model.safetensors").items()})
+    refused(lambda: load_teacher(str(folder)), "non-finite", "--from-stage 1")
 
 
 EVIL = "org/evil-kernel"
