@@ -14,9 +14,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from modeling_adala.conversion import load_teacher_config, student_config
+from modeling_adala.conversion import student_config
 from modeling_adala.errors import AdaLAError
 from modeling_adala.flops import count_tokens, image_cost, linear_config
+from modeling_adala.loading import load_teacher_config
 from trainers.base_config import has_fast_bf16
 from vit_adala.benchmark.memory import peak_of
 from vit_adala.benchmark.timing import Timing, time_in_turns

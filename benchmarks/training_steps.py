@@ -21,8 +21,9 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion import convert, load_config, load_teacher
+from modeling_adala.conversion import convert
 from modeling_adala.families import attention_modules, forward_tower
+from modeling_adala.loading import load_config, load_teacher
 from trainers.attention_alignment_trainer import AttentionAlignmentTrainer
 from trainers.base_config import has_fast_bf16
 from trainers.base_trainer import AlignmentTrainer, freeze_all_but

@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import AutoImageProcessor, HfArgumentParser, set_seed
 
 from modeling_adala import UsageError, convert
-from modeling_adala.conversion import load_teacher
+from modeling_adala.loading import load_teacher
 from trainers import (
     AttentionAlignmentConfig,
     AttentionAlignmentTrainer,

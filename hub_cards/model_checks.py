@@ -17,12 +17,16 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from modeling_adala.checkpoint_safety import check_checkpoint, read_shapes
+import modeling_adala
+from modeling_adala.checkpoint_safety import check_checkpoint
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion import load_config, load_teacher
 from modeling_adala.errors import CheckpointError
-from modeling_adala.families import attention_modules, forward_features, get_family, native_size, patch_size
+from modeling_adala.families import attention_modules, forward_features, native_size, patch_size
 from modeling_adala.feature_maps import FeatureMap
+from modeling_adala.hub_code import ADALA_VERSION
+from modeling_adala.loading import load_config, load_image_processor, load_student, load_teacher
+from modeling_adala.mixins import num_special_tokens
+from modeling_adala.stored_weights import nonfinite_tensors, read_tensors, weight_files
 
 from .checks import Check, run_check
 
@@ -52,16 +56,13 @@ class Subject:
 
     @cached_property
     def shapes(self) -> dict[str, list[int]]:
-        files = sorted(self.directory.glob("*.safetensors"))
-        return {name: shape for file in files for name, shape in read_shapes(file).items()}
+        files = weight_files(self.directory)
+        return {name: tensor.shape for file in files for name, tensor in read_tensors(file).items()}
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        if not self.config.model_type.startswith("adala_"):
-            return load_teacher(str(self.directory))
-        classes = {cls.__name__: cls for cls in get_family(self.config.model_type).classes.values()}
-        student_class = classes[(self.config.architectures or [next(iter(classes))])[0]]
-        return student_class.from_pretrained(self.directory, dtype=torch.float32, use_safetensors=True).eval()
+        load = load_student if self.config.model_type.startswith("adala_") else load_teacher
+        return load(str(self.directory), finite=False).eval()  # whether they are finite has a line of its own
 
     @cached_property
     def pixel_values(self) -> Tensor | None:
@@ -147,22 +148,23 @@ def position_grid(subject: Subject) -> Check:
     rows, columns = height // patch[0], width // patch[1]
     grid = f"{rows}x{columns} patches ({height}x{width} pixels)"
     stored = {n: s[-2] for n, s in subject.shapes.items() if "position_embedding" in n and "text" not in n}
-    extra = 1 + getattr(config, "num_register_tokens", 0)
+    # class and distillation tokens have positions, registers have none
+    tokens = num_special_tokens(config) - getattr(config, "num_register_tokens", 0)
     for name, positions in stored.items():
-        if not 0 <= positions - rows * columns <= extra:
+        if positions != rows * columns + tokens:
             return Check(
                 "position grid",
                 "FAIL",
-                f"{name!r} holds {positions} positions, but config.json says {grid}",
+                f"{name!r} holds {positions} positions, but config.json says {grid} and {tokens} tokens before them",
                 "Set image_size and patch_size to what the weights were trained at.",
             )
     return Check("position grid", "PASS", grid if stored else f"{grid}; positions are computed, none are stored")
 
 
 def image_processor(subject: Subject) -> Check:
-    """The folder says how images become pixel values."""
-    if any((subject.directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        return Check("image processor", "PASS", "preprocessor_config.json is there")
+    """The folder says how images become pixel values, and in numbers that can be used."""
+    if load_image_processor(str(subject.directory)) is not None:
+        return Check("image processor", "PASS", "there, with a mean and a standard deviation that can be used")
     remedy = "Save the teacher's image processor into the folder."
     return Check("image processor", "WARN", "none: users have to guess the normalization", remedy)
 
@@ -195,6 +197,24 @@ def loads_with_the_package(subject: Subject) -> Check:
     return Check(name, "PASS", f"{found['class']}, in a fresh process")
 
 
+def code_files(subject: Subject) -> Check:
+    """The Python files in the folder are those of this package, byte for byte."""
+    files = sorted(subject.directory.glob("*.py"))
+    if not files:
+        return Check("code files", "PASS", "the folder carries none")
+    version = getattr(vision_config(subject.config), "adala_version", None)
+    if version != ADALA_VERSION:
+        remedy = f"Install vit-adala {version} to compare them." if version else "Read them before you let them run."
+        message = f"{len(files)} of vit-adala {version or 'of no known version'}, not compared with {ADALA_VERSION}"
+        return Check("code files", "WARN", message, remedy)
+    package = Path(modeling_adala.__file__).parent
+    altered = [file.name for file in files if not _is_same_file(file, package / file.name)]
+    if altered:
+        remedy = "Do not let them run; save or push the model again with this version."
+        return Check("code files", "FAIL", f"not those of vit-adala {version}: {', '.join(altered)}", remedy)
+    return Check("code files", "PASS", f"all {len(files)} are those of vit-adala {version}")
+
+
 def loads_without_the_package(subject: Subject) -> Check:
     """The code files that the folder carries are complete and, where the user allows them to run, open it alike."""
     name, auto_map = "loads without the package", getattr(subject.config, "auto_map", None)
@@ -218,7 +238,8 @@ def loads_without_the_package(subject: Subject) -> Check:
         return Check(name, "WARN", f"the code files are complete ({', '.join(sorted(files))}); not run", remedy)
     found = run_probe(subject.directory, "--without-package", "--trust-remote-code")
     expected = torch.tensor(subject.opened["outputs"])
-    if not torch.allclose(torch.tensor(found["outputs"]), expected, rtol=1e-3, atol=1e-4, equal_nan=True):
+    outputs = torch.tensor(found["outputs"])
+    if len(outputs) != len(expected) or not torch.allclose(outputs, expected, rtol=1e-3, atol=1e-4, equal_nan=True):
         remedy = "Save or push it again, so that code and weights are of one version."
         return Check(name, "FAIL", "its own code gives other outputs than the package", remedy)
     return Check(name, "PASS", f"{found['class']}, in a fresh process, with the same outputs")
@@ -229,7 +250,7 @@ def loads_without_the_package(subject: Subject) -> Check:
 
 def finite_weights(subject: Subject) -> Check:
     """No NaN and no infinity in the weights."""
-    bad = [name for name, tensor in subject.model.state_dict().items() if not tensor.isfinite().all()]
+    bad = nonfinite_tensors(weight_files(subject.directory))
     if bad:
         remedy = "Training diverged: go back to an earlier checkpoint and lower the learning rate."
         return Check("finite weights", "FAIL", f"NaN or infinity in {len(bad)} tensors, such as {bad[0]!r}", remedy)
@@ -274,6 +295,10 @@ def smallest_normalizer(subject: Subject) -> Check:
     return Check(name, "WARN" if smallest[worst] >= eps else "FAIL", message, remedy)
 
 
+def _is_same_file(file: Path, other: Path) -> bool:
+    return other.is_file() and file.read_bytes() == other.read_bytes()
+
+
 def _no_images(name: str) -> Check:
     return Check(name, "WARN", "not measured: there are no images", "Pass images with --dataset.")
 
@@ -283,6 +308,7 @@ CHECKS: tuple[Callable[[Subject], Check], ...] = (
     position_grid,
     image_processor,
     card,
+    code_files,
     loads_with_the_package,
     loads_without_the_package,
     finite_weights,

@@ -2,11 +2,12 @@
 
 What goes up is chosen file by file and never the folder as a whole: weights as safetensors, the configuration with the
 complete `auto_map`, the image processor, the code that opens the model without this package, the card and the pictures
-it shows. Checkpoints of the Trainer, optimizer states, pickles and manifests with local paths stay where they are.
+it shows. Checkpoints of the Trainer, optimizer states, pickles, local paths and weights that are not finite stay here.
 """
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,9 +29,10 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_adala
-from modeling_adala.conversion import load_config
 from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
-from modeling_adala.hub_code import auto_map
+from modeling_adala.hub_code import auto_map, shared_name
+from modeling_adala.loading import load_config
+from modeling_adala.stored_weights import INDEX, check_dtypes, nonfinite_tensors, weight_files
 
 from .card import build_card, render_card
 from .card_data import AdaLACardData
@@ -38,7 +40,7 @@ from .card_data import AdaLACardData
 CARD = "README.md"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
-_INDEX = "model.safetensors.index.json"
+_LOGIN = re.compile(r"(?<=://)[^/\s]*@")
 # `from_pretrained` prefers one file to shards and falls back on pickles, so none of an earlier push may stay behind
 _WEIGHTS = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
 
@@ -117,7 +119,8 @@ def plan_push(
     Raises:
         UsageError: for a folder that is no AdaLA checkpoint, a malformed `repo_id`, a `revision` that is no branch, or
             `private` on a public repository.
-        CheckpointError: for a folder that `check_checkpoint` refuses, or without weights.
+        CheckpointError: for a folder that `check_checkpoint` refuses, without weights, or with weights that are NaN,
+            infinite or cast to integers.
         AdaLAError: if the Hub refuses, fails or cannot be reached.
     """
     directory, api = Path(directory), api or HfApi()
@@ -166,12 +169,17 @@ def push(plan: PushPlan, api: HfApi | None = None) -> str:
         if plan.new_branch:
             api.create_branch(repo_id, branch=plan.revision, revision=parent, exist_ok=True)
         if not operations:
-            return f"{api.endpoint}/{repo_id}/tree/{plan.revision}"
+            return without_login(f"{api.endpoint}/{repo_id}/tree/{plan.revision}")
         message = f"Upload with vit-adala {modeling_adala.__version__}"
         commit = api.create_commit(
             repo_id, operations, commit_message=message, revision=plan.revision, parent_commit=parent
         )
-        return str(commit.commit_url)
+        return without_login(commit.commit_url)
+
+
+def without_login(text: str) -> str:
+    """Return a text without the user names and passwords in its URLs, such as those of `HF_ENDPOINT`."""
+    return _LOGIN.sub("", text)
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------
@@ -198,7 +206,7 @@ def _collect(directory: Path, repo_id: str) -> tuple[dict[str, Path | bytes], st
     }
     if not processors:
         notes.append(f"{directory} has no {PROCESSORS[0]}: AutoImageProcessor and pipelines will not open this model")
-    values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    values = _without_local_paths(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     values["auto_map"] = auto_map(type(config))
     sources: dict[str, Path | bytes] = {CARD: card.encode(), "config.json": _as_json(values)}
     sources |= processors | _code(values["auto_map"]) | _weights(directory)
@@ -213,16 +221,20 @@ def _is_from_records(directory: Path) -> bool:
 
 
 def _weights(directory: Path) -> dict[str, Path | bytes]:
-    names = ["model.safetensors"]
-    if not (directory / names[0]).is_file() and (directory / _INDEX).is_file():
-        index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
-        names = [_INDEX, *sorted(set(index["weight_map"].values()))]
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
+    files = weight_files(directory)
+    if not files:
         raise CheckpointError(
-            f"directory={str(directory)!r} has no {missing[0]}; save the model as safetensors first."
+            f"directory={str(directory)!r} has no model.safetensors; save the model as safetensors first."
         )
-    return {name: directory / name for name in names}
+    check_dtypes(f"directory={str(directory)!r}", files)
+    bad = nonfinite_tensors(files)
+    if bad:
+        raise CheckpointError(
+            f"directory={str(directory)!r} holds non-finite weights in {len(bad)} tensors (first: {bad[0]!r}); push an"
+            " earlier checkpoint, or train again with a lower learning rate."
+        )
+    index = [directory / INDEX] if files[0].name != "model.safetensors" else []
+    return {path.name: path for path in (*index, *files)}
 
 
 def _code(names: dict[str, str]) -> dict[str, Path | bytes]:
@@ -230,6 +242,16 @@ def _code(names: dict[str, str]) -> dict[str, Path | bytes]:
     files = {package / f"{name.partition('.')[0]}.py" for name in names.values()}
     files |= {Path(needed) for file in files for needed in get_relative_import_files(file)}
     return {file.name: file for file in sorted(files)}
+
+
+def _without_local_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as it may be read by anyone, whichever version or tool wrote it."""
+    values = {name: _without_local_paths(part) if isinstance(part, dict) else part for name, part in values.items()}
+    for name in ("_name_or_path", "name_or_path"):
+        values.pop(name, None)
+    if isinstance(values.get("teacher_name_or_path"), str):
+        values["teacher_name_or_path"] = shared_name(values["teacher_name_or_path"])
+    return values
 
 
 def _as_json(values: dict[str, Any]) -> bytes:
@@ -281,7 +303,11 @@ def _is_same(source: Path | bytes, size: int, remote: RepoFile) -> bool:
 
 @contextlib.contextmanager
 def _hub_errors(repo_id: str, api: HfApi) -> Iterator[None]:
-    """Turns what the Hub's client raises into one line that says what to do."""
+    """Turns what the Hub's client raises into one line that says what to do; no line holds the endpoint's password."""
+    # the client logs the URLs of its further attempts
+    handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
+    for handler in handlers:
+        handler.addFilter(_hide_login)
     try:
         yield
     except AdaLAError:
@@ -292,7 +318,15 @@ def _hub_errors(repo_id: str, api: HfApi) -> Iterator[None]:
         message = _explain(cause, repo_id, api)
         if message is None:
             raise
-        raise AdaLAError(message) from error
+        raise AdaLAError(without_login(message)) from error
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_hide_login)
+
+
+def _hide_login(record: logging.LogRecord) -> bool:
+    record.msg, record.args = without_login(record.getMessage()), None
+    return True
 
 
 def _explain(error: BaseException, repo_id: str, api: HfApi) -> str | None:
@@ -315,10 +349,12 @@ def _explain(error: BaseException, repo_id: str, api: HfApi) -> str | None:
         if isinstance(error, RevisionNotFoundError):
             return f"{repo_id} has lost the branch meanwhile. Run the same command again to create it. Hub: {said}"
         return f"{api.endpoint} refused with status {status}: {said}"
+    if isinstance(error, json.JSONDecodeError):  # a hotel's login page, a proxy
+        return f"{api.endpoint} did not answer as a Hub does (no JSON). {again} once a browser here reaches it."
     if isinstance(error, HTTPError | ConnectionError | TimeoutError):
         reason = str(error) or type(error).__name__
         return f"the connection to {api.endpoint} broke: {reason}. {again}."
     return None
 
 
-__all__ = ["PlannedFile", "PushPlan", "plan_push", "push"]
+__all__ = ["PlannedFile", "PushPlan", "plan_push", "push", "without_login"]

@@ -21,6 +21,7 @@ from transformers import MODEL_MAPPING, AttentionInterface, AutoModel, Pretraine
 from .attention_interface import feature_map_of
 from .configuration_adala import pair
 from .errors import UsageError
+from .families import eval_mode
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def check_linear(model: PreTrainedModel | PretrainedConfig, *inputs, **kwargs) -
         kwargs = _dummy_inputs(model)
     watch = _Watch(model)
     try:
-        with torch.no_grad(), _eval_mode(model), watch.listening():
+        with torch.no_grad(), eval_mode(model), watch.listening():
             model(*inputs, **kwargs)
     except UsageError as error:
         # the hook that ends a module's turn has not run
@@ -205,17 +206,6 @@ def _is_attention(module: nn.Module) -> bool:
     return re.search("attention|attn", type(module).__name__, re.IGNORECASE) is not None
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
 def _build(config: PretrainedConfig) -> PreTrainedModel:
     family = config.model_type
     if type(config) not in MODEL_MAPPING:  # AutoModel would import all of Transformers to say so
@@ -224,7 +214,7 @@ def _build(config: PretrainedConfig) -> PreTrainedModel:
             " attn_implementation='adala' and pass that."
         )
     try:
-        return AutoModel.from_config(config, attn_implementation="adala")
+        return AutoModel.from_config(config, attn_implementation="adala", trust_remote_code=False)
     except KeyError as error:
         if error.args != ("adala",):
             raise

@@ -12,18 +12,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from .configuration_adala import pair
 from .errors import CheckpointError
 from .families import FAMILIES
+from .stored_weights import read_tensors, replace_it, weight_files
 
+# Attention implementations that are code of Transformers or ours. Any other name is a repository of kernels to run.
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "adala")
 MAX_LAYERS = 1_000
-MAX_INTEGER = 1_000_000
+MAX_SIZE = 1_000_000
 MAX_CONFIG_BYTES = 2**24  # ImageNet-22k's names, twice over, are a tenth of that
 
-_PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _LAYERS = {"num_hidden_layers", "num_layers", "depth"}
 _AT_LEAST_ONE = _LAYERS | {
     "hidden_size",
@@ -36,10 +37,23 @@ _AT_LEAST_ONE = _LAYERS | {
     "encoder_stride",
     "mlp_ratio",
 }
+# What decides how much memory a configuration or its model takes. Any other number, such as a count of parameters, is
+# free.
+_SIZES = _AT_LEAST_ONE | {
+    "num_labels",
+    "num_register_tokens",
+    "feature_dim",
+    "projection_dim",
+    "projection_size",
+    "pooler_output_size",
+    "vocab_size",
+    "max_position_embeddings",
+}
+_ATTENTION_FIELDS = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
 
 
 def check_checkpoint(directory: str | os.PathLike) -> None:
-    """Refuses a checkpoint folder that should not be opened. Hub ids are not for here: the Hub's client checks those.
+    """Refuse a checkpoint folder that should not be opened. Hub ids are not for here: the Hub's client checks those.
 
     A folder inside the Hub's cache, whose files are links to the cache's own blobs, passes.
 
@@ -47,30 +61,26 @@ def check_checkpoint(directory: str | os.PathLike) -> None:
         directory (`str` or `os.PathLike`): The folder, with a config.json. Weights may be missing.
 
     Raises:
-        CheckpointError: for a link that leads out of the folder, weights that are pickled or outside of it, a
-            safetensors file that is truncated or corrupt, and a config.json that is no configuration: wrong types,
-            sizes below 1 or beyond any model, or more parameters than the weights could ever fill.
+        CheckpointError: for a link that leads out of the folder, weights that are pickled or outside of it, adapters,
+            a safetensors file that is truncated or corrupt, and a config.json that is no configuration: wrong types,
+            sizes below 1 or beyond any model, more parameters than the weights could ever fill, or an attention
+            implementation from elsewhere.
     """
     directory = Path(directory)
     _check_links(directory)
     values = _read_config(directory)
-    _check_numbers(directory, values)
-    shapes = _read_shapes(directory, values)
+    _check_values(directory, values)
+    if (directory / "adapter_config.json").exists():
+        _refuse(directory, "it holds adapters", "Merge them with merge_and_unload and save the model whole")
+    weights = weight_files(directory)
+    pickled = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickled and not weights:
+        _refuse(
+            directory, f"its weights are pickled ({pickled[0]!r})", "Save them as safetensors where they were made"
+        )
+    tensors = {name: tensor for file in weights for name, tensor in read_tensors(file).items()}
     if values["model_type"].removeprefix("adala_") in FAMILIES:
-        _check_config(directory, values, shapes)
-
-
-def read_shapes(path: str | os.PathLike) -> dict[str, list[int]]:
-    """Shapes of the tensors of a safetensors file, from its header.
-
-    Raises:
-        CheckpointError: if the file is not one, or its length does not fit its header.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
-    except (SafetensorError, OSError) as error:
-        _refuse(Path(path), f"it is truncated or corrupt ({str(error).splitlines()[0]})")
+        _check_config(directory, values, {name: tensor.shape for name, tensor in tensors.items()})
 
 
 def _check_links(directory: Path) -> None:
@@ -98,22 +108,30 @@ def _read_config(directory: Path) -> dict[str, Any]:
         _refuse(directory, "config.json is no configuration: it must be an object whose model_type is a text")
     if not isinstance(values.get("auto_map", {}), dict):
         _refuse(directory, "config.json sets an auto_map that is no object")
+    if values.get("transformers_weights") is not None:
+        remedy = "Name the file model.safetensors and remove the line"
+        _refuse(directory, f"config.json sets transformers_weights={values['transformers_weights']!r}", remedy)
     return values
 
 
-def _check_numbers(directory: Path, values: dict[str, Any]) -> None:
-    """What could exhaust the memory while the configuration is built, before it is."""
-    for path, number in _numbers(values):
+def _check_values(directory: Path, values: dict[str, Any]) -> None:
+    """What could exhaust the memory, or run code, while the configuration and its model are built."""
+    for path, value in _flat({key: values[key] for key in values if key not in ("id2label", "label2id")}):
         name = path.rsplit(".", 1)[-1]
-        limit = MAX_LAYERS if name in _LAYERS else MAX_INTEGER if isinstance(number, int) else sys.float_info.max
-        if not abs(number) <= limit:  # nor is nan
-            _refuse(directory, f"config.json sets {path}={str(number)[:20]}, which no model has")
-        if number < 1 and name in _AT_LEAST_ONE and not (name == "mlp_ratio" and number > 0):
-            _refuse(directory, f"config.json sets {path}={number}, which must be positive")
+        if _ATTENTION_FIELDS & set(path.split(".")) and value is not None and value not in ATTENTIONS:
+            _refuse(directory, f"config.json sets {path}={value!r}, code from elsewhere", "Remove it from config.json")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            # by its end: some models have a `decoder_hidden_size`, too
+            is_size, is_depth = name.endswith(tuple(_SIZES)), name.endswith(tuple(_LAYERS))
+            limit = MAX_LAYERS if is_depth else MAX_SIZE if is_size else sys.float_info.max
+            if not abs(value) <= limit:  # nor is nan
+                _refuse(directory, f"config.json sets {path}={str(value)[:20]}, which no model has")
+            if value < 1 and name in _AT_LEAST_ONE and not (name == "mlp_ratio" and value > 0):
+                _refuse(directory, f"config.json sets {path}={value}, which must be positive")
 
 
-def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
-    """All numbers of a JSON object under their dotted names; those of a list have the name of the list."""
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All values of a JSON object under their dotted names; those of a list have the name of the list."""
     waiting: list[tuple[str, Any]] = list(values.items())
     while waiting:
         name, value = waiting.pop()
@@ -121,34 +139,8 @@ def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
             waiting += [(f"{name}.{key}", item) for key, item in value.items()]
         elif isinstance(value, list):
             waiting += [(name, item) for item in value]
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        else:
             yield name, value
-
-
-def _read_shapes(directory: Path, values: dict[str, Any]) -> dict[str, list[int]]:
-    """Shapes of all stored tensors; empty where there are no weights at all."""
-    files = {path.name for path in directory.glob("*.safetensors")}
-    pickled = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLED)
-    if pickled and not files:
-        _refuse(
-            directory, f"its weights are pickled ({pickled[0]!r})", "Save them as safetensors where they were made"
-        )
-    if (directory / "adapter_config.json").is_file() and "adapter_model.safetensors" not in files:
-        _refuse(directory, "it has an adapter_config.json, but no adapter_model.safetensors")
-    index = directory / "model.safetensors.index.json"
-    named = [values["transformers_weights"]] if values.get("transformers_weights") is not None else []
-    if index.is_file():
-        files_known = files | {index.name}
-        try:
-            named += json.loads(index.read_bytes())["weight_map"].values()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            _refuse(directory, f"{index.name} is no index of weights")
-    else:
-        files_known = files
-    for name in named:
-        if name not in files_known:
-            _refuse(directory, f"{name!r} is named as a file of weights, but is none of its safetensors files")
-    return {name: shape for file in sorted(files) for name, shape in read_shapes(directory / file).items()}
 
 
 def _check_config(directory: Path, values: dict[str, Any], shapes: dict[str, list[int]]) -> None:
@@ -197,5 +189,5 @@ def _fewest_parameters(config: PretrainedConfig, shapes: dict[str, list[int]]) -
     return count
 
 
-def _refuse(path: Path, reason: str, remedy: str = "Get it again from where it comes from") -> NoReturn:
-    raise CheckpointError(f"{str(path)!r} is not opened: {reason}. {remedy}.")
+def _refuse(path: Path, reason: str, remedy: str | None = None) -> NoReturn:
+    raise CheckpointError(f"{str(path)!r} is not opened: {reason}. {remedy or replace_it(path)}.")

@@ -31,7 +31,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from .backends import check_backend
 from .errors import UsageError
 from .feature_maps import FEATURE_MAPS, build_feature_map
-from .hub_code import warn_if_newer
+from .hub_code import shared_name, warn_if_newer
 
 DEFAULT_FEATURE_MAP = "hedgehog"
 # Encoders that are a ViT by another name: same modules, same names on disk.
@@ -50,7 +50,8 @@ class AdaLAConfigMixin:
             from the end. Default: none, all layers are linear.
         backend (`str`, *optional*): Code that runs linear attention, one of `BACKENDS`. Default: the fastest that the
             machine has, see `choose_backend`; what cannot run there gives way to `"torch"`.
-        teacher_name_or_path (`str`, *optional*): The softmax checkpoint that this model was converted from.
+        teacher_name_or_path (`str`, *optional*): The softmax checkpoint that this model was converted from. Of a local
+            path, the last part is saved.
         teacher_revision (`str`, *optional*): Its commit, where it came from the Hub.
         adala_stage (`str`, *optional*): The training stage that this checkpoint has behind it: `converted`,
             `attention-alignment`, `feature-alignment` or `supervised`.
@@ -86,6 +87,9 @@ class AdaLAConfigMixin:
     @_attn_implementation.setter
     def _attn_implementation(self, value):
         PretrainedConfig._attn_implementation.fset(self, value)
+
+    def to_dict(self):
+        return super().to_dict() | {"teacher_name_or_path": shared_name(self.teacher_name_or_path)}
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

@@ -1,4 +1,4 @@
-"""What a checkpoint needs to open without this package: its `auto_map`, and the version of the code that wrote it.
+"""What a checkpoint takes with it: its `auto_map`, the version of the code that wrote it, and no path of this machine.
 
 This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
 """
@@ -6,6 +6,7 @@ This file travels with the weights (`trust_remote_code`): torch, transformers an
 import functools
 import inspect
 import logging
+import os
 import re
 
 from transformers import PretrainedConfig
@@ -50,6 +51,22 @@ def warn_if_newer(version: str | None) -> None:
             version,
             ADALA_VERSION,
         )
+
+
+def shared_name(name_or_path: str | None) -> str | None:
+    """Return the name of a model as it may be read by anyone: a Hub id as it is, of a local path its last part.
+
+    A configuration goes wherever its weights go, by `push_to_hub`, by `Trainer`, or by an upload of the folder; the
+    folders above a model on this machine are nobody's business.
+    """
+    if not name_or_path:
+        return name_or_path
+    cached = re.search(r"models--([\w.-]+)[/\\]snapshots[/\\]", name_or_path)
+    if cached:  # a folder of the Hub's cache
+        return cached[1].replace("--", "/")
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path) and not os.path.exists(name_or_path):
+        return name_or_path
+    return re.split(r"[/\\]", name_or_path.rstrip("/\\"))[-1] or None
 
 
 def _minor_release(version: str) -> tuple[int, ...]:

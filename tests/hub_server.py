@@ -141,7 +141,10 @@ class HubServer:
         return self.repositories[repo_id].branches[branch]
 
     def fail(self, pattern: str, status: int | None = None, times: int = 1) -> None:
-        """Makes requests fail whose `METHOD /path` matches: with this status, or (`None`) a connection cut midway."""
+        """Makes requests fail whose `METHOD /path` matches.
+
+        With this status, with a login page in HTML (200), or with a connection cut midway (`None`).
+        """
         self.faults.append(Fault(pattern, status, times))
 
 
@@ -196,6 +199,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.body = self._read_body()
         try:
+            if fault is not None and fault.status == 200:
+                self.send(200, b"<!DOCTYPE html><title>Log in</title>", {"Content-Type": "text/html"})
+                return
             if fault is not None:
                 raise HttpError(fault.status, f"injected {fault.status}")
             self.role = self._authenticate()

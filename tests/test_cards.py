@@ -30,8 +30,9 @@ from hub_cards.card_data import TAGS
 from hub_cards.usage import FOLDER, usage
 from modeling_adala import CheckpointError, UsageError, convert
 from modeling_adala.families import FAMILIES
+from modeling_adala.loading import load_student
 from trainers import FeatureAlignmentConfig, FeatureAlignmentTrainer, SupervisedConfig, SupervisedTrainer
-from trainers.stages import STAGES, load_student, run_stage
+from trainers.stages import STAGES, run_stage
 from vit_adala.cli import main
 
 GOLDEN = Path(__file__).parent / "golden" / "model_card.md"

@@ -705,7 +705,7 @@ def test_distill_without_a_model_converts_the_teacher(places, out):
     assert main(arguments("distill", out, places, model=None)) == 0
     student = AdaLAViTForImageClassification.from_pretrained(out / DISTILLED)
     assert student.config.adala_stage == "feature-alignment"
-    assert student.config.teacher_name_or_path == places["teacher"]
+    assert student.config.teacher_name_or_path == Path(places["teacher"]).name
 
 
 def test_distill_with_adapters_leaves_a_plain_model(places, out):

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from family_helpers import stock_model
 from transformers import (
     BertConfig,
     BertModel,
@@ -36,14 +37,16 @@ from modeling_adala import (
     conversion,
     convert,
 )
-from modeling_adala.conversion import load_teacher, parity_report, student_config
+from modeling_adala.conversion import parity_report, student_config
 from modeling_adala.families import (
     FAMILIES,
     attention_modules,
     forward_features,
     get_family,
     token_groups,
+    vision_tower,
 )
+from modeling_adala.loading import load_teacher
 from modeling_adala.mixins import image_inputs
 
 SHARED = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
@@ -133,7 +136,7 @@ def test_provenance_is_written_to_disk(tmp_path):
     student, _ = convert(str(tmp_path / "teacher"))
     student.save_pretrained(tmp_path / "student")
     written = json.loads((tmp_path / "student" / "config.json").read_text())
-    assert written["teacher_name_or_path"] == str(tmp_path / "teacher")
+    assert written["teacher_name_or_path"] == "teacher"  # the folders above it are of this machine
     assert written["adala_stage"] == "converted"
     assert written["architectures"] == ["AdaLADinov2Model"]
 
@@ -180,6 +183,38 @@ def test_a_teacher_in_eager_mode_converts_too():
     assert report.passed
     assert student.config._attn_implementation == "adala"
     assert teacher.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_convert_and_parity_report_leave_a_model_as_it_was(name):
+    """A model in the middle of its training, as a notebook has it: its mode, gradients, attention, dtype, weights."""
+    teacher = stock_model(name).train()
+    teacher.set_attn_implementation("eager")
+    module = attention_modules(teacher)[0].eval()  # one that was frozen on purpose
+    attention_modules(teacher)[1].requires_grad_(False)
+    parameters = {key: (p, p._version, p.requires_grad, p.dtype, p.device) for key, p in teacher.named_parameters()}
+    modes = {key: module.training for key, module in teacher.named_modules()}
+    config = teacher.config.to_dict()
+    student, report = convert(teacher)
+    assert report.passed
+    student.train()
+    assert parity_report(teacher, student).passed
+    assert student.training and vision_tower(student).config._attn_implementation == "adala"
+    assert {key: module.training for key, module in teacher.named_modules()} == modes
+    assert not module.training and teacher.training
+    for key, parameter in teacher.named_parameters():
+        before = parameters[key]
+        assert parameter is before[0], key
+        assert (parameter._version, parameter.requires_grad, parameter.dtype, parameter.device) == before[1:], key
+    assert vision_tower(teacher).config._attn_implementation == "eager"
+    assert teacher.config.to_dict() == config
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules() if m is not teacher)
+
+
+def test_dropout_does_not_disturb_the_comparison():
+    teacher = make_teacher(ViTModel, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5).train()
+    assert convert(teacher)[1].passed
+    assert teacher.training
 
 
 # --- parity ----------------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 from training_helpers import assert_same_tensors, moved, one_thread, save_teacher  # noqa: F401
 
+from modeling_adala.loading import load_student
 from trainers.callbacks import read_metrics
-from trainers.stages import STAGES, load_student
+from trainers.stages import STAGES
 from vit_adala.cli import main
 
 pytestmark = pytest.mark.slow

@@ -2,21 +2,27 @@
 
 import importlib.metadata
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from family_helpers import CASES, NATIVE, tiny_config
 from huggingface_hub import ModelCard, ModelCardData, constants
 from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 from training_helpers import one_thread, save_teacher  # noqa: F401
 
 from hub_cards import model_checks as model
+from hub_cards import probe
 from hub_cards.checks import Check, run_check
 from hub_cards.model_checks import Subject
 from modeling_adala import convert
+from modeling_adala.families import FAMILIES
 from vit_adala import environment_checks as environment
 from vit_adala.cli import main
 from vit_adala.commands import doctor
@@ -104,6 +110,7 @@ def test_normalizer_is_the_denominator_of_linear_attention(healthy):
         (model.position_grid, lambda f: set_config(f, image_size=56), "FAIL", "8x8 patches (56x56 pixels)"),
         (model.position_grid, lambda f: set_config(f, image_size=[21, 28]), "FAIL", "3x4 patches"),
         (model.image_processor, lambda f: (f / "preprocessor_config.json").unlink(), "WARN", "none"),
+        (model.image_processor, lambda f: (f / "preprocessor_config.json").write_text("[]"), "FAIL", "no JSON object"),
         (model.card, lambda f: (f / "README.md").unlink(), "WARN", "no README.md"),
         (model.card, lambda f: (f / "README.md").write_text("# A model\n"), "WARN", "license, library_name"),
         (model.finite_weights, lambda f: change_weights(f, classifier=all_nan), "FAIL", "'classifier."),
@@ -186,6 +193,91 @@ def test_fresh_processes_open_the_model_with_and_without_the_package(folder):
     )
     found = run_check(model.loads_without_the_package, subject)
     assert (found.status, "same outputs" in found.message) == ("PASS", True), found
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """A sound checkpoint of every family and head."""
+    folders = {}
+    for name, head in CASES:
+        folders[name, head] = tmp_path_factory.mktemp("families") / f"{name}-{head}"
+        torch.manual_seed(0)
+        FAMILIES[name].classes[head](tiny_config(FAMILIES[name].config_class)).save_pretrained(folders[name, head])
+    return folders
+
+
+ALONE = """
+import importlib.util, json, sys
+specification = importlib.util.spec_from_file_location("probe", sys.argv[1])
+probe = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(probe)
+probe.hide_package()
+print(json.dumps({folder: probe.probe(folder, trust=True) for folder in sys.argv[2:]}))
+"""
+# one head of every family, all of one
+WITHOUT_PACKAGE = [case for case in CASES if case[1] == "Model" or case[0] == "vit"]
+
+
+@pytest.fixture(scope="module")
+def without_package(families, tmp_path_factory) -> dict[str, dict]:
+    """What the probe finds where the package cannot be imported; one process for all, since they are slow to start."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
+    folders = [str(families[case]) for case in WITHOUT_PACKAGE]
+    command = [sys.executable, "-P", "-c", ALONE, probe.__file__, *folders]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_healthy_models_of_every_family_and_head_fail_no_check(case, families, without_package, monkeypatch):
+    def run(directory: Path, *options: str) -> dict:
+        return without_package[str(directory)] if options else probe.probe(str(directory))
+
+    monkeypatch.setattr(model, "run_probe", run)  # the real one, in this process and in the one above
+    images = torch.randn(2, 3, *NATIVE, generator=torch.Generator().manual_seed(0))
+    subject = Subject(families[case], lambda: images, trust_remote_code=case in WITHOUT_PACKAGE)
+    found = {check.name: check for check in model.model_checks(subject)}
+    assert {name for name, check in found.items() if check.status != "PASS"} <= {
+        "image processor",
+        "card",
+        *([] if case in WITHOUT_PACKAGE else ["loads without the package"]),
+    }, found
+    if case in WITHOUT_PACKAGE:
+        assert "with the same outputs" in found["loads without the package"].message
+    assert found["loads with the package"].message.startswith(FAMILIES[case[0]].classes[case[1]].__name__)
+    assert "4x4 patches (32x32 pixels)" in found["position grid"].message
+    assert "2 images" in found["finite outputs"].message
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_position_too_many_or_too_few_fails_for_every_family(name, families, tmp_path):
+    for change in (lambda tensor: tensor[..., :-1, :], lambda tensor: torch.cat([tensor, tensor[..., :1, :]], dim=-2)):
+        folder = Path(shutil.copytree(families[name, "Model"], tmp_path / "model", dirs_exist_ok=True))
+        subject = Subject(folder)
+        vision = {key for key in subject.shapes if "position_embedding" in key and "text" not in key}
+        if not vision:  # DINOv3 rotates
+            assert "computed" in examine(model.position_grid, folder).message
+            continue
+        change_weights(folder, **dict.fromkeys(vision, change))
+        assert examine(model.position_grid, folder).status == "FAIL"
+
+
+def test_code_files_are_compared_with_those_of_the_package(folder):
+    assert (
+        examine(model.code_files, folder).message
+        == f"all {len(list(folder.glob('*.py')))} are those of vit-adala 0.1.0"
+    )
+    (folder / "modeling_adala.py").open("a").write("import os  # altered\n")
+    (folder / "evil.py").write_text("raise SystemExit")
+    found = examine(model.code_files, folder)
+    assert (found.status, "evil.py, modeling_adala.py" in found.message) == ("FAIL", True)
+    set_config(folder, adala_version="0.0.9")
+    found = examine(model.code_files, folder)
+    assert (found.status, "vit-adala 0.0.9" in found.message) == ("WARN", True)
+    for file in folder.glob("*.py"):
+        file.unlink()
+    assert examine(model.code_files, folder).status == "PASS"
 
 
 @pytest.mark.parametrize("kind", ["missing", "unexpected"])

@@ -97,14 +97,24 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, where):
     assert not (tmp_path / "3").exists()
 
 
-def test_teacher_with_nan_is_the_culprit(tmp_path):
+@pytest.mark.parametrize("stage", [ATTENTION, FEATURES])
+def test_teacher_with_nan_is_the_culprit(tmp_path, stage):
     teacher = tiny_vit()
     student = student_of(teacher)
     with torch.no_grad():
         teacher.vit.layers[0].attention.v_proj.weight[0, 0] = math.nan
-    for stage in (ATTENTION, FEATURES):
-        with pytest.raises(AdaLAError, match="teacher_model gives features that are not finite"):
-            trainer_of(stage, tmp_path, student, teacher, max_steps=1).train()
+    with pytest.raises(AdaLAError, match="teacher .* holds non-finite weights in 1 of"):
+        trainer_of(stage, tmp_path, student, teacher, max_steps=1).train()
+
+
+@pytest.mark.parametrize("stage", [ATTENTION, FEATURES])
+def test_images_that_the_teacher_cannot_take_end_the_run_before_its_first_step(tmp_path, stage):
+    model, teacher = setting_of(stage)
+    trainer = trainer_of(stage, tmp_path, model, teacher, train_dataset=Poisoned(8), max_steps=1)
+    with pytest.raises(AdaLAError, match="teacher_model gives features that are not finite") as error:
+        trainer.train()
+    assert "image_std" in one_line(error)
+    assert trainer.state.global_step == 0
 
 
 def test_loss_of_nan_is_logged_as_what_it_is():

@@ -143,3 +143,35 @@ def test_a_checkpoint_of_a_newer_release_warns_once(writer, warns, tmp_path: Pat
     messages = [record.getMessage() for record in caplog.records if "written by vit-adala" in record.getMessage()]
     assert len(messages) == warns
     assert all(writer in message and "0.1.0" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("facebook/dinov2-small", "facebook/dinov2-small"),
+        ("vit", "vit"),
+        ("/home/alice/secret project/vit", "vit"),
+        ("/home/alice/vit/", "vit"),
+        ("/vit", "vit"),
+        ("../secret/vit", "vit"),
+        ("./vit", "vit"),
+        ("../vit", "vit"),
+        ("./vit", "vit"),
+        ("../vit", "vit"),
+        ("a/b/vit", "vit"),
+        (r"C:\\Users\\alice\\vit", "vit"),
+        ("/home/alice/hub/models--facebook--dinov2-small/snapshots/0a1b", "facebook/dinov2-small"),
+        (None, None),
+        ("", ""),
+        ("/", None),
+    ],
+)
+def test_a_local_path_is_shared_by_its_last_part_only(name, expected):
+    assert hub_code.shared_name(name) == expected
+
+
+def test_a_folder_that_looks_like_an_id_is_a_folder(tmp_path: Path, monkeypatch):
+    (tmp_path / "secret" / "vit").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub_code.shared_name("secret/vit") == "vit"
+    assert hub_code.shared_name("other/vit") == "other/vit"

@@ -9,14 +9,20 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from family_helpers import stock_model
 from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
 from huggingface_hub import HfApi, ModelCard
-from transformers import BitImageProcessorPil
+from training_helpers import QUIET, NoiseImages, save_teacher
+from transformers import BitImageProcessorPil, Trainer, TrainingArguments
 
 import modeling_adala
 from hub_cards.push import plan_push, push
-from modeling_adala import AdaLADinov2Config, AdaLADinov2ForImageClassification
+from modeling_adala import AdaLADinov2Config, AdaLADinov2ForImageClassification, convert
+from modeling_adala.configuration_adala import vision_config
 from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
+from modeling_adala.families import FAMILIES, attention_modules
+from modeling_adala.loading import load_student
+from trainers.base_trainer import AdaLATrainer
 from vit_adala.cli import main
 
 REPO = "org/model"
@@ -62,6 +68,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's pauses between its attempts
     with HubServer() as server:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it would keep the endpoint of the first test
         monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
         yield server
 
@@ -208,6 +215,11 @@ FAULTS = {
     "no write access": ("POST .*/preupload/", 403, "may not write to org/model"),
     "token expired": ("GET /api/whoami", 401, "does not accept the token"),
     "too many requests": ("POST .*/commit/", 429, "status 429"),
+    "login page instead of the branches": ("GET /api/models/.*/refs", 200, "did not answer as a Hub does"),
+    "login page instead of the files": ("GET /api/models/.*/tree/", 200, "did not answer as a Hub does"),
+    "login page instead of the user": ("GET /api/whoami", 200, "did not answer as a Hub does"),
+    "login page instead of the upload": ("POST .*/preupload/", 200, "did not answer as a Hub does"),
+    "login page instead of the commit": ("POST .*/commit/", 200, "did not answer as a Hub does"),
 }
 
 
@@ -270,6 +282,85 @@ def test_offline_and_unreachable_are_told_apart(hub, trained, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(AdaLAError, match="HF_HUB_OFFLINE=1"):
         plan_push(trained, REPO)
+
+
+@pytest.mark.parametrize("fault", ["POST .*/commit/", "GET /api/whoami", "GET /api/models/.*/refs", None])
+def test_a_password_in_the_endpoint_is_never_said(fault, hub, trained, tmp_path, capsys, caplog, monkeypatch):
+    push(plan_push(trained, REPO))
+    hub.tokens["Basic dXNlcjpzM2NyZXRwdw=="] = "write"  # as the client sends user:s3cretpw
+    save_model(tmp_path, seed=1)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url.replace("//", "//user:s3cretpw@"))
+    if fault is not None:
+        hub.fail(fault, 500, times=20)
+    code = main(["push", str(tmp_path), REPO, "--yes"])
+    captured = capsys.readouterr()
+    assert code == (fault is not None), captured
+    assert "127.0.0.1" in captured.out + captured.err
+    said = captured.out + captured.err + caplog.text
+    assert "s3cret" not in said and "user:" not in said and WRITE_TOKEN not in said
+
+
+def test_weights_that_are_not_finite_are_neither_pushed_nor_carded(hub, trained, tmp_path, capsys):
+    model = save_model(tmp_path / "sound")
+    with torch.no_grad():
+        attention_modules(model)[1].q_proj.weight[3, 4] = float("nan")
+    for name, options in {"whole": {}, "sharded": {"max_shard_size": "20KB"}}.items():
+        directory = tmp_path / name
+        model.save_pretrained(directory, **options)
+        for arguments in ([], ["--dry-run"]):
+            assert main(["push", str(directory), REPO, *arguments]) == 1
+            captured = capsys.readouterr()
+            assert captured.out == ""
+            (line,) = captured.err.strip().splitlines()
+            assert "non-finite weights in 1 tensors (first: " in line and "q_proj.weight" in line
+    assert hub.requests == []
+
+
+def texts(files: dict[str, bytes]) -> str:
+    return "\n".join(
+        content.decode() for path, content in files.items() if not path.endswith((".safetensors", ".png"))
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_path_of_this_machine_leaves_it_with_any_way_of_pushing(name, hub, tmp_path):
+    """`vit-adala push`, `push_to_hub` of a model, and any upload of what `save_pretrained` wrote, as by `Trainer`."""
+    teacher, home = tmp_path / "alice" / "teacher", tmp_path / "student"
+    stock_model(name).save_pretrained(teacher)
+    student, _ = convert(str(teacher), check_parity=False)
+    vision = vision_config(student.config)
+    assert vision.teacher_name_or_path == str(teacher), "the run itself knows its teacher"
+    student.save_pretrained(home)
+    assert "alice" not in (home / "config.json").read_text()
+    assert vision_config(load_student(str(home)).config).teacher_name_or_path == "teacher"
+    if "text_config" in student.config.sub_configs:  # what other versions and tools leave behind
+        change = {"vision_config": json.loads((home / "config.json").read_text())["vision_config"]}
+        change["vision_config"] |= {"teacher_name_or_path": str(teacher), "_name_or_path": str(teacher)}
+    else:
+        change = {"teacher_name_or_path": str(teacher), "_name_or_path": str(teacher)}
+    config = json.loads((home / "config.json").read_text()) | change
+    (home / "config.json").write_text(json.dumps(config))
+    push(plan_push(home, REPO))
+    student.push_to_hub("org/other")
+    for repo_id in (REPO, "org/other"):
+        assert "alice" not in texts(hub.files(repo_id))
+        assert '"teacher_name_or_path": "teacher"' in texts(hub.files(repo_id))
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, AdaLATrainer])
+def test_a_trainer_that_pushes_sends_no_path_of_its_teacher(trainer_class, hub, tmp_path):
+    (tmp_path / "alice").mkdir()
+    teacher = save_teacher(tmp_path / "alice" / "teacher")
+    student, _ = convert(teacher, check_parity=False)
+    options = {"push_to_hub": True, "hub_model_id": REPO, "hub_token": WRITE_TOKEN, "save_strategy": "steps"}
+    args = TrainingArguments(str(tmp_path / "out"), max_steps=2, save_steps=1, **options, **QUIET)
+    trainer = trainer_class(student, args, train_dataset=NoiseImages(4))
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub.files(REPO)
+    pickled = files.pop("training_args.bin")  # upstream's, with output_dir in it
+    assert b"teacher" not in pickled
+    assert "alice" not in texts(files)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

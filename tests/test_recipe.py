@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from training_helpers import assert_same_tensors, moved, one_thread, save_teacher  # noqa: F401
 
 import trainers.report
+from modeling_adala.loading import load_student
 from trainers.callbacks import read_metrics
 from trainers.checkpoints import is_sealed, list_checkpoints
-from trainers.stages import STAGES, load_student
+from trainers.stages import STAGES
 from vit_adala.cli import main
 
 FOLDERS = [stage.directory for stage in STAGES.values()]

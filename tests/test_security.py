@@ -18,9 +18,8 @@ from transformers import PreTrainedModel, ViTConfig
 
 from hub_cards.checks import check_checkpoint
 from modeling_adala import CheckpointError, convert
-from modeling_adala.conversion import load_config, load_teacher
+from modeling_adala.loading import load_classifier, load_config, load_student, load_teacher
 from trainers import report
-from trainers.stages import load_classifier, load_student
 from vit_adala.cli import main
 
 REPOSITORY = Path(__file__).parents[1]
@@ -91,6 +90,7 @@ def index_outside(folder: Path) -> None:
 
 
 def spoil_index(folder: Path) -> None:
+    move_out(folder, "model.safetensors")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
 
 
@@ -123,7 +123,7 @@ DAMAGE = {
     "configured weights outside": (configured(transformers_weights="../w.safetensors"), ("'../w.safetensors'",)),
     "configured weights are pickled": (configured(transformers_weights="adapter_model.bin"), ("'adapter_model.bin'",)),
     "pickled weights": (pickle_weights, ("'pytorch_model.bin'", "safetensors")),
-    "pickled adapter": (pickle_adapter, ("adapter_model.safetensors",)),
+    "adapters": (pickle_adapter, ("adapters", "merge_and_unload")),
     "empty weights": (lambda folder: cut(folder, 0), ("model.safetensors", "truncated")),
     "half a header": (lambda folder: cut(folder, 100), ("model.safetensors", "truncated")),
     "one byte short": (lambda folder: cut(folder, -1), ("model.safetensors", "truncated")),
@@ -235,7 +235,7 @@ def test_snapshot_in_the_cache_of_the_hub_opens_by_path_and_by_id(originals, tmp
     expected = load_file(originals / "teacher" / "model.safetensors")["classifier.weight"]
     assert torch.equal(load_teacher(str(snapshot)).classifier.weight, expected)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("modeling_adala.conversion.check_checkpoint", lambda _: pytest.fail("a Hub id was checked"))
+    monkeypatch.setattr("modeling_adala.loading.check_checkpoint", lambda _: pytest.fail("a Hub id was checked"))
     assert torch.equal(load_teacher("org/vit").classifier.weight, expected)
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(originals / "teacher" / "config.json")
@@ -261,10 +261,26 @@ def test_honest_models_of_unusual_shape_pass(tmp_path, size):
     check_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_parameters": 86_389_248, "training_flops": 10**21},
+        {"seed": 2**40, "_attn_implementation_autoset": True},
+        {"label2id": {"10000000 volts": 10**7}, "best_step": 5_000_000},
+        {"attn_implementation": "sdpa", "_attn_implementation": None},
+    ],
+)
+def test_harmless_fields_of_a_configuration_pass(folder, values):
+    """A number is refused where it is a size of the model, and nowhere else."""
+    set_config(folder, **values)
+    check_checkpoint(folder)
+    load_config(str(folder))
+
+
 def test_configuration_without_weights_is_left_to_the_loader(tmp_path):
     ViTConfig().save_pretrained(tmp_path)
     check_checkpoint(tmp_path)
-    with pytest.raises(OSError, match=r"model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"has no weights: there is no model\.safetensors"):
         load_teacher(str(tmp_path))
 
 
@@ -297,7 +313,7 @@ WRITES_TEXT = {"usage"}
 
 
 def test_the_sources_are_found():
-    assert {"modeling_adala/conversion.py", "hub_cards/probe.py", "vit_adala/commands/doctor.py"} <= TREES.keys()
+    assert {"modeling_adala/loading.py", "hub_cards/probe.py", "vit_adala/commands/doctor.py"} <= TREES.keys()
 
 
 def settings_of(tree: ast.AST, name: str) -> list[ast.expr]:
@@ -353,6 +369,17 @@ def test_nothing_unpickles_and_no_text_is_run_as_code(path):
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in calls and called not in ("eval", "exec", "os.system"), f"line {node.lineno}: {called}"
+
+
+@pytest.mark.parametrize("path", [path for path in TREES if not path.startswith("examples")])
+def test_every_auto_class_is_told_to_trust_no_code(path):
+    """Left to its default, it would ask on the terminal, and a `y` would run the code."""
+    for node in ast.walk(TREES[path]):
+        method = getattr(node.func, "attr", None) if isinstance(node, ast.Call) else None
+        opened = ast.unparse(node.func.value) if method in ("from_pretrained", "from_config") else ""
+        if opened.startswith("Auto") or (opened and path == "modeling_adala/loading.py"):
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert keywords.get("trust_remote_code") in ("False", "trust"), f"line {node.lineno}: {opened}.{method}"
 
 
 @pytest.mark.parametrize("path", [path for path in TREES if not path.startswith("examples")])

@@ -25,12 +25,13 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, T
 
 from modeling_adala import DataError, UsageError, convert
 from modeling_adala.families import forward_features
+from modeling_adala.loading import load_segmenter
 from trainers import DataConfig, MeanIoU, SupervisedConfig, SupervisedTrainer
 from trainers.callbacks import read_metrics
 from trainers.data import BrokenImagesError, RowError, Unreadable, collate_images
 from trainers.segmentation import evaluate_segmentation, score_masks, segment
 from trainers.segmentation_data import SegmentationData, SegmentationDataset, read_labels, read_mask
-from trainers.stages import STAGES, load_segmenter, run_stage
+from trainers.stages import STAGES, run_stage
 from trainers.transforms import SegmentationTransform, parse_size
 from vit_adala.cli import main
 

@@ -26,11 +26,12 @@ from training_helpers import (
 from transformers import PreTrainedModel, TrainerCallback
 
 from modeling_adala import CheckpointError, DataError, UsageError, convert
+from modeling_adala.loading import load_student
 from trainers.attention_alignment_config import AttentionAlignmentConfig
 from trainers.callbacks import MetricsFileCallback, append_metrics, read_metrics
 from trainers.checkpoints import list_checkpoints
 from trainers.feature_alignment_config import FeatureAlignmentConfig
-from trainers.stages import STAGES, load_student, run_stage
+from trainers.stages import STAGES, run_stage
 from trainers.supervised_config import SupervisedConfig
 from trainers.teacher import visit_attention
 

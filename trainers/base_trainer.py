@@ -4,7 +4,6 @@ No training loop of our own: every method here overrides one hook of `Trainer`.
 """
 
 import logging
-import math
 import os
 import shutil
 from collections import defaultdict
@@ -25,8 +24,8 @@ from transformers.utils import CONFIG_NAME
 
 from hub_cards import write_card
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion import load_teacher
 from modeling_adala.errors import AdaLAError, CheckpointError, DataError, UsageError
+from modeling_adala.loading import load_teacher
 
 from .checkpoints import find_damage, intact_checkpoint, is_sealed, seal, unseal, writing
 from .data import collate_images

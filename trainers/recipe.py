@@ -9,14 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import AutoImageProcessor, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from hub_cards import write_card
 from hub_cards.card_data import PICTURES
 from hub_cards.records import find_license, read_manifest
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion import convert, load_teacher, load_teacher_config, student_config
+from modeling_adala.conversion import convert, student_config
 from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
+from modeling_adala.loading import (
+    load_classifier,
+    load_image_processor,
+    load_student,
+    load_teacher,
+    load_teacher_config,
+)
 
 from .base_config import AdaLATrainingArguments, has_fast_bf16
 from .callbacks import append_metrics, read_metrics
@@ -28,7 +35,7 @@ from .output_folder import CHECKPOINTS, METRICS, OutputFolder, is_finished, read
 from .recipe_config import RecipeConfig
 from .report import write_report
 from .sources import fingerprint
-from .stages import STAGES, Stage, StageResult, load_classifier, load_student, run_stage
+from .stages import STAGES, Stage, StageResult, run_stage
 
 logger = logging.getLogger(__name__)
 
@@ -192,9 +199,9 @@ class _Run:
             return load_student(str(directory))
         except (AdaLAError, OSError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
+            again = "" if "--from-stage" in reason else f" Pass --from-stage {stage.number} to run it again."
             raise CheckpointError(
-                f"stage {stage.number} has finished, but its model does not open: {reason}. Pass --from-stage"
-                f" {stage.number} to run it again."
+                f"stage {stage.number} has finished, but its model does not open: {reason}.{again}"
             ) from error
 
     def _finish(self, stage: Stage, student: PreTrainedModel) -> None:
@@ -299,14 +306,3 @@ class _Run:
         self.manifest |= facts
         if self.main:
             self.folder.write_record("running", **self.manifest)
-
-
-def load_image_processor(name_or_path: str) -> Any | None:
-    """The checkpoint's image processor, or `None`, with a warning, where it has none."""
-    try:
-        return AutoImageProcessor.from_pretrained(name_or_path, backend="pil")
-    except (OSError, ValueError) as error:
-        logger.warning(
-            "%s has no image processor (%s): pixels are fed as 0..1", name_or_path, str(error).split("\n")[0]
-        )
-        return None

@@ -18,6 +18,7 @@ from hub_cards.records import read_json
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import convert
 from modeling_adala.families import forward_features, patch_size
+from modeling_adala.loading import load_student
 
 from .callbacks import read_metrics
 from .checkpoints import whole_file
@@ -26,7 +27,7 @@ from .facts import describe_machine
 from .features import ColorBasis, draw_colors, patch_features
 from .monitoring import cost_in_words
 from .recipe_config import RecipeConfig
-from .stages import STAGES, load_student
+from .stages import STAGES
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

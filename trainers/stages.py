@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from transformers import AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hub_cards import write_card
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion import load_config
 from modeling_adala.errors import UsageError
-from modeling_adala.families import get_family
 
 from .attention_alignment_config import AttentionAlignmentConfig
 from .attention_alignment_trainer import AttentionAlignmentTrainer
@@ -145,94 +142,6 @@ def run_stage(
                     write_card(staging)
         trainer.accelerator.wait_for_everyone()
     return StageResult(directory, student, seconds, output.global_step - resumed, resumed, output.metrics)
-
-
-def load_student(name_or_path: str) -> PreTrainedModel:
-    """Opens an AdaLA checkpoint as the class it was saved as, in float32.
-
-    Raises:
-        DataError: if nothing is there.
-        CheckpointError: for a local folder that `check_checkpoint` refuses.
-        UsageError: if it is no AdaLA checkpoint.
-    """
-    config = load_config(name_or_path)
-    if not config.model_type.startswith("adala_"):
-        raise UsageError(
-            f"model {name_or_path!r} is of type {config.model_type!r}, no AdaLA checkpoint; convert it first."
-        )
-    classes = {cls.__name__: cls for cls in get_family(config.model_type).classes.values()}
-    architecture = (config.architectures or [next(iter(classes))])[0]
-    if architecture not in classes:
-        raise UsageError(f"model {name_or_path!r} is of class {architecture!r}; choose one of {', '.join(classes)}.")
-    return classes[architecture].from_pretrained(name_or_path, dtype=torch.float32, use_safetensors=True)
-
-
-def load_classifier(name_or_path: str, labels: list[str], **kwargs: Any) -> PreTrainedModel:
-    """Opens a linear or softmax checkpoint as an image classifier with these classes; a fitting head is kept.
-
-    Raises:
-        DataError: if nothing is there.
-        CheckpointError: for a local folder that `check_checkpoint` refuses.
-        UsageError: if its architecture has no classifier.
-    """
-    config = load_config(name_or_path)
-    kwargs |= _label_names(config, labels)
-    try:
-        return AutoModelForImageClassification.from_pretrained(
-            name_or_path, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True, **kwargs
-        )
-    except ValueError as error:
-        raise UsageError(f"model {name_or_path!r} cannot be opened for image classification: {error}.") from error
-
-
-def load_segmenter(name_or_path: str, labels: list[str]) -> PreTrainedModel:
-    """Opens a checkpoint as a semantic segmentation model with these classes; a fitting head is kept.
-
-    A softmax checkpoint becomes the AdaLA class with softmax in every layer, which computes what its stock backbone
-    does: Transformers has no such head for it.
-
-    Raises:
-        DataError: if nothing is there.
-        UsageError: if its family has no segmentation model.
-    """
-    config = load_config(name_or_path)
-    segmenter = get_family(config.model_type).classes.get("ForSemanticSegmentation")
-    if segmenter is None:
-        raise UsageError(f"model {name_or_path!r} of type {config.model_type!r} has no semantic segmentation class.")
-    kwargs = _label_names(config, labels)
-    if not config.model_type.startswith("adala_"):
-        logger.info(
-            "%s is a softmax model: opened as %s with softmax_layers = all %d layers, which equals it",
-            name_or_path,
-            segmenter.__name__,
-            config.num_hidden_layers,
-        )
-        kwargs["softmax_layers"] = list(range(config.num_hidden_layers))
-    return segmenter.from_pretrained(
-        name_or_path, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True, **kwargs
-    )
-
-
-def _label_names(config: PretrainedConfig, labels: list[str]) -> dict[str, Any]:
-    """What `from_pretrained` needs to give a model these classes, nothing if it has them."""
-    if [config.id2label.get(index) for index in range(len(config.id2label))] == labels:
-        return {}
-    return {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
-
-
-def check_stage_directory(path: str, expected: tuple[str, ...], purpose: str) -> None:
-    """Refuses a student that does not come out of the stage before.
-
-    Raises:
-        UsageError: naming the stage that is recorded in it and those that fit.
-        DataError: if nothing is there.
-    """
-    found = getattr(vision_config(load_config(path)), "adala_stage", None)
-    if found not in expected:
-        raise UsageError(
-            f"{path!r} was left by {'stage ' + repr(found) if found else 'no AdaLA stage'}; {purpose} starts from"
-            f" {' or '.join(repr(name) for name in expected)}. Pass that folder."
-        )
 
 
 def _finished_student(trainer: AdaLATrainer, stage: Stage) -> PreTrainedModel:

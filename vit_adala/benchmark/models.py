@@ -14,10 +14,10 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion import convert, load_config, load_teacher, load_teacher_config
+from modeling_adala.conversion import convert
 from modeling_adala.errors import AdaLAError, UsageError
 from modeling_adala.families import attention_modules, forward_features, get_family, vision_tower
-from trainers.stages import load_student
+from modeling_adala.loading import load_config, load_student, load_teacher, load_teacher_config
 
 from .operators import relative_error
 
@@ -182,7 +182,7 @@ def _open(name: str) -> PreTrainedModel:
     config = load_config(name)
     if Path(name).is_file():
         torch.manual_seed(0)
-        return AutoModel.from_config(config)
+        return AutoModel.from_config(config, trust_remote_code=False)
     return load_student(name) if config.model_type.startswith("adala_") else load_teacher(name)
 
 

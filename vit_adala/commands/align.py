@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import set_seed
 
-from modeling_adala.conversion import convert, load_teacher_config, student_config
+from modeling_adala.conversion import convert, student_config
+from modeling_adala.loading import load_teacher_config
 from trainers.attention_alignment_config import AttentionAlignmentConfig
 from trainers.data_config import DataConfig
 

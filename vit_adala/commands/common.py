@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from hub_cards import write_card
-from modeling_adala.conversion import load_config
+from modeling_adala.loading import load_config, load_image_processor
 from trainers.base_config import AdaLATrainingArguments
 from trainers.base_trainer import is_student
 from trainers.checkpoints import whole_file
@@ -19,7 +19,6 @@ from trainers.data_config import DataConfig, DataModule
 from trainers.facts import data_facts, training_settings
 from trainers.monitoring import cost_in_words
 from trainers.output_folder import EVALUATION, OutputFolder
-from trainers.recipe import load_image_processor
 from trainers.sources import fingerprint
 from trainers.stages import STAGES, StageResult, run_stage
 

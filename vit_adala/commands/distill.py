@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from modeling_adala.conversion import convert, load_teacher_config
+from modeling_adala.conversion import convert
 from modeling_adala.errors import UsageError
 from modeling_adala.families import transformer_blocks
+from modeling_adala.loading import check_stage_directory, load_student, load_teacher_config
 from trainers.data_config import DataConfig, check_counts
 from trainers.feature_alignment_config import FeatureAlignmentConfig
-from trainers.stages import check_stage_directory, load_student
 
 from ..arguments import CommandParser
 from .common import TeacherArguments, finished_before, load_data, open_folder, run_and_report

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hub_cards.checks import Check
 from hub_cards.model_checks import Subject, model_checks
-from modeling_adala.conversion import load_config
 from modeling_adala.errors import AdaLAError, DataError, UsageError
+from modeling_adala.loading import load_config
 
 from ..arguments import PlainParser, print_json
 from ..environment_checks import environment_checks
@@ -98,8 +98,8 @@ def _find(model: str) -> Path:
 
 def _images(directory: Path, dataset: str | None) -> Tensor | None:
     """Images as the model wants them; `None` where the built-in ones are not installed."""
+    from modeling_adala.loading import load_image_processor
     from trainers.data_config import DataConfig, DataModule
-    from trainers.recipe import load_image_processor
 
     name = str(directory)
     try:

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from modeling_adala.conversion import load_teacher, load_teacher_config
 from modeling_adala.errors import UsageError
+from modeling_adala.loading import load_student, load_teacher, load_teacher_config
 from trainers.base_trainer import check_pair
 from trainers.comparison import Comparison
 from trainers.data_config import DataConfig, check_counts
 from trainers.facts import data_facts
-from trainers.stages import load_student
 
 from ..arguments import CommandParser, print_json
 from .common import TeacherArguments, load_data

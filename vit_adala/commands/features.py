@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from modeling_adala.attention_interface import feature_map_of
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion import load_config, load_teacher, load_teacher_config
 from modeling_adala.errors import DataError, UsageError
 from modeling_adala.families import attention_modules, get_family, native_size, patch_size, token_groups
+from modeling_adala.loading import load_config, load_image_processor, load_student, load_teacher, load_teacher_config
 from trainers.base_trainer import check_pair
 from trainers.data import Unreadable, blaming, open_image
 from trainers.features import (
@@ -26,8 +26,6 @@ from trainers.features import (
     query_attention,
 )
 from trainers.metric_functions import cosine_similarity_mean
-from trainers.recipe import load_image_processor
-from trainers.stages import load_student
 from trainers.transforms import ImageTransform, check_image_size, parse_size
 
 from ..arguments import PlainParser

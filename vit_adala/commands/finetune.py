@@ -9,17 +9,21 @@ from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
 
-from modeling_adala.conversion import load_config
 from modeling_adala.errors import UsageError
 from modeling_adala.families import get_family
+from modeling_adala.loading import (
+    check_stage_directory,
+    load_classifier,
+    load_config,
+    load_image_processor,
+    load_segmenter,
+)
 from trainers.callbacks import append_metrics
 from trainers.comparison import Comparison
 from trainers.data_config import DataConfig
 from trainers.output_folder import EVALUATION, METRICS, OutputFolder
-from trainers.recipe import load_image_processor
 from trainers.segmentation import evaluate_segmentation, segmentation_processor
 from trainers.segmentation_data import SegmentationData, read_labels
-from trainers.stages import check_stage_directory, load_classifier, load_segmenter
 from trainers.supervised_config import SupervisedConfig
 
 from ..arguments import CommandParser

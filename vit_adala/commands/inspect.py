@@ -10,7 +10,6 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from modeling_adala.configuration_adala import pair
-from modeling_adala.conversion import load_config
 from modeling_adala.families import native_size, patch_size, token_groups
 from modeling_adala.flops import (
     ATTENTIONS,
@@ -23,6 +22,7 @@ from modeling_adala.flops import (
     nearest_size,
     num_features,
 )
+from modeling_adala.loading import load_config
 from trainers.transforms import parse_size
 
 from ..arguments import PlainParser, print_json
