@@ -40,6 +40,8 @@ def exp_query(query: Tensor, key_max: Tensor) -> Tensor:
 
 def largest_key(key: Tensor, key_mask: Tensor | None) -> Tensor:
     """Largest real key in each feature, `(batch, heads, 1, features)`; a constant for the gradient."""
+    if key.shape[2] == 0:
+        return key.new_zeros(*key.shape[:2], 1, key.shape[3])
     if key_mask is not None:
         key = key.masked_fill(~key_mask[:, None, :, None], torch.finfo(key.dtype).min)
     return key.amax(dim=2, keepdim=True).detach()
@@ -229,6 +231,12 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """`(batch, heads, tokens, head_dim)` times the scale and a weight per head, `(heads, head_dim, features)`."""
-    weight = weight if scale == 1.0 else weight * scale  # the smaller of the two factors
+    if weight.device != x.device:  # what comes of "meta" has no memory that a backend could read
+        raise UsageError(
+            f"feature_map has weights on {weight.device} and gets queries and keys on {x.device}; load them, or move"
+            " the model there."
+        )
+    if scale != 1.0:  # the smaller of the two factors
+        weight = weight.to(accumulation_dtype(x)) * scale
     x = torch.einsum("bhnd,hdf->bhnf", x, weight.to(x.dtype))
     return x if bias is None else x + bias.to(x.dtype)
