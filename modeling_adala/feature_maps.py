@@ -224,6 +224,16 @@ def build_feature_map(name: str, num_heads: int, head_dim: int, **kwargs) -> Fea
         raise UsageError(f"feature_map_kwargs={kwargs!r} does not fit feature_map={name!r}: {error}.") from None
 
 
+def must_run_whole(feature_map: nn.Module) -> bool:
+    """Whether to call a feature map as a module, and not its affine part alone: hooks wait for it to run (those of
+    accelerate, which fetch off-loaded weights, replace `forward`), or it has a `forward` of its own, as wrappers do."""
+    hooks = feature_map._forward_hooks or feature_map._forward_pre_hooks
+    hooks = hooks or feature_map._backward_hooks or feature_map._backward_pre_hooks
+    # by name: `trust_remote_code` brings a second class of that name
+    own_forward = type(feature_map).forward.__qualname__ != "FeatureMap.forward"
+    return bool(hooks) or own_forward or "forward" in feature_map.__dict__
+
+
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """In what the features, the state and the normalizer of `x` are computed: float32, or float64 if it is."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

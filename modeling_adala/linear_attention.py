@@ -25,7 +25,14 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .backends import choose_backend, warn_unsupported
 from .cpu_backend import linear_attention_cpu
 from .errors import UsageError
-from .feature_maps import FEATURE_MAPS, FeatureMap, accumulation_dtype, build_feature_map, softmax_pair
+from .feature_maps import (
+    FEATURE_MAPS,
+    FeatureMap,
+    accumulation_dtype,
+    build_feature_map,
+    must_run_whole,
+    softmax_pair,
+)
 from .torch_backend import linear_attention_torch, mask_keys
 from .triton_backend import linear_attention_triton, unsupported
 
@@ -127,7 +134,7 @@ def _attend(
     cu_seqlens: Tensor | None,
     name: str,
 ) -> Tensor:
-    whole = name == "reference" or _must_run_whole(feature_map)
+    whole = name == "reference" or must_run_whole(feature_map)
     # the mean key of a pack is that of no image in it
     if name == "triton" and not whole and not (cu_seqlens is not None and feature_map.center_keys):
         output = _by_triton(query, key, value, feature_map, key_mask, eps, cu_seqlens)
@@ -213,16 +220,6 @@ def _affine(
             " the last size alone, and of both alike."
         )
     return mapped_query, mapped_key, scale
-
-
-def _must_run_whole(feature_map: FeatureMap) -> bool:
-    """Whether to call a feature map as a module, and not its affine part alone: hooks wait for it to run (those of
-    accelerate, which fetch off-loaded weights, replace `forward`), or it has a `forward` of its own, as wrappers do."""
-    hooks = feature_map._forward_hooks or feature_map._forward_pre_hooks
-    hooks = hooks or feature_map._backward_hooks or feature_map._backward_pre_hooks
-    # by name: `trust_remote_code` brings a second class of that name
-    own_forward = type(feature_map).forward.__qualname__ != "FeatureMap.forward"
-    return bool(hooks) or own_forward or "forward" in feature_map.__dict__
 
 
 def _is_in_memory(*tensors: Tensor | None) -> bool:

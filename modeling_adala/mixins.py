@@ -70,14 +70,17 @@ class AdaLAMixin:
 
         For inference: one product instead of five, and no feature map in float32 between them. The answers are the
         same but for rounding. Parameters, `state_dict` and what `save_pretrained` writes stay as they are; the fused
-        weights are a copy, made anew at the next call when the parameters have changed (see `Snapshot`).
+        weights are a copy. It is made anew at the next call after `train()` and `eval()`, and when PyTorch has counted
+        a change of the parameters (an optimizer step, `load_state_dict`, an operation in place). PyTorch does not count
+        a write through `parameter.data`, as some moving averages do it: call `eval()`, or this again, after one.
 
         The projections run one by one, as ever, in training mode, while gradients are recorded, behind adapters that
         came later, and in softmax mode. A compiled or exported model cannot look: call this again after changing its
         weights.
 
         Raises:
-            UsageError: in training mode, and where a projection is no ordinary `nn.Linear` (adapters, quantization).
+            UsageError: in training mode, and where a projection or a feature map is more than its weights (adapters,
+            quantization, off-loading, hooks).
         """
         if self.training:
             raise UsageError("fuse_qkv_projections() is for inference and this model trains; call model.eval() first.")
