@@ -87,6 +87,22 @@ class AdaLAConfigMixin:
     def _attn_implementation(self, value):
         PretrainedConfig._attn_implementation.fset(self, value)
 
+    # Linear attention returns its weights, of which stock configurations think "eager" alone capable.
+    @property
+    def output_attentions(self):
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value):
+        if self._attn_implementation == "adala":
+            self._output_attentions = value
+        else:
+            PretrainedConfig.output_attentions.fset(self, value)
+
+    def validate_output_attentions(self):
+        if self._attn_implementation != "adala":
+            super().validate_output_attentions()
+
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
@@ -147,6 +163,20 @@ class AdaLAVisionTextConfigMixin:
     @_attn_implementation.setter
     def _attn_implementation(self, value):
         PretrainedConfig._attn_implementation.fset(self, {"vision_config": value} if value == "adala" else value)
+
+    # Stock configurations put both towers under "eager" for it. The vision tower gives its weights as it is.
+    @property
+    def output_attentions(self):
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value):
+        if value and self._attn_implementation is None:
+            self._attn_implementation = {"text_config": "eager"}
+        self._output_attentions = value
+
+    def validate_output_attentions(self):
+        pass  # each tower validates its own
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
