@@ -22,6 +22,13 @@ def feature_map_of(module: nn.Module) -> FeatureMap | None:
     return getattr(module, "feature_map", _PLAIN_FEATURE_MAP)
 
 
+def note_output_attentions(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of attention modules that hand no arguments on to the attention interface (SigLIP, 5.24)."""
+    asked = bool(kwargs.get("output_attentions", False))
+    if module.output_attentions_noted != asked:  # no side effect that a tracer would record
+        module.output_attentions_noted = asked
+
+
 def adala_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -51,11 +58,14 @@ def adala_attention_forward(
     key_mask = _key_padding_mask(module, attention_mask, key.shape[2])
     key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
     feature_map = kwargs.get("feature_map") or feature_map_of(module)
-    # the second way is that of `attention_map`: SigLIP 2 does not hand on the first
-    want_weights = kwargs.get("output_attentions", False) or getattr(module, "output_attention_weights", False)
+    config = getattr(module, "config", None)
+    want_weights = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+    # the first is how `attention_map` asks, the second is what `note_output_attentions` notes
+    for attribute in ("output_attention_weights", "output_attentions_noted"):
+        want_weights = want_weights or getattr(module, attribute, False)
     if feature_map is None:
         return _softmax_attention(query, key, value, key_mask, dropout, scaling, want_weights)
-    backend = getattr(getattr(module, "config", None), "backend", None)
+    backend = getattr(config, "backend", None)
     output = linear_attention(query, key, value, feature_map, key_mask, backend=backend).transpose(1, 2)
     return output, attention_weights(query, key, feature_map, key_mask).to(query.dtype) if want_weights else None
 

@@ -14,7 +14,7 @@ from .cpu_backend import unavailable as cpu_unavailable
 from .errors import UsageError
 from .triton_backend import unavailable as triton_unavailable
 
-BACKENDS = ("torch", "cpu", "triton")
+BACKENDS = ("torch", "cpu", "triton", "reference")
 VARIABLE = "ADALA_BACKEND"
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ class Backend:
     Args:
         name (`str`): One of `BACKENDS`: `"torch"` runs everywhere, `"cpu"` adds compiled passes on a CPU, `"triton"`
             has kernels for a GPU. What a backend does not support goes to `"torch"`, and a warning says so once.
+            `"reference"` computes the N x N weights: slow, and what all others are compared with.
         reason (`str`): Why this one, for people.
     """
 
@@ -38,12 +39,13 @@ class Backend:
 def choose_backend(device_type: str = "cpu", requested: str | None = None) -> Backend:
     """The backend of a kind of device.
 
-    The environment variable `ADALA_BACKEND` wins over `requested`, and that over the fastest that this machine has.
-    Whatever cannot run here gives way to `"torch"`, with a warning.
+    `requested` takes precedence over the environment variable `ADALA_BACKEND`, which is read at the first use, and that
+    over the fastest that this machine has. What cannot run here is replaced by `"torch"`, with a warning.
 
     Args:
         device_type (`str`, *optional*, defaults to `"cpu"`): `"cpu"`, `"cuda"`, `"mps"`, ...
-        requested (`str`, *optional*): One of `BACKENDS`, from the configuration's field `backend`.
+        requested (`str`, *optional*): One of `BACKENDS`: the argument `backend` of `linear_attention`, which a model
+            takes from the field of that name in its configuration.
 
     Raises:
         UsageError: for a name that is not in `BACKENDS`.
@@ -53,8 +55,8 @@ def choose_backend(device_type: str = "cpu", requested: str | None = None) -> Ba
 
 @functools.cache
 def _choose(device_type: str, requested: str | None) -> Backend:
-    source, name = "the configuration", requested
-    if os.environ.get(VARIABLE):
+    source, name = "the argument or the configuration", requested
+    if name is None and os.environ.get(VARIABLE):
         source, name = VARIABLE, os.environ[VARIABLE]
     check_backend(name, source)
     if name is None:

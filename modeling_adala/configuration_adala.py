@@ -48,8 +48,8 @@ class AdaLAConfigMixin:
         feature_map_kwargs (`dict`, *optional*): Options of the feature map, such as `scale` or `center_keys`.
         softmax_layers (`list[int]`, *optional*): Layers that keep softmax attention, from 0; negative numbers count
             from the end. Default: none, all layers are linear.
-        backend (`str`, *optional*): Code that runs linear attention, one of `BACKENDS`. Default: the fastest that the
-            machine has, see `choose_backend`; what cannot run there gives way to `"torch"`.
+        backend (`str`, *optional*): Code that runs linear attention, one of `BACKENDS`. Default: that of the environment
+            variable `ADALA_BACKEND`, or the fastest that the machine has, see `choose_backend`.
         teacher_name_or_path (`str`, *optional*): The softmax checkpoint that this model was converted from. Of a local
             path, the last part is saved.
         teacher_revision (`str`, *optional*): Its commit, where it came from the Hub.
@@ -90,6 +90,22 @@ class AdaLAConfigMixin:
 
     def to_dict(self):
         return super().to_dict() | {"teacher_name_or_path": shared_name(self.teacher_name_or_path)}
+
+    # Linear attention returns its weights, of which stock configurations think "eager" alone capable.
+    @property
+    def output_attentions(self):
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value):
+        if self._attn_implementation == "adala":
+            self._output_attentions = value
+        else:
+            PretrainedConfig.output_attentions.fset(self, value)
+
+    def validate_output_attentions(self):
+        if self._attn_implementation != "adala":
+            super().validate_output_attentions()
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -151,6 +167,20 @@ class AdaLAVisionTextConfigMixin:
     @_attn_implementation.setter
     def _attn_implementation(self, value):
         PretrainedConfig._attn_implementation.fset(self, {"vision_config": value} if value == "adala" else value)
+
+    # Stock configurations put both towers under "eager" for it. The vision tower gives its weights as it is.
+    @property
+    def output_attentions(self):
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value):
+        if value and self._attn_implementation is None:
+            self._attn_implementation = {"text_config": "eager"}
+        self._output_attentions = value
+
+    def validate_output_attentions(self):
+        pass  # each tower validates its own
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

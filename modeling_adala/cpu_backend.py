@@ -78,7 +78,6 @@ def linear_attention_cpu(
             they cannot), or those in PyTorch.
     """
     dtype = product_dtype(value)
-    query = query.expand(key.shape[0], -1, -1, -1)  # queries may be shared by the batch
     compiled = compiled and CompiledPasses.supports(query, nonlinearity, dtype)
     passes = (CompiledPasses if compiled else TorchPasses)(nonlinearity, scale, eps)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
@@ -279,6 +278,6 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the dtype of the products, rows without gaps."""
-    x = x.to(dtype)
+    """In the dtype of the products, rows without gaps, and negated where PyTorch has left that for later."""
+    x = x.to(dtype).resolve_neg()
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -40,6 +40,8 @@ def exp_query(query: Tensor, key_max: Tensor) -> Tensor:
 
 def largest_key(key: Tensor, key_mask: Tensor | None) -> Tensor:
     """Largest real key in each feature, `(batch, heads, 1, features)`; a constant for the gradient."""
+    if key.shape[2] == 0:
+        return key.new_zeros(*key.shape[:2], 1, key.shape[3])
     if key_mask is not None:
         key = key.masked_fill(~key_mask[:, None, :, None], torch.finfo(key.dtype).min)
     return key.amax(dim=2, keepdim=True).detach()
@@ -222,6 +224,16 @@ def build_feature_map(name: str, num_heads: int, head_dim: int, **kwargs) -> Fea
         raise UsageError(f"feature_map_kwargs={kwargs!r} does not fit feature_map={name!r}: {error}.") from None
 
 
+def must_run_whole(feature_map: nn.Module) -> bool:
+    """Whether to call a feature map as a module, and not its affine part alone: hooks wait for it to run (those of
+    accelerate, which fetch off-loaded weights, replace `forward`), or it has a `forward` of its own, as wrappers do."""
+    hooks = feature_map._forward_hooks or feature_map._forward_pre_hooks
+    hooks = hooks or feature_map._backward_hooks or feature_map._backward_pre_hooks
+    # by name: `trust_remote_code` brings a second class of that name
+    own_forward = type(feature_map).forward.__qualname__ != "FeatureMap.forward"
+    return bool(hooks) or own_forward or "forward" in feature_map.__dict__
+
+
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """In what the features, the state and the normalizer of `x` are computed: float32, or float64 if it is."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -229,6 +241,12 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """`(batch, heads, tokens, head_dim)` times the scale and a weight per head, `(heads, head_dim, features)`."""
-    weight = weight if scale == 1.0 else weight * scale  # the smaller of the two factors
+    if weight.device != x.device:  # what comes of "meta" has no memory that a backend could read
+        raise UsageError(
+            f"feature_map has weights on {weight.device} and gets queries and keys on {x.device}; load them, or move"
+            " the model there."
+        )
+    if scale != 1.0:  # the smaller of the two factors
+        weight = weight.to(accumulation_dtype(x)) * scale
     x = torch.einsum("bhnd,hdf->bhnf", x, weight.to(x.dtype))
     return x if bias is None else x + bias.to(x.dtype)

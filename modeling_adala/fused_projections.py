@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
 
 from .errors import UsageError
-from .feature_maps import FeatureMap, accumulation_dtype
+from .feature_maps import FeatureMap, accumulation_dtype, must_run_whole
 from .surgery import Snapshot, is_plain, put_in_front, take_away
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -40,12 +40,16 @@ def unfuse(module: nn.Module) -> None:
 
 
 def check_fusible(name: str, module: Any) -> None:
-    """Raises `UsageError` unless the three projections are ordinary linear layers."""
-    for projection in PROJECTIONS:
-        if not _is_linear(getattr(module, projection)):
+    """Raises `UsageError` unless the three projections, and the feature map, are no more than their weights."""
+    parts = [(projection, _is_linear) for projection in PROJECTIONS]
+    if module.feature_map is not None and module.feature_map.learned:
+        parts.append(("feature_map", _is_foldable))
+    for part, is_ordinary in parts:
+        submodule = getattr(module, part)
+        if not is_ordinary(submodule) or not all(is_plain(x) and not x.is_meta for x in submodule.parameters()):
             raise UsageError(
-                f"{name}.{projection} is no ordinary nn.Linear (an adapter, a quantized or an off-loaded layer), so it"
-                " cannot become part of a fused product; merge adapters first (model.merge_and_unload())."
+                f"{name}.{part} is more than its weights (an adapter, a quantized or an off-loaded layer, a hook), so"
+                " it cannot become part of a fused product; merge adapters first (model.merge_and_unload())."
             )
 
 
@@ -87,12 +91,19 @@ class FusedProjections:
         project = self.o_proj if hasattr(self, "o_proj") else self.out_proj
         return project(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
+    def train(self, mode=True):
+        # code that writes through `.data`, which nothing counts, calls `eval` before it evaluates
+        self._fused_from = Snapshot(())
+        return super().train(mode)
+
     def _may_use_fused(self) -> bool:
         # another implementation sees queries and keys without a feature map's projection in them
         if self.training or torch.is_grad_enabled() or self.config._attn_implementation != "adala":
             return False
-        if any(type(getattr(self, name)) is not nn.Linear for name in PROJECTIONS):
-            return False  # adapters have come since
+        if not all(_is_linear(getattr(self, name)) for name in PROJECTIONS):
+            return False  # adapters or hooks have come since
+        if self.folded_feature_map is not None and not _is_foldable(self.feature_map):
+            return False
         # a compiler can neither look nor compute anew
         if not torch.compiler.is_compiling() and not self._fused_from.is_of(self._sources()):
             self._fuse()
@@ -144,6 +155,9 @@ def _folded(
 
 
 def _is_linear(module: nn.Module) -> bool:
-    if type(module) is not nn.Linear or hasattr(module, "_hf_hook"):
-        return False
-    return all(is_plain(x) and x.device.type != "meta" for x in module.parameters())
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is nn.Linear and not hooks and "forward" not in module.__dict__
+
+
+def _is_foldable(feature_map: nn.Module) -> bool:
+    return not must_run_whole(feature_map)

@@ -5,31 +5,45 @@ Canonical form (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 5), with the st
     S = (1/N) phi(K)^T V        z = (1/N) phi(K)^T 1        out_i = phi(q_i) S / (phi(q_i) z + eps)
 
 `linear_attention` costs O(N); `linear_attention_reference` computes the same from the N x N weights. It is the
-documentation, the oracle of the tests and what draws attention maps.
+documentation, the oracle of the tests and what draws attention maps. Their arguments are checked here, once, before
+any backend sees them: two of the backends read raw memory.
 
 This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backends import choose_backend, warn_unsupported
 from .cpu_backend import linear_attention_cpu
 from .errors import UsageError
-from .feature_maps import FeatureMap, accumulation_dtype, softmax_pair
+from .feature_maps import (
+    FEATURE_MAPS,
+    FeatureMap,
+    accumulation_dtype,
+    build_feature_map,
+    must_run_whole,
+    softmax_pair,
+)
 from .torch_backend import linear_attention_torch, mask_keys
 from .triton_backend import linear_attention_triton, unsupported
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def linear_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    feature_map: FeatureMap,
+    feature_map: FeatureMap | str,
     key_mask: Tensor | None = None,
     eps: float | None = None,
     *,
@@ -42,14 +56,16 @@ def linear_attention(
     Backends may multiply 16-bit inputs in 16 bits; see theirs for what that means.
 
     Args:
-        query (`Tensor`): `(batch, heads, query_tokens, head_dim)`, any strides.
+        query (`Tensor`): `(batch, heads, query_tokens, head_dim)`, any strides; float16, bfloat16, float32 or float64,
+            as key and value, which may be of another one of these.
         key (`Tensor`): `(batch, heads, tokens, head_dim)`.
         value (`Tensor`): `(batch, heads, tokens, value_dim)`.
-        feature_map (`FeatureMap`): phi.
-        key_mask (`Tensor`, *optional*): `(batch, tokens)`, True for real tokens. An image without any gets zeros.
+        feature_map (`FeatureMap` or `str`): phi, or the name of one in `FEATURE_MAPS` that has no parameters.
+        key_mask (`Tensor`, *optional*): `(batch, tokens)`, True (or 1, in any integer or float dtype) for real tokens.
+            An image without any gets zeros. Values other than 0 and 1 are refused, except while a compiler traces.
         eps (`float`, *optional*): Added to the normalizer. Default: the feature map's own, 1e-6 (1e-12 for `exp`).
-        cu_seqlens (`Tensor`, *optional*): `(sequences + 1,)`, int32, for images of different sizes packed into a batch
-            of one: where each begins, and the number of tokens at the end. Tokens attend within their own image.
+        cu_seqlens (`Tensor`, *optional*): `(sequences + 1,)`, integers, for images of different sizes packed into a
+            batch of one: where each begins, and the number of tokens at the end. Tokens attend within their own image.
         backend (`str`, *optional*): One of `BACKENDS`. Default: see `choose_backend`.
 
     Returns:
@@ -57,51 +73,93 @@ def linear_attention(
         heads, value_dim)` memory, which is how an output projection reads it.
 
     Raises:
-        UsageError: for an unknown backend, or `cu_seqlens` with a batch, or that does not fit the tokens.
+        UsageError: for an unknown backend, shapes, dtypes or devices that do not fit each other or the feature map, a
+            `key_mask` of anything but 0 and 1, and `cu_seqlens` with a batch, or that do not fit the tokens.
+
+    Example:
+
+    ```python
+    query, key, value = torch.randn(3, 2, 12, 197, 64)
+    output = linear_attention(query, key, value, "elu")
+    ```
     """
-    eps = feature_map.eps if eps is None else eps
+    _check_tensors(query=query, key=key, value=value)
+    feature_map = _checked_feature_map(feature_map, query)
+    key_mask = _checked_mask(key_mask, key)
+    cu_seqlens = _checked_bounds(cu_seqlens, query, key)
+    eps = _checked_eps(eps, feature_map)
     name = choose_backend(query.device.type, backend).name
-    if cu_seqlens is not None and (name != "triton" or feature_map.center_keys):
-        return _one_by_one(query, key, value, feature_map, key_mask, eps, cu_seqlens, backend)
     with _no_autocast(query):
-        if _is_watched(feature_map):
-            return linear_attention_torch(query, key, value, feature_map, key_mask, eps)
-        if name == "triton":
-            output = _by_triton(query, key, value, feature_map, key_mask, eps, cu_seqlens)
-            if output is not None:
-                return output
-        # compilers fuse what they can see; a CPU that is not compiled for is served best in blocks
-        if query.device.type == "cpu" and not torch.compiler.is_compiling() and _is_plain(query, key, value):
-            query, key, scale = feature_map.affine(query, key, key_mask)
-            nonlinearity, compiled = feature_map.nonlinearity, name == "cpu"
-            return linear_attention_cpu(query, key, value, nonlinearity, scale, key_mask, eps, compiled)
-        return linear_attention_torch(query, key, value, feature_map, key_mask, eps)
+        return _attend(query, key, value, feature_map, key_mask, eps, cu_seqlens, name)
 
 
 def linear_attention_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    feature_map: FeatureMap,
+    feature_map: FeatureMap | str,
     key_mask: Tensor | None = None,
     eps: float | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The same as `linear_attention` from the explicit weights, O(N^2). Arguments and result are the same."""
-    weights = attention_weights(query, key, feature_map, key_mask, eps)
-    return (weights @ value.to(weights.dtype)).to(value.dtype)
+    return linear_attention(
+        query, key, value, feature_map, key_mask, eps, cu_seqlens=cu_seqlens, backend="reference"
+    )
 
 
 def attention_weights(
-    query: Tensor, key: Tensor, feature_map: FeatureMap, key_mask: Tensor | None = None, eps: float | None = None
+    query: Tensor, key: Tensor, feature_map: FeatureMap | str, key_mask: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     """The weights that linear attention applies, `(batch, heads, query_tokens, tokens)`: rows sum to just below 1."""
-    eps = feature_map.eps if eps is None else eps
+    _check_tensors(query=query, key=key)
+    feature_map = _checked_feature_map(feature_map, query)
+    key_mask = _checked_mask(key_mask, key)
+    eps = _checked_eps(eps, feature_map)
     with _no_autocast(query):
-        dtype = accumulation_dtype(query)
-        phi_q, phi_k = feature_map(query.to(dtype), key.to(dtype), key_mask)
-        phi_k, count = mask_keys(phi_k, key_mask)
-        scores = phi_q @ phi_k.transpose(2, 3) / count[..., None]
-        return scores / (scores.sum(dim=-1, keepdim=True) + eps)
+        return _weights(query, key, feature_map, key_mask, eps)
+
+
+# --- the choice among backends, which takes checked arguments --------------------------------------------------------
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    feature_map: FeatureMap,
+    key_mask: Tensor | None,
+    eps: float,
+    cu_seqlens: Tensor | None,
+    name: str,
+) -> Tensor:
+    whole = name == "reference" or must_run_whole(feature_map)
+    # the mean key of a pack is that of no image in it
+    if name == "triton" and not whole and not (cu_seqlens is not None and feature_map.center_keys):
+        output = _by_triton(query, key, value, feature_map, key_mask, eps, cu_seqlens)
+        if output is not None:
+            return output
+    if cu_seqlens is not None:
+        return _one_by_one(query, key, value, feature_map, key_mask, eps, cu_seqlens, name)
+    if name == "reference":
+        weights = _weights(query, key, feature_map, key_mask, eps)
+        return (weights @ value.to(weights.dtype)).to(value.dtype)
+    # compilers fuse what they can see; a CPU that is not compiled for is served best in blocks
+    if not whole and not torch.compiler.is_compiling() and _is_in_memory(query, key, value, key_mask):
+        mapped_query, mapped_key, scale = _affine(query, key, feature_map, key_mask)
+        if _is_in_memory(mapped_query, mapped_key):  # the weights of a map may be sharded or quantized
+            options = feature_map.nonlinearity, scale, key_mask, eps, name == "cpu"
+            return linear_attention_cpu(mapped_query, mapped_key, value, *options)
+    return linear_attention_torch(query, key, value, feature_map, key_mask, eps)
+
+
+def _weights(query: Tensor, key: Tensor, feature_map: FeatureMap, key_mask: Tensor | None, eps: float) -> Tensor:
+    dtype = accumulation_dtype(query)
+    phi_q, phi_k = feature_map(query.to(dtype), key.to(dtype), key_mask)
+    phi_k, count = mask_keys(phi_k, key_mask)
+    scores = phi_q @ phi_k.transpose(2, 3) / count[..., None]
+    return scores / (scores.sum(dim=-1, keepdim=True) + eps)
 
 
 def _by_triton(
@@ -114,12 +172,12 @@ def _by_triton(
     cu_seqlens: Tensor | None,
 ) -> Tensor | None:
     """The Triton kernels' output; `None` for what they do not support."""
-    query, key, scale = feature_map.affine(query, key, key_mask)
+    query, key, scale = _affine(query, key, feature_map, key_mask)
     nonlinearity = feature_map.nonlinearity
     if nonlinearity == "softmax_pair":  # no kernel has room for it: its features are twice as many as its inputs
         query, key, nonlinearity = softmax_pair(query * scale), softmax_pair(key * scale), "identity"
         scale = 1.0
-    obstacle = unsupported(query, key, value, nonlinearity, key_mask, cu_seqlens)
+    obstacle = unsupported(query, key, value, nonlinearity)
     if obstacle is None:
         return linear_attention_triton(query, key, value, nonlinearity, scale, key_mask, eps, cu_seqlens)
     if not torch.compiler.is_compiling():
@@ -135,24 +193,44 @@ def _one_by_one(
     key_mask: Tensor | None,
     eps: float,
     cu_seqlens: Tensor,
-    backend: str | None,
+    name: str,
 ) -> Tensor:
     """Packed images without a kernel for them."""
-    bounds = cu_seqlens.tolist()
-    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise UsageError(
-            f"cu_seqlens packs images into a batch of one, but query is {tuple(query.shape)} and key"
-            f" {tuple(key.shape)}; lay the tokens of all images one after another."
-        )
-    if bounds[0] != 0 or bounds[-1] != key.shape[2] or sorted(bounds) != bounds:
-        raise UsageError(f"cu_seqlens={bounds} must rise from 0 to the number of tokens, {key.shape[2]}.")
+    if key.shape[2] == 0:
+        return _attend(query, key, value, feature_map, key_mask, eps, None, name)
     outputs = []
-    for first, last in pairwise(bounds):
+    for first, last in pairwise(cu_seqlens.tolist()):
         if last > first:
             q, k, v = (x[:, :, first:last] for x in (query, key, value))
             mask = None if key_mask is None else key_mask[:, first:last]
-            outputs.append(linear_attention(q, k, v, feature_map, mask, eps, backend=backend).transpose(1, 2))
+            outputs.append(_attend(q, k, v, feature_map, mask, eps, None, name).transpose(1, 2))
     return torch.cat(outputs, dim=1).transpose(1, 2)
+
+
+def _affine(
+    query: Tensor, key: Tensor, feature_map: FeatureMap, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, float]:
+    """What a backend with nonlinearities of its own starts from: shapes that it can trust."""
+    mapped_query, mapped_key, scale = feature_map.affine(query, key, key_mask)
+    shapes = [x.shape[:-1] for x in (mapped_query, mapped_key)]
+    if shapes != [x.shape[:-1] for x in (query, key)] or mapped_query.shape[-1] != mapped_key.shape[-1]:
+        raise UsageError(
+            f"feature_map {type(feature_map).__name__} turns query and key of {tuple(query.shape)} and"
+            f" {tuple(key.shape)} into {tuple(mapped_query.shape)} and {tuple(mapped_key.shape)}; affine() may change"
+            " the last size alone, and of both alike."
+        )
+    return mapped_query, mapped_key, scale
+
+
+def _is_in_memory(*tensors: Tensor | None) -> bool:
+    """Whether these are numbers in the memory of a CPU, no stand-ins of a tracer, of `torch.func` or of forward-mode
+    derivatives, and no mode such as a FLOP counter waits to see each operation."""
+    return (
+        all(x is None or (type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu") for x in tensors)
+        and not torch._C._are_functorch_transforms_active()
+        and not is_in_torch_dispatch_mode()
+        and all(x is None or unpack_dual(x).tangent is None for x in tensors)
+    )
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:
@@ -161,16 +239,128 @@ def _no_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _is_watched(feature_map: FeatureMap) -> bool:
-    """Whether somebody's hooks wait for the feature map to run."""
-    return bool(feature_map._forward_hooks or feature_map._forward_pre_hooks)
+# --- the check of arguments ------------------------------------------------------------------------------------------
 
 
-def _is_plain(*tensors: Tensor) -> bool:
-    """Whether these are numbers in memory, no stand-ins of a tracer or of `torch.func`, and no mode such as a FLOP
-    counter waits to see each operation."""
-    return (
-        all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
-        and not torch._C._are_functorch_transforms_active()
-        and not is_in_torch_dispatch_mode()
-    )
+def _check_tensors(**tensors: Tensor) -> None:
+    """Refuses query, key and value that do not fit each other."""
+    query, key = tensors["query"], tensors["key"]
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise UsageError(f"{name} is a {type(x).__name__}; pass a tensor (batch, heads, tokens, head_dim).")
+        if x.ndim != 4 or x.shape[-1] == 0:
+            raise UsageError(
+                f"{name} of shape {tuple(x.shape)} is not (batch, heads, tokens, head_dim); split the channels of a"
+                " projection into heads, and put heads before tokens."
+            )
+        if x.dtype not in DTYPES or x.layout != torch.strided:
+            raise UsageError(
+                f"{name} is {x.layout} in {x.dtype}; pass a strided tensor in float16, bfloat16, float32 or float64."
+            )
+        if x.device != query.device:
+            raise UsageError(f"{name} is on {x.device} and query on {query.device}; move them to one device.")
+        if x.shape[:2] != query.shape[:2]:
+            raise UsageError(
+                f"{name} of shape {tuple(x.shape)} has another batch or number of heads than query of shape"
+                f" {tuple(query.shape)}; expand or repeat one of them."
+            )
+    if key.shape[-1] != query.shape[-1]:
+        raise UsageError(
+            f"key of shape {tuple(key.shape)} has another head_dim than query of shape {tuple(query.shape)}; project"
+            " both to the same width."
+        )
+    if "value" in tensors and tensors["value"].shape[2] != key.shape[2]:
+        raise UsageError(
+            f"value of shape {tuple(tensors['value'].shape)} has another number of tokens than key of shape"
+            f" {tuple(key.shape)}; pass one value per key."
+        )
+
+
+def _checked_feature_map(feature_map: FeatureMap | str, query: Tensor) -> FeatureMap:
+    _, heads, _, head_dim = query.shape
+    if isinstance(feature_map, str):
+        built = build_feature_map(feature_map, heads, head_dim)
+        if built.learned:
+            raise UsageError(
+                f"feature_map={feature_map!r} has weights, which a name does not bring; keep a module made by"
+                f" build_feature_map({feature_map!r}, {heads}, {head_dim}) and pass it, or name one of"
+                f" {', '.join(name for name, cls in FEATURE_MAPS.items() if not cls.learned)}."
+            )
+        return built
+    if not (isinstance(feature_map, torch.nn.Module) and hasattr(feature_map, "nonlinearity")):
+        raise UsageError(
+            f"feature_map is a {type(feature_map).__name__}; pass a FeatureMap, such as build_feature_map('elu',"
+            f" {heads}, {head_dim}), or the name of one without weights, such as 'elu'."
+        )
+    if feature_map.learned and (feature_map.num_heads, feature_map.head_dim) != (heads, head_dim):
+        raise UsageError(
+            f"feature_map is for {feature_map.num_heads} heads of {feature_map.head_dim} and query of shape"
+            f" {tuple(query.shape)} has {heads} of {head_dim}; build one for these."
+        )
+    return feature_map
+
+
+def _checked_mask(key_mask: Tensor | None, key: Tensor) -> Tensor | None:
+    """The mask as bool."""
+    if key_mask is None:
+        return None
+    _check_companion("key_mask", key_mask, key)
+    expected = (key.shape[0], key.shape[2])
+    if key_mask.ndim != 2 or (key_mask.shape[0], key_mask.shape[1]) != expected:
+        raise UsageError(
+            f"key_mask of shape {tuple(key_mask.shape)} must be {expected}, the batch and the tokens of key; expand a"
+            " mask that all images share."
+        )
+    if key_mask.dtype == torch.bool:
+        return key_mask
+    if key_mask.is_complex() or (_has_values(key_mask) and not ((key_mask == 0) | (key_mask == 1)).all()):
+        raise UsageError(
+            f"key_mask in {key_mask.dtype} has other values than 1 for a token that counts and 0 for one that does not;"
+            " turn a bias of 0 and -inf into `bias == 0`."
+        )
+    return key_mask.to(torch.bool)
+
+
+def _checked_bounds(cu_seqlens: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """The bounds of packed images as int32, without gaps."""
+    if cu_seqlens is None:
+        return None
+    _check_companion("cu_seqlens", cu_seqlens, key)
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise UsageError(
+            f"cu_seqlens packs images into a batch of one, but query is {tuple(query.shape)} and key"
+            f" {tuple(key.shape)}; lay the tokens of all images one after another."
+        )
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise UsageError(
+            f"cu_seqlens in {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)} must be int32 or int64, (images + 1,)."
+        )
+    if _has_values(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[:1] != [0] or bounds[-1] != key.shape[2] or sorted(bounds) != bounds:
+            raise UsageError(f"cu_seqlens={bounds} must rise from 0 to the number of tokens, {key.shape[2]}.")
+    return cu_seqlens.to(torch.int32).contiguous()
+
+
+def _checked_eps(eps: float | None, feature_map: FeatureMap) -> float:
+    eps = feature_map.eps if eps is None else eps
+    if not torch.compiler.is_compiling() and not (isinstance(eps, Real) and math.isfinite(eps) and eps >= 0):
+        raise UsageError(f"eps={eps!r} must be a number from 0 on, such as 1e-6.")
+    return eps
+
+
+def _check_companion(name: str, x: Any, key: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        kind = str(x.layout) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise UsageError(f"{name} is {kind}; pass a strided tensor.")
+    if x.device != key.device:
+        raise UsageError(f"{name} is on {x.device} and key on {key.device}; move it there.")
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether the numbers of a tensor may be looked at: not while a compiler or a CUDA graph records."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return not (x.is_meta or torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode())

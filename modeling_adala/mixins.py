@@ -13,6 +13,7 @@ from transformers.backbone_utils import BackboneMixin, filter_output_hidden_stat
 from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutput
 from transformers.utils import can_return_tuple
 
+from .attention_interface import note_output_attentions
 from .configuration_adala import pair, vision_config
 from .errors import UsageError
 from .feature_maps import FeatureMap, build_feature_map
@@ -25,6 +26,8 @@ LAST_LAYER_NORMS = ("layernorm", "norm", "post_layernorm")
 POOLERS = [r"(^|\.)pooler\.", r"(^|vision_model\.)head\."]
 # where not one; registers come on top
 CLASS_TOKENS = {"deit": 2, "ijepa": 0, "siglip_vision_model": 0, "siglip2_vision_model": 0}
+# their attention keeps the argument `output_attentions` to itself
+SILENT_ATTENTION = {"siglip_vision_model", "siglip2_vision_model"}
 # these interpolate their positions (or rotate by them) without being told
 ANY_SIZE = {"dinov2", "dinov2_with_registers", "dinov3_vit"}
 
@@ -38,19 +41,23 @@ class AdaLAMixin:
     is no AdaLA configuration, and stay as they are.
     """
 
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    # here and not in `__init__`, whose arguments are those of the stock class: all call this when their modules are made
+    def post_init(self):
         self.model_tags = ["linear-attention", "vit-adala", "distillation"]  # for the stock card of `push_to_hub`
         for layer, module in enumerate(_attention_modules(self)):
             if hasattr(module, "feature_map"):  # a backbone inside a head has given it one
                 continue
             module.feature_map, options = None, module.config
+            if options.model_type.removeprefix("adala_") in SILENT_ATTENTION:
+                module.output_attentions_noted = False
+                module.register_forward_pre_hook(note_output_attentions, with_kwargs=True)
             if layer not in options.softmax_layers:
                 heads, head_dim = options.num_attention_heads, module.head_dim
                 module.feature_map = build_feature_map(
                     options.feature_map, heads, head_dim, **options.feature_map_kwargs
                 )
         cache_positions(self)
+        super().post_init()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -70,14 +77,17 @@ class AdaLAMixin:
 
         For inference: one product instead of five, and no feature map in float32 between them. The answers are the
         same but for rounding. Parameters, `state_dict` and what `save_pretrained` writes stay as they are; the fused
-        weights are a copy, made anew at the next call when the parameters have changed (see `Snapshot`).
+        weights are a copy. It is made anew at the next call after `train()` and `eval()`, and when PyTorch has counted
+        a change of the parameters (an optimizer step, `load_state_dict`, an operation in place). PyTorch does not count
+        a write through `parameter.data`, as some moving averages do it: call `eval()`, or this again, after one.
 
         The projections run one by one, as ever, in training mode, while gradients are recorded, behind adapters that
         came later, and in softmax mode. A compiled or exported model cannot look: call this again after changing its
         weights.
 
         Raises:
-            UsageError: in training mode, and where a projection is no ordinary `nn.Linear` (adapters, quantization).
+            UsageError: in training mode, and where a projection or a feature map is more than its weights (adapters,
+            quantization, off-loading, hooks).
         """
         if self.training:
             raise UsageError("fuse_qkv_projections() is for inference and this model trains; call model.eval() first.")
@@ -138,7 +148,7 @@ def attention_map(model: nn.Module, pixel_values: torch.Tensor, layer: int, **kw
     handle = modules[layer].register_forward_hook(keep, with_kwargs=True)
     modules[layer].output_attention_weights = True  # of this layer alone: each has N x N
     try:
-        model(pixel_values, **kwargs)
+        model(pixel_values=pixel_values, **kwargs)
     finally:
         handle.remove()
         del modules[layer].output_attention_weights
@@ -200,6 +210,8 @@ class AdaLABackboneMixin(BackboneMixin):
     `config.reshape_hidden_states` say in which form they come. The pooler of the model is left out.
     """
 
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
     _keys_to_ignore_on_load_unexpected = POOLERS
 
     def __init__(self, config, **kwargs):
@@ -243,6 +255,8 @@ class AdaLASegmentationMixin:
     concatenated (Oquab et al. 2023, arXiv 2304.07193, section 7.4). A subclass names its `backbone_class`.
     """
 
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
     _keys_to_ignore_on_load_unexpected = POOLERS
 
     def __init__(self, config):

@@ -1,7 +1,7 @@
 """Position embeddings that are interpolated once per image size, not once per call.
 
 Stock embeddings fit their grid of positions to the image at every forward pass. At a size that comes again and again
-that is the same result each time: 5 to 30 ms of a CPU, for nothing.
+that is the same result each time: 5 to 30 ms of a CPU, for nothing. A GPU does it in no time, and nothing is kept there.
 
 This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
 """
@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .surgery import Snapshot, is_plain, put_in_front
+from .surgery import put_in_front
 
 SIZES = 8
 """How many image sizes a model remembers. At 1,024 px a ViT-B with patches of 16 has 12.6 MB of positions, float32."""
 
 
 def cache_positions(model: Any) -> None:
-    """Makes a model keep its interpolated positions while no gradients are recorded. Stock and AdaLA models alike.
+    """Makes a model keep its interpolated positions on a CPU while no gradients are recorded, a stock or an AdaLA model.
 
-    Results stay the same, bit by bit. Positions are interpolated anew when the parameter has changed (see `Snapshot`),
-    and after `model.train()` and `model.eval()`. In training, under `torch.compile`, `torch.export` and
-    `torch.jit.trace` all is as in the stock model.
+    Results stay the same, bit by bit: positions are interpolated anew when any value of the parameter has changed
+    (comparing takes a hundredth of the time). In training, under `torch.compile`, `torch.export` and `torch.jit.trace`
+    all is as in the stock model.
 
     Args:
         model (`nn.Module`): Any model; embeddings that have nothing to interpolate stay as they are (DINOv3's rotary
@@ -43,7 +43,7 @@ class CachedPositions:
 
     def interpolate_pos_encoding(self, embeddings, height, width):
         interpolate = super().interpolate_pos_encoding
-        if not self._may_cache():
+        if not self._may_cache(embeddings):
             return interpolate(embeddings, height, width)
         key = (embeddings.shape[1:], height, width, _autocast_dtype(embeddings))
         return self._cached(key, partial(interpolate, embeddings, height, width))
@@ -51,7 +51,7 @@ class CachedPositions:
     def resize_positional_embeddings(self, positional_embeddings, spatial_shapes, max_length):
         # SigLIP 2: a grid per image, padded to `max_length`
         resize = super().resize_positional_embeddings
-        if not self._may_cache():
+        if not self._may_cache(spatial_shapes):
             return resize(positional_embeddings, spatial_shapes, max_length)
         grids, autocast = spatial_shapes.tolist(), _autocast_dtype(positional_embeddings)
         rows = [
@@ -60,24 +60,23 @@ class CachedPositions:
         ]
         return torch.cat(rows)
 
-    def train(self, mode=True):
-        # whoever swaps weights by hand for an evaluation (a moving average, say) calls `eval` before it
-        self.__dict__.pop("_positions", None)
-        return super().train(mode)
-
     def _parameter(self) -> Tensor:
         return self.position_embedding.weight if hasattr(self, "position_embedding") else self.position_embeddings
 
-    def _may_cache(self) -> bool:
+    def _may_cache(self, of_images: Tensor) -> bool:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         positions = self._parameter()
-        return is_plain(positions) and not (torch.is_grad_enabled() and positions.requires_grad)
+        # stand-ins of tracers have no values
+        if type(positions) is not nn.Parameter or type(of_images) is not Tensor or positions.device.type != "cpu":
+            return False
+        return not (torch.is_grad_enabled() and positions.requires_grad)
 
     def _cached(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         positions = self._parameter()
         cache = self.__dict__.get("_positions")
-        if cache is None or not cache.source.is_of([positions]):
+        # by value: nothing counts a write through `.data`
+        if cache is None or cache.source.dtype != positions.dtype or not torch.equal(cache.source, positions):
             cache = self.__dict__["_positions"] = _Positions(positions)
         result = cache.results.get(key)
         if result is None:
@@ -90,14 +89,14 @@ class CachedPositions:
 
 
 class _Positions:
-    """Results for one state of the parameter. Copies and pickles are empty."""
+    """Results for one value of the parameter. Copies and pickles are empty."""
 
-    def __init__(self, positions: Tensor | None = None):
-        self.source = Snapshot([positions])
+    def __init__(self, positions: Tensor):
+        self.source = positions.detach().clone()
         self.results: dict[Hashable, Tensor] = {}
 
     def __reduce__(self):
-        return _Positions, ()
+        return _Positions, (torch.zeros(0),)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

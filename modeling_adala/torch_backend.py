@@ -33,7 +33,7 @@ def linear_attention_torch(
 def mask_keys(phi_k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Zeroes the features of padding and counts the real tokens, as `(batch or 1, 1, 1)`."""
     if key_mask is None:
-        return phi_k, phi_k.new_ones(1, 1, 1) * phi_k.shape[2]
+        return phi_k, (phi_k.new_ones(1, 1, 1) * phi_k.shape[2]).clamp(min=1)
     count = key_mask.sum(dim=1).clamp(min=1).to(phi_k.dtype)[:, None, None]
     return phi_k.masked_fill(~key_mask[:, None, :, None], 0), count
 

@@ -92,9 +92,7 @@ def unavailable(device_type: str = "cuda") -> str | None:
     return None
 
 
-def unsupported(
-    query: Tensor, key: Tensor, value: Tensor, phi: str, key_mask: Tensor | None, cu_seqlens: Tensor | None = None
-) -> str | None:
+def unsupported(query: Tensor, key: Tensor, value: Tensor, phi: str) -> str | None:
     """What of this call the kernels do not support, in words, or `None`. Looks at shapes and dtypes only."""
     if phi not in PHI:
         return f"the feature map {phi!r}"
@@ -104,10 +102,6 @@ def unsupported(
             return f"{name} in {x.dtype}"
         if x.shape[-1] > widest:
             return f"{name} of width {x.shape[-1]} (at most {widest}) with value in {value.dtype}"
-    if key_mask is not None and key_mask.dtype != torch.bool:
-        return f"a key_mask in {key_mask.dtype}"
-    if cu_seqlens is not None and (query.shape[0] != 1 or query.shape[2] != key.shape[2]):
-        return "cu_seqlens with a batch, or with other tokens for queries than for keys"
     return None
 
 

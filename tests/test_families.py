@@ -22,6 +22,8 @@ from family_helpers import (
 )
 from transformers import (
     PreTrainedModel,
+    Trainer,
+    TrainingArguments,
     ViTMAEConfig,
     ViTMAEForPreTraining,
     ViTMAEModel,
@@ -89,6 +91,51 @@ def test_opens_stock_checkpoints_without_losing_a_weight(checkpoints, name, head
         theirs = {key: value for key, value in theirs.items() if not key.startswith(("pooler.", "head."))}
     assert weights.keys() - theirs.keys() == {key for key in weights if ".feature_map." in key}
     assert not [key for key, value in theirs.items() if not torch.equal(weights[key], value)]
+
+
+# --- what a class says of itself -------------------------------------------------------------------------------------
+
+
+@every_case
+def test_the_constructor_takes_what_that_of_the_stock_class_takes(name, head):
+    """Transformers' own tools look at it, and pass `add_pooling_layer` or `use_mask_token` where they find them."""
+    ours, stock = FAMILIES[name].classes[head], FAMILIES[name].stock_class(head)
+    if stock is None:
+        assert "config" in signature(ours).parameters
+        return
+    assert list(signature(ours).parameters.values())[1:] == list(signature(stock).parameters.values())[1:]
+    assert signature(ours.__init__).parameters.keys() == signature(stock.__init__).parameters.keys()
+    config = tiny_config(FAMILIES[name].config_class)
+    for option in {"add_pooling_layer", "use_mask_token"} & signature(ours).parameters.keys():
+        parameters = [dict(ours(config, **{option: value}).named_parameters()) for value in (True, False)]
+        assert parameters[0].keys() > parameters[1].keys()
+
+
+@every_case
+def test_the_main_input_and_the_modalities_are_those_of_forward(name, head):
+    ours, stock = FAMILIES[name].classes[head], FAMILIES[name].stock_class(head)
+    names = signature(ours.forward).parameters
+    first = next(key for key in names if key != "self")
+    assert ours.main_input_name == first
+    assert set(ours.input_modalities) == ({"image", "text"} if "input_ids" in names else {"image"})
+    if stock is not None:
+        assert (ours.main_input_name, ours.input_modalities) == (stock.main_input_name, stock.input_modalities)
+
+
+@every_family
+def test_trainer_hands_the_images_to_the_metrics(name, tmp_path):
+    """It looks them up by `main_input_name`."""
+    if "ForSemanticSegmentation" not in FAMILIES[name].classes:
+        pytest.skip("a model of two towers")
+    config = tiny_config(FAMILIES[name].config_class, num_labels=3)
+    model, seen = FAMILIES[name].classes["ForSemanticSegmentation"](config), []
+    example = {"pixel_values": torch.randn(3, *NATIVE), "labels": torch.zeros(NATIVE, dtype=torch.long)}
+    arguments = TrainingArguments(str(tmp_path), include_for_metrics=["inputs"], report_to=[], use_cpu=True)
+    trainer = Trainer(
+        model, arguments, eval_dataset=[example] * 2, compute_metrics=lambda result: seen.append(result.inputs) or {}
+    )
+    trainer.evaluate()
+    assert seen[0].shape == (2, 3, *NATIVE)
 
 
 # --- softmax mode ----------------------------------------------------------------------------------------------------

@@ -235,13 +235,25 @@ def assign_data(model):
     projection.weight.data = projection.weight.data * 2
 
 
+def write_unseen_and_evaluate(model):
+    for parameter in attention_modules(model)[0].parameters():
+        parameter.data.mul_(1.5)  # as moving averages do; no version counts this
+    model.eval()
+
+
+def write_unseen_and_fuse_again(model):
+    attention_modules(model)[0].feature_map.weight_q.data.mul_(2)
+    model.fuse_qkv_projections()
+
+
 def replace_layer(model):
     attention_modules(model)[0].v_proj = nn.Linear(32, 32).double()
 
 
-@pytest.mark.parametrize(
-    "change", [change_in_place, change_feature_map, change_softmax_layer, load, step, assign_data, replace_layer]
-)
+CHANGES = [change_in_place, change_feature_map, change_softmax_layer, load, step, assign_data, replace_layer]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, write_unseen_and_evaluate, write_unseen_and_fuse_again])
 def test_changed_weights_are_seen(change):
     model = tiny_model()
     model.fuse_qkv_projections()
@@ -305,11 +317,29 @@ def test_training_mode_and_other_layers_are_refused():
     assert not any(isinstance(module, FusedProjections) for module in model.modules())  # all or none
 
 
+@pytest.mark.parametrize("part", ["q_proj", "v_proj", "feature_map"])
+def test_hooks_are_refused_before_and_honored_after(part):
+    model = tiny_model(softmax_layers=[])
+    model.fuse_qkv_projections()
+    fused = run(model)
+    module = getattr(attention_modules(model)[0], part)
+    handle = module.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
+    hooked = run(model)
+    assert not torch.allclose(hooked, fused)
+    model.unfuse_qkv_projections()
+    assert_close(run(model), hooked)
+    with pytest.raises(UsageError, match=rf"layers\.0\.attention\.{part} is more than its weights"):
+        model.fuse_qkv_projections()
+    handle.remove()
+    model.fuse_qkv_projections()
+    assert torch.equal(run(model), fused)
+
+
 def test_adapters_are_refused_before_and_honored_after():
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = tiny_model()
     adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
-    with pytest.raises(UsageError, match=r"q_proj is no ordinary nn\.Linear"):
+    with pytest.raises(UsageError, match=r"q_proj is more than its weights"):
         adapted.fuse_qkv_projections()
     expected = run(adapted.base_model.model)
     merged = adapted.merge_and_unload()

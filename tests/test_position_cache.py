@@ -7,6 +7,7 @@ import pytest
 import torch
 from family_helpers import NATIVE, RECTANGULAR, inputs_of, randomize, stock_model, tensors, tiny_config
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from modeling_adala.families import FAMILIES, vision_tower
@@ -126,9 +127,8 @@ def replace(model):
         embeddings.position_embeddings = new
 
 
-def write_unseen_and_evaluate(model):
-    positions_of(model).data.add_(1)  # no version counts this
-    model.eval()
+def write_unseen(model):
+    positions_of(model).data.add_(1)  # as moving averages do; no version counts this
 
 
 def cast(model):
@@ -140,7 +140,7 @@ def run_loss(model) -> torch.Tensor:
     return sum(x.square().mean() for x in tensors(model(**inputs_of(model, RECTANGULAR))))
 
 
-@pytest.mark.parametrize("change", [step, load, assign_data, copy_in_place, replace, write_unseen_and_evaluate, cast])
+@pytest.mark.parametrize("change", [step, load, assign_data, copy_in_place, replace, write_unseen, cast])
 @pytest.mark.parametrize("name", MANY)
 def test_a_changed_parameter_is_seen(name, change):
     model = tiny_model(name)
@@ -151,16 +151,10 @@ def test_a_changed_parameter_is_seen(name, change):
     assert torch.equal(after, run_uncached(model))
 
 
-def test_another_tensor_at_the_same_address_is_another_tensor():
+def test_values_that_a_tracer_stands_in_for_are_not_kept():
     model = tiny_model("vit")
-    run(model)
-    old = positions_of(model).data
-    address = old.data_ptr()
-    positions_of(model).data = torch.zeros(0)
-    del old
-    others = [torch.zeros(1, 17, 32) for _ in range(64)]  # the allocator hands out what it was given last
-    assert all(x.data_ptr() != address for x in others)  # so the memory is still held
-    positions_of(model).data = others[0]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model(torch.empty(2, 3, *RECTANGULAR), interpolate_pos_encoding=True)
     assert torch.equal(run(model), run_uncached(model))
 
 
