@@ -23,6 +23,7 @@ from .callbacks import append_metrics, read_metrics
 from .checkpoints import whole_file
 from .comparison import Comparison
 from .data_config import DataModule
+from .digits import find_teacher
 from .facts import data_facts, describe_machine, hash_weights, software_versions
 from .recipe_config import RecipeConfig
 from .report import write_report
@@ -56,10 +57,11 @@ class _Run:
         self.config, self.out = config, Path(config.output_dir)
         self.main = PartialState().is_main_process
         self.stages = [STAGES[name] for name in config.stages]
-        student_config(load_teacher_config(config.teacher), **config.feature_options)  # before any time is spent
+        teacher = find_teacher(config.teacher)
+        student_config(load_teacher_config(teacher), **config.feature_options)  # before any time is spent
         self._check_output_dir(from_stage)
-        self.image_processor = load_image_processor(config.teacher)
-        self.teacher = load_teacher(config.teacher)
+        self.image_processor = load_image_processor(teacher)
+        self.teacher = load_teacher(teacher)
         supervised = "supervised" in config.stages
         self.data = DataModule(config, self.teacher.config, self.image_processor, require_labels=supervised)
         device = PartialState().device
@@ -235,7 +237,7 @@ class _Run:
             "teacher_revision": getattr(self.teacher.config, "_commit_hash", None),
             "teacher_sha256": hash_weights(self.teacher),
             "teacher_license": find_license(
-                self.config.teacher, getattr(self.teacher.config, "_commit_hash", None), download=True
+                find_teacher(self.config.teacher), getattr(self.teacher.config, "_commit_hash", None), download=True
             ),
             **data_facts(self.data),
             "data_fingerprint": fingerprint(self.data.raw_train),
