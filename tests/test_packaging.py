@@ -164,11 +164,9 @@ def test_a_wheel_runs_the_quickstart_from_another_folder(tmp_path):
     settings = [f"{stage}.{name}" for stage in stages for name in ("max_steps=1", "per_device_train_batch_size=2")]
     settings += [f"{stage}.calibration_images=2" for stage in stages[:2]]
     options = [part for setting in settings for part in ("--set", setting)]
-    printed = run(
-        environment / "bin" / "vit-adala", "run", "quickstart", "--knn-images", "20", "--eval-images", "20", *options
-    )
+    options += ["--knn-images", "20", "--eval-images", "20"]
+    printed = run(environment / "bin" / "vit-adala", "run", "quickstart", *options)
     assert printed.rstrip().endswith("report: out/quickstart/report.md")
-    assert "teacher: vit-digits\n" in (elsewhere / "out/quickstart/config.yaml").read_text()
-    assert {path.name for path in (elsewhere / "out/quickstart").glob("[123]-*/model.safetensors")} == {
-        "model.safetensors"
-    }
+    out = elsewhere / "out" / "quickstart"
+    assert "teacher: vit-digits\n" in (out / "config.yaml").read_text()
+    assert len(list(out.glob("[123]-*/model.safetensors"))) == 3
