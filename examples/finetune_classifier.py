@@ -19,9 +19,7 @@ from datasets import load_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
 from modeling_adala import convert
-from trainers.digits import load_digits
-
-TEACHER = Path(__file__).parent / "teachers" / "vit-digits"
+from trainers.digits import DIGITS_TEACHER, load_digits
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,8 +44,8 @@ def main() -> None:
     set_seed(0)
     if args.model is None:
         args.model = str(Path(args.output_dir) / "converted")
-        convert(TEACHER)[0].save_pretrained(args.model)
-        AutoImageProcessor.from_pretrained(TEACHER).save_pretrained(args.model)
+        convert(DIGITS_TEACHER)[0].save_pretrained(args.model)
+        AutoImageProcessor.from_pretrained(DIGITS_TEACHER).save_pretrained(args.model)
 
     splits = load_dataset(args.dataset) if args.dataset else {name: load_digits(name) for name in ("train", "test")}
     names = splits["train"].features["label"].names

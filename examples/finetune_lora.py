@@ -19,9 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
 from modeling_adala import convert
-from trainers.digits import load_digits
-
-TEACHER = Path(__file__).parent / "teachers" / "vit-digits"
+from trainers.digits import DIGITS_TEACHER, load_digits
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,8 +45,8 @@ def main() -> None:
     set_seed(0)
     if args.model is None:
         args.model = str(Path(args.output_dir) / "converted")
-        convert(TEACHER)[0].save_pretrained(args.model)
-        AutoImageProcessor.from_pretrained(TEACHER).save_pretrained(args.model)
+        convert(DIGITS_TEACHER)[0].save_pretrained(args.model)
+        AutoImageProcessor.from_pretrained(DIGITS_TEACHER).save_pretrained(args.model)
 
     processor = AutoImageProcessor.from_pretrained(args.model)
     base = AutoModelForImageClassification.from_pretrained(args.model)

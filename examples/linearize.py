@@ -26,14 +26,13 @@ from trainers import (
     FeatureAlignmentConfig,
     FeatureAlignmentTrainer,
 )
+from trainers.digits import DIGITS_TEACHER
 from trainers.evaluation import compare_features, evaluate_pair
-
-TEACHER = Path(__file__).parent / "teachers" / "vit-digits"
 
 
 @dataclass
 class Arguments:
-    teacher: str = field(default=str(TEACHER), metadata={"help": "softmax checkpoint: Hub id or folder"})
+    teacher: str = field(default=str(DIGITS_TEACHER), metadata={"help": "softmax checkpoint: Hub id or folder"})
     output_dir: str = field(default="out/linearize", metadata={"help": "folder of the linear checkpoint"})
     attention_steps: int = field(default=500, metadata={"help": "steps of stage 1"})
     feature_steps: int = field(default=400, metadata={"help": "steps of stage 2"})

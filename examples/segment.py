@@ -22,9 +22,8 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, s
 from modeling_adala import convert
 from modeling_adala.families import native_size
 from trainers import SegmentationDataset, SegmentationTransform, SupervisedConfig, SupervisedTrainer
-from trainers.digits import load_digits
+from trainers.digits import DIGITS_TEACHER, load_digits
 
-TEACHER = Path(__file__).parent / "teachers" / "vit-digits"
 LABELS = ["background", *(f"digit {digit}" for digit in range(10))]
 
 
@@ -60,8 +59,8 @@ def main() -> None:
     set_seed(0)
     if args.model is None:
         args.model = str(Path(args.output_dir) / "converted")
-        convert(TEACHER)[0].save_pretrained(args.model)
-        AutoImageProcessor.from_pretrained(TEACHER).save_pretrained(args.model)
+        convert(DIGITS_TEACHER)[0].save_pretrained(args.model)
+        AutoImageProcessor.from_pretrained(DIGITS_TEACHER).save_pretrained(args.model)
 
     processor = AutoImageProcessor.from_pretrained(args.model)
     model = AutoModelForSemanticSegmentation.from_pretrained(

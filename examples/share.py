@@ -22,9 +22,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hub_cards import plan_push, push
 from modeling_adala import convert
-from trainers.digits import load_digits
-
-TEACHER = Path(__file__).parent / "teachers" / "vit-digits"
+from trainers.digits import DIGITS_TEACHER, load_digits
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,8 +67,8 @@ def share_on_test_hub() -> None:
 
     with HubServer() as hub, tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "vit-adala-digits"
-        convert(TEACHER)[0].save_pretrained(model)
-        AutoImageProcessor.from_pretrained(TEACHER).save_pretrained(model)
+        convert(DIGITS_TEACHER)[0].save_pretrained(model)
+        AutoImageProcessor.from_pretrained(DIGITS_TEACHER).save_pretrained(model)
         command = [sys.executable, __file__, str(model), "org/vit-adala-digits"]
         subprocess.run(command, env=hub.environment(Path(folder) / "hf"), check=True)
 

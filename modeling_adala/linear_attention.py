@@ -236,7 +236,8 @@ def _is_in_memory(*tensors: Tensor | None) -> bool:
 def _no_autocast(x: Tensor) -> AbstractContextManager:
     """Autocast switched off, where the device has one ("meta" has none)."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    # `torch.amp.is_autocast_available` would say the same, and break the graph of torch.compile before PyTorch 2.11
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 # --- the check of arguments ------------------------------------------------------------------------------------------

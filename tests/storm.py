@@ -257,7 +257,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--damages", type=int, default=20)
     parser.add_argument("--steps", type=int, default=9, help="of each stage")
-    parser.add_argument("--teacher", type=Path, default=REPOSITORY / "examples/teachers/vit-digits")
+    parser.add_argument("--teacher", type=Path, default=REPOSITORY / "trainers/teachers/vit-digits")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:

@@ -1,13 +1,13 @@
 """Every family compiles whole, exports with dynamic sizes, and is the same in a process that has never seen it.
 
-Limits of `torch.export` with dynamic height and width that are those of the stock models (Transformers 5.23):
+Limits of `torch.export` with dynamic height and width that are those of the stock models (Transformers 5.23 and 5.24):
 
 - Learned square grids of positions (ViT, DeiT, I-JEPA, DINOv2 with and without registers, CLIP, SigLIP): one branch
   returns the grid as it is at the native size, so the program of any other size refuses images with exactly as many
   patches as the native one ("Guard failed"). DINOv3 has no such branch.
 - DINOv2 with registers turns the grid into Python integers, which fixes it unless Dynamo traces (`strict=True`).
-- SigLIP 2 loops in Python over the images of a batch to fit positions to each grid: the batch size is fixed, the grids
-  and the number of patches are dynamic.
+- SigLIP 2 before Transformers 5.24 loops in Python over the images of a batch to fit positions to each grid: the batch
+  size is fixed, the grids and the number of patches are dynamic. Since 5.24 the batch size is dynamic, too.
 - CLIP and SigLIP with both towers keep the example's batch size here; the text beside the images would have to follow.
 """
 
@@ -18,13 +18,16 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
+import transformers
 from family_helpers import CASES, NATIVE, RECTANGULAR, inputs_of, is_vision_text, randomize, tensors, tiny_config
+from packaging import version
 from torch.export import Dim
 from training_helpers import one_thread  # noqa: F401
 
 from modeling_adala.families import FAMILIES
 
 STRICT = {"dinov2_with_registers"}
+LOOPS_OVER_GRIDS = version.parse(transformers.__version__) < version.parse("5.24")  # SigLIP 2, see above
 SIZES = (RECTANGULAR, (48, 40), (16, 56))
 
 
@@ -55,11 +58,12 @@ def test_compiles_whole_and_not_again_for_every_size(name):
 def test_exports_with_dynamic_batch_and_size(name):
     model = tiny_model(name)
     example = inputs_of(model, RECTANGULAR)
-    fixed = is_vision_text(name) or "spatial_shapes" in example
+    fixed = is_vision_text(name) or ("spatial_shapes" in example and LOOPS_OVER_GRIDS)
     batch = {} if fixed else {0: Dim.AUTO}
     shapes = {key: None for key in example} | {"pixel_values": batch | {2: Dim.AUTO, 3: Dim.AUTO}}
     if "spatial_shapes" in example:
-        shapes |= {"pixel_values": {1: Dim.AUTO}, "pixel_attention_mask": {1: Dim.AUTO}}
+        patches = batch | {1: Dim.AUTO}
+        shapes |= {"pixel_values": patches, "pixel_attention_mask": patches, "spatial_shapes": batch}
     exported = torch.export.export(model, (), kwargs=example, dynamic_shapes=shapes, strict=name in STRICT).module()
     for count, size in zip((2, 3, 5), SIZES):
         inputs = inputs_of(model, size, batch=2 if fixed else count)

@@ -71,8 +71,10 @@ def build(config):
 
 def counted(model, pixel_values, attention: str) -> int:
     model.set_attn_implementation({"linear": "adala"}.get(attention, attention))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        forward_tower(model, pixel_values)
+    with torch.no_grad():
+        forward_tower(model, pixel_values)  # positions are interpolated once per size, as a product in some families
+        with FlopCounterMode(display=False) as counter:
+            forward_tower(model, pixel_values)
     return counter.get_total_flops()
 
 

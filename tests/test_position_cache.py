@@ -2,18 +2,19 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from family_helpers import NATIVE, RECTANGULAR, inputs_of, randomize, stock_model, tensors, tiny_config
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 
 from modeling_adala.families import FAMILIES, vision_tower
 from modeling_adala.position_cache import SIZES, CachedPositions, cache_positions
 
 INTERPOLATING = [name for name in FAMILIES if name != "dinov3_vit"]  # which rotates queries and keys
+METHODS = {"interpolate_pos_encoding", "resize_positional_embeddings"}  # what the cache stands in front of
 MANY = ["vit", "clip", "siglip2_vision_model"]  # a parameter, an embedding, a grid per image
 
 
@@ -54,41 +55,68 @@ def run_uncached(model: nn.Module, size: tuple[int, int] = RECTANGULAR) -> torch
         embeddings.__class__ = ours
 
 
+def stock_embeddings(model: nn.Module) -> type[nn.Module]:
+    """The class of Transformers that fits the positions of a model to an image."""
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            if cls.__module__.startswith("transformers.") and METHODS & vars(cls).keys():
+                return cls
+    raise AssertionError("no module has positions to interpolate")
+
+
 @pytest.fixture
-def interpolations(monkeypatch) -> list[tuple[int, int]]:
-    """The sizes that were interpolated to."""
-    sizes, interpolate = [], F.interpolate
+def count(monkeypatch) -> Callable[[nn.Module], list]:
+    """Begin a list of what the stock embeddings of a model are asked to interpolate, one entry a call.
 
-    def counted(*args, size, **kwargs):
-        sizes.append(tuple(size))
-        return interpolate(*args, size=size, **kwargs)
+    How they do it is their own affair: with `F.interpolate` or, in SigLIP 2 since Transformers 5.24, as a product.
+    """
 
-    monkeypatch.setattr(F, "interpolate", counted)
-    return sizes
+    def begin(model: nn.Module) -> list:
+        cls, calls = stock_embeddings(model), []
+        (name,) = METHODS & vars(cls).keys()
+        is_static = isinstance(vars(cls)[name], staticmethod)
+        stock = getattr(cls, name)
+
+        def counted(*args, **kwargs):
+            first = 1 if is_static else 2  # how large, without `self` and the positions
+            calls.append([*args[first:], *kwargs.values()])
+            return stock(*args, **kwargs)
+
+        monkeypatch.setattr(cls, name, staticmethod(counted) if is_static else counted)
+        return calls
+
+    return begin
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", INTERPOLATING)
-def test_a_size_is_interpolated_once_and_gives_the_same_bits(name, dtype, interpolations):
+def test_a_size_is_interpolated_once_and_gives_the_same_bits(name, dtype, count):
     model = tiny_model(name).to(dtype)
+    interpolated = count(model)
     for size in (RECTANGULAR, (40, 16), NATIVE):
-        expected, first = run_uncached(model, size), run(model, size)
-        interpolations.clear()
+        expected = run_uncached(model, size)
+        interpolated.clear()
+        first = run(model, size)
+        assert interpolated
+        interpolated.clear()
         second = run(model, size)
-        assert interpolations == []
+        assert interpolated == []
         assert torch.equal(first, expected)
         assert torch.equal(second, expected)
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "clip_vision_model", "siglip2_vision_model"])
-def test_a_stock_model_can_keep_its_positions_too(name, interpolations):
+def test_a_stock_model_can_keep_its_positions_too(name, count):
     model = stock_model(name)
+    interpolated = count(model)
     expected, representation = run(model), repr(model)
     cache_positions(model)
+    interpolated.clear()
     run(model)
-    interpolations.clear()
+    assert interpolated
+    interpolated.clear()
     assert torch.equal(run(model), expected)
-    assert interpolations == []
+    assert interpolated == []
     assert repr(model) == representation  # `_no_split_modules` go by class names
 
 
@@ -173,14 +201,15 @@ def test_training_gives_the_positions_their_gradient(name):
     assert torch.equal(*gradients)
 
 
-def test_frozen_positions_are_kept_in_training_too(interpolations):
+def test_frozen_positions_are_kept_in_training_too(count):
     model = tiny_model("vit").train()
+    interpolated = count(model)
     positions_of(model).requires_grad_(False)
     with torch.inference_mode():
         model(**inputs_of(model, RECTANGULAR))
-    interpolations.clear()
+    assert len(interpolated) == 1
     run_loss(model).backward()  # with positions that were computed in inference mode
-    assert interpolations == []
+    assert len(interpolated) == 1
     assert vision_tower(model).layers[0].attention.q_proj.weight.grad.abs().sum() > 0
 
 
@@ -202,14 +231,15 @@ def test_only_the_last_sizes_are_kept(name):
     assert len(embeddings_of(model)._positions.results) == SIZES
 
 
-def test_images_of_different_grids_in_one_batch(interpolations):
+def test_images_of_different_grids_in_one_batch(count):
     model = tiny_model("siglip2_vision_model")
+    interpolated = count(model)
     inputs = inputs_of(model, RECTANGULAR, batch=4)
     inputs["spatial_shapes"] = torch.tensor([[3, 6], [2, 4], [3, 6], [2, 4]])
     inputs["pixel_attention_mask"] = torch.arange(18)[None] < inputs["spatial_shapes"].prod(dim=1)[:, None]
     with torch.no_grad():
         output = model(**inputs)[0]
-        assert interpolations == [(3, 6), (2, 4)]
+        assert [shapes.tolist() for shapes, _ in interpolated] == [[[3, 6]], [[2, 4]]]
         for i, rows in enumerate(output):
             one = model(**{key: x[i : i + 1] for key, x in inputs.items()})[0][0]
             torch.testing.assert_close(rows, one, rtol=0, atol=1e-5)

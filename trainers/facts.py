@@ -102,8 +102,9 @@ def data_facts(data: DataModule) -> dict[str, Any]:
 
 
 def software_versions() -> dict[str, str]:
-    names = ("torch", "transformers", "accelerate", "datasets")
-    return {"vit-adala": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
+    # not the distribution's: for a wheel of PyPI that leaves out the build, as +cu130
+    versions = {"vit-adala": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return versions | {name: version(name) for name in ("transformers", "accelerate", "datasets")}
 
 
 def hash_weights(model: PreTrainedModel) -> str:

@@ -30,6 +30,7 @@ from .callbacks import append_metrics, read_metrics
 from .checkpoints import remove_checkpoints, whole_file
 from .comparison import Comparison
 from .data_config import DataModule
+from .digits import find_teacher
 from .facts import data_facts, describe_machine, hash_weights, software_versions, training_settings
 from .output_folder import CHECKPOINTS, METRICS, OutputFolder, is_finished, read_manifest_file, remove_folder
 from .recipe_config import RecipeConfig
@@ -77,7 +78,8 @@ class _RunFolder(OutputFolder):
         self.from_stage = from_stage
         settings = {name: value for name, value in config.to_dict().items() if name != "output_dir"}
         stages = [*(stage.directory for stage in STAGES.values()), CONTROL]
-        super().__init__(config.output_dir, "run", settings, [config.teacher, config.dataset], FILES, stages=stages)
+        inputs = [find_teacher(config.teacher), config.dataset]
+        super().__init__(config.output_dir, "run", settings, inputs, FILES, stages=stages)
 
     def check_settings(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         changed = [name for name in wanted if found.get(name) != wanted[name]]
@@ -110,9 +112,10 @@ class _Run:
         self.folder = _RunFolder(config, from_stage)
         if from_stage is not None:
             self._check_from(from_stage)
-        student_config(load_teacher_config(config.teacher), **config.feature_options)  # before any time is spent
-        self.image_processor = load_image_processor(config.teacher)
-        self.teacher = load_teacher(config.teacher)
+        teacher = find_teacher(config.teacher)
+        student_config(load_teacher_config(teacher), **config.feature_options)  # before any time is spent
+        self.image_processor = load_image_processor(teacher)
+        self.teacher = load_teacher(teacher)
         supervised = "supervised" in config.stages
         self.data = DataModule(config, self.teacher.config, self.image_processor, require_labels=supervised)
         device = PartialState().device
@@ -289,7 +292,7 @@ class _Run:
             "teacher_revision": getattr(self.teacher.config, "_commit_hash", None),
             "teacher_sha256": self.folder.settings["teacher_sha256"],
             "teacher_license": find_license(
-                self.config.teacher, getattr(self.teacher.config, "_commit_hash", None), download=True
+                find_teacher(self.config.teacher), getattr(self.teacher.config, "_commit_hash", None), download=True
             ),
             **data_facts(self.data),
             "data_fingerprint": self.folder.settings["data_fingerprint"],

@@ -40,7 +40,7 @@ from transformers import (
 # `ViTImageProcessor` would warn that torchvision is missing; both classes write the same preprocessor_config.json.
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from trainers.digits import load_digits
+from trainers.digits import DIGITS_TEACHER, load_digits
 
 IMAGE_SIZE = 28
 MEAN, STD = 0.1307, 0.3081
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
         description="Train a small softmax ViT on the embedded digits.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "vit-digits", help="written here")
+    parser.add_argument("--output_dir", type=Path, default=DIGITS_TEACHER, help="written here")
     parser.add_argument("--epochs", type=int, default=19, help="epochs in total")
     parser.add_argument("--ink_epochs", type=int, default=16, help="how many of them, the first, see only the ink")
     parser.add_argument("--guide_epochs", type=int, default=6, help="epochs of the convolutional network before")

@@ -11,6 +11,7 @@ from trainers.recipe_config import RecipeConfig
 from trainers.stages import STAGES
 
 from ..arguments import HelpFormatter, parse_settings
+from ..recipes import find_recipe
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("recipe", nargs="?", help="a YAML of the settings below")
+    parser.add_argument("recipe", nargs="?", help="a YAML of the settings below, or quickstart")
     parser.add_argument("--from-stage", "--from_stage", type=int, help="run stage N and those after it again")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting, dotted")
     stages = {stage.name.replace("-", "_") for stage in STAGES.values()}
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
         is_text = hints[name] in (str, str | None)
         overrides |= {name: value} if is_text else parse_settings([f"{name}={value}"])
     if parsed.recipe is not None:
-        config = RecipeConfig.from_yaml(parsed.recipe, **overrides)
+        config = RecipeConfig.from_yaml(find_recipe(parsed.recipe), **overrides)
     else:
         unknown_names = sorted(set(overrides) - names)
         if unknown_names:
