@@ -27,7 +27,8 @@ from modeling_adala import DataError, UsageError, convert
 from modeling_adala.families import forward_features
 from trainers import DataConfig, MeanIoU, SupervisedConfig, SupervisedTrainer
 from trainers.callbacks import read_metrics
-from trainers.data import BrokenImagesError, RowError, Unreadable, collate_images
+from trainers.data import BrokenImagesError, RowError, collate_images
+from trainers.image_files import Unreadable
 from trainers.segmentation import evaluate_segmentation, score_masks, segment
 from trainers.segmentation_data import SegmentationData, SegmentationDataset, read_labels, read_mask
 from trainers.stages import STAGES, load_segmenter, run_stage

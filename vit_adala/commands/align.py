@@ -8,7 +8,7 @@ from transformers import set_seed
 
 from modeling_adala.conversion import convert, load_teacher_config, student_config
 from trainers.attention_alignment_config import AttentionAlignmentConfig
-from trainers.data_config import DataConfig
+from trainers.data_config import DataConfig, check_streaming
 
 from ..arguments import CommandParser, read_json_dict
 from .common import TeacherArguments, load_data, run_and_report
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str]) -> None:
         "vit-adala align --teacher facebook/dinov2-small --dataset imagenet --output-dir out/1-attention-alignment",
     )
     model_args, data_args, args = parser.parse(arguments)
+    check_streaming(data_args, args.max_steps)
     options = {name: value for name, value in model_args.options.items() if value is not None}
     student_config(load_teacher_config(model_args.teacher), **options)  # before any time is spent
     set_seed(args.seed)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, set_seed
 from modeling_adala.conversion import convert, load_teacher_config
 from modeling_adala.errors import UsageError
 from modeling_adala.families import transformer_blocks
-from trainers.data_config import DataConfig, check_counts
+from trainers.data_config import DataConfig, check_counts, check_streaming
 from trainers.feature_alignment_config import FeatureAlignmentConfig
 from trainers.stages import check_stage_directory, load_student
 
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str]) -> None:
         " --output-dir out/2-feature-alignment",
     )
     model_args, data_args, args = parser.parse(arguments)
+    check_streaming(data_args, args.max_steps)
     check_counts(lora_r=model_args.lora_r)
     load_teacher_config(model_args.teacher)
     if model_args.model is not None:
