@@ -15,7 +15,7 @@ from modeling_adala.families import native_size
 
 from .data import ImageDataset, StreamingImageDataset, collate_images
 from .labels import SplitLabels, has_class_numbers
-from .sources import HFDataset, image_files, load_images
+from .sources import HFDataset, image_files, load_images, open_splits, read_to_cache
 from .transforms import ImageTransform, check_image_size, parse_size
 
 logger = logging.getLogger(__name__)
@@ -143,15 +143,11 @@ class DataModule:
         self.image_size = check_image_size(size, model_config.patch_size)
         self.columns: dict[str, Any] = {"image_column": config.image_column, "label_column": config.label_column}
         self.files = image_files(config.dataset, config.allow_external_images)
-        self.raw_train = load_images(
-            config.dataset,
-            config.train_split,
-            streaming=config.streaming,
-            require_labels=require_labels,
-            **self.columns,
-        )
+        splits = open_splits(config.dataset, config.streaming)
+        options = {"require_labels": require_labels, **self.columns}
+        self.raw_train = load_images(splits, config.train_split, streaming=config.streaming, **options)
         self.require_labels = require_labels
-        self.raw_eval = self._load_eval()
+        self.raw_eval = self._load_eval(splits, options)
         self._labels: list[str] | None = None
         self._train_ids = self._label_ids(self.raw_train)
         self._eval_ids = None if self.raw_eval is None else self._label_ids(self.raw_eval)
@@ -236,24 +232,30 @@ class DataModule:
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit].sort().values
         return Subset(dataset, chosen.tolist())
 
-    def _load_eval(self) -> datasets.Dataset | None:
-        config, options = self.config, {"require_labels": self.require_labels, **self.columns}
-        if config.eval_split is not None:
-            return load_images(config.dataset, config.eval_split, **options)
-        unlabeled: dict[str, datasets.Dataset] = {}
+    def _load_eval(self, splits: dict[str, HFDataset], options: dict[str, Any]) -> datasets.Dataset | None:
+        source, chosen, unlabeled = self.config.dataset, self.config.eval_split, {}
+        if chosen is not None:
+            name = chosen.partition("[")[0]
+            if name != chosen and name in splits:  # a stream cannot be sliced
+                splits = {name: read_to_cache(splits[name], source)}
+            return read_to_cache(load_images(splits, chosen, **options), source)
         for split in ("test", "validation"):
+            if split not in splits:
+                continue
             try:
-                raw = load_images(config.dataset, split, **options)
+                raw = load_images(splits, split, **options)
             except UsageError:
                 continue
             if self._is_labeled(raw):
                 if unlabeled:
                     logger.warning("split 'test' has no labels: evaluating on %r", split)
-                return raw
+                return read_to_cache(raw, source)
             unlabeled[split] = raw
         if self.require_labels and unlabeled:
             logger.warning("no evaluation: split %s has no labels", " and ".join(map(repr, unlabeled)))
-        return None if self.require_labels else next(iter(unlabeled.values()), None)
+        if self.require_labels or not unlabeled:
+            return None
+        return read_to_cache(next(iter(unlabeled.values())), source)
 
     def _is_labeled(self, raw: HFDataset) -> bool:
         column = self.config.label_column

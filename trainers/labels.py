@@ -38,8 +38,8 @@ class SplitLabels:
     Args:
         place (`str`): Column and split, for messages.
         names (`list[str]`, *optional*): Class names of a `ClassLabel` column.
-        numbers (`np.ndarray`, *optional*): The class numbers that occur, ascending. `None` for a stream, which is not
-            read ahead.
+        numbers (`np.ndarray`, *optional*): The class numbers that occur, ascending. `None` for a stream, of which only
+            the first row is read ahead.
         rows (`int`): Number of rows; 0 for a stream.
         missing (`int`): Rows without a label: empty, or negative, as in the test splits of many competitions.
         first_missing (`int`, *optional*): The first of them.
@@ -67,6 +67,9 @@ class SplitLabels:
         names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
         place = f"label_column={column!r}" + (f" of split {str(dataset.split)!r}" if dataset.split else "")
         if not isinstance(dataset, datasets.Dataset):
+            first_label = next(iter(dataset))[column]
+            if first_label is None or first_label < 0:
+                return cls(place, names, np.array([], int), rows=1, missing=1, first_missing=0)
             return cls(place, names)
         values = dataset.select_columns(column).with_format("arrow")[:][column]
         missing = values.is_null().to_numpy()

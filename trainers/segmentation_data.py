@@ -295,8 +295,8 @@ class SegmentationData(DataModule):
         masks = undecoded_masks(raw, column).select_columns(column)
         return any(row[column] is not None for row in masks)
 
-    def _load_eval(self) -> datasets.Dataset | None:
-        raw = super()._load_eval()
+    def _load_eval(self, splits: dict[str, HFDataset], options: dict[str, Any]) -> datasets.Dataset | None:
+        raw = super()._load_eval(splits, options)
         return raw if raw is None or self.config.eval_split is not None or self._is_labeled(raw) else None
 
     def _label_ids(self, raw: HFDataset) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import datasets
 import numpy as np
@@ -119,7 +119,13 @@ def _is_table_of_files(stream: datasets.IterableDataset) -> bool:
     return False
 
 
-def _open_source(source: Any, streaming: bool) -> dict[str, HFDataset]:
+def open_splits(source: Any, streaming: bool = False) -> dict[str, HFDataset]:
+    """Opens a data set with all its splits; the source is what `load_images` takes, which also takes the result.
+
+    Raises:
+        UsageError: the source is of a wrong type.
+        DataError: the source cannot be opened.
+    """
     if isinstance(source, dict):
         return dict(source)
     if isinstance(source, datasets.Dataset | datasets.IterableDataset):
@@ -159,7 +165,7 @@ def _open_source(source: Any, streaming: bool) -> dict[str, HFDataset]:
             f"source={str(source)!r} is neither a local path nor a data set that the Hub gives out now "
             f"({first_line(error)}): check the name and the network, or give a folder of images"
         ) from error
-    return _open_source(opened, streaming)
+    return open_splits(opened, streaming)
 
 
 def _pick_split(splits: dict[str, HFDataset], split: str | None) -> HFDataset:
@@ -212,11 +218,11 @@ def load_images(
         UsageError: the split or a column does not exist or is of the wrong type.
         DataError: the source cannot be opened, or is empty.
     """
-    dataset = _pick_split(_open_source(source, streaming), split).with_format(None)
+    dataset = _pick_split(open_splits(source, streaming), split).with_format(None)
     is_empty = len(dataset) == 0 if isinstance(dataset, datasets.Dataset) else next(iter(dataset), None) is None
     if is_empty:
-        name = source if isinstance(source, str | Path) else type(source).__name__
-        raise DataError(f"source={str(name)!r} with split={split!r} has no images: choose another split or source")
+        name = f"source={str(source)!r}" if isinstance(source, str | Path) else "the data set"
+        raise DataError(f"{name} with split={split!r} has no images: choose another split or source")
     if streaming and isinstance(dataset, datasets.Dataset):
         order = np.random.default_rng(0).permutation(len(dataset))
         dataset = dataset.select(order).to_iterable_dataset(num_shards=min(_MAX_SHARDS, len(dataset)))
@@ -234,6 +240,31 @@ def load_images(
             )
         check_labels(dataset, label_column)
     return undecoded(dataset, image_column)
+
+
+def read_to_cache(stream: HFDataset, source: Any) -> datasets.Dataset:
+    """All rows of a split as a map-style data set; of a stream, in the cache of `datasets`, the next time from there.
+
+    Opening the source map-style would prepare all of its splits, and download them from the Hub.
+
+    Args:
+        stream: a split of the source.
+        source: as for `load_images`. A local one is read again when one of its files has changed.
+    """
+    if isinstance(stream, datasets.Dataset):
+        return stream
+    files = []
+    if isinstance(source, str | Path) and (path := Path(source).expanduser()).exists():
+        found = [path] if path.is_file() else sorted(path.rglob("*"))
+        files = [(str(file), (facts := file.stat()).st_mtime_ns, facts.st_size) for file in found]
+    # Both make up the key in the cache; files on the Hub are known by their commit. A list would be taken for shards.
+    arguments = {"stream": stream, "files": tuple(files)}
+    rows = datasets.Dataset.from_generator(_rows_of, stream.features, gen_kwargs=arguments, split=stream.split)
+    return cast(datasets.Dataset, rows)
+
+
+def _rows_of(stream: datasets.IterableDataset, files: Any) -> Iterator[dict[str, Any]]:
+    yield from stream
 
 
 def fingerprint(dataset: datasets.Dataset | datasets.IterableDataset) -> str:
