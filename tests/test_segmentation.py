@@ -28,7 +28,8 @@ from modeling_adala.families import forward_features
 from modeling_adala.loading import load_segmenter
 from trainers import DataConfig, MeanIoU, SupervisedConfig, SupervisedTrainer
 from trainers.callbacks import read_metrics
-from trainers.data import BrokenImagesError, RowError, Unreadable, collate_images
+from trainers.data import BrokenImagesError, RowError, collate_images
+from trainers.image_files import Unreadable
 from trainers.segmentation import evaluate_segmentation, score_masks, segment
 from trainers.segmentation_data import SegmentationData, SegmentationDataset, read_labels, read_mask
 from trainers.stages import STAGES, run_stage

@@ -122,7 +122,9 @@ def test_stage_1_variance_is_measured_on_the_calibration_images_alone(tmp_path):
         per_device_train_batch_size=2,
     )
     targets: list[torch.Tensor] = []
-    visit_attention(teacher, batch_of(dataset)[:3], [0, 1], lambda layer, tap: targets.append(tap.output))
+    images = torch.cat(list(trainer.calibration_batches()))
+    assert len(images) == 3
+    visit_attention(teacher, images, [0, 1], lambda layer, tap: targets.append(tap.output))
     expected = [target.flatten(0, 1).var(dim=0, correction=0).mean().item() for target in targets]
     assert [variance.item() for variance in trainer.variances()] == pytest.approx(expected, rel=1e-5)
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import AutocastKwargs
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -78,8 +79,9 @@ class AdaLATrainer(Trainer):
         self._components["train" if self.model.training else "eval"][name].append(value.detach().float())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        prefix = "eval_" if mode == "eval" else ""
+        # an evaluation says how long it took, under the prefix that the caller chose
+        prefixes = [key.removesuffix("runtime") for key in logs if key.endswith("_runtime") and key != "train_runtime"]
+        mode, prefix = ("eval", prefixes[0]) if prefixes else ("train", "")
         for name, values in self._components[mode].items():
             mean = self.accelerator.gather(torch.stack(values).mean(dim=0, keepdim=True)).mean().item()
             logs[prefix + name] = mean
@@ -87,6 +89,10 @@ class AdaLATrainer(Trainer):
         if "loss" in logs or "train_runtime" in logs:
             self._cost.add_to(logs, self.args)
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._components["eval"].clear()  # of a `predict`, which logs nothing, or an evaluation that failed
+        return super().evaluation_loop(*args, **kwargs)
 
     def get_batch_samples(self, *args, **kwargs):
         with self._cost.waiting():
@@ -277,12 +283,19 @@ class AlignmentTrainer(AdaLATrainer):
         return loss.detach(), None, None
 
     def calibration_batches(self) -> Iterable[Tensor]:
-        """`pixel_values` of the first `calibration_images` training images, the same everywhere and on resume."""
+        """`pixel_values` of `calibration_images` training images, the same everywhere and on resume.
+
+        They are drawn from the whole data set, as many are sorted by class. Of a stream, they are the first: shuffle
+        it, as `DataModule` does.
+        """
         dataset, count, size = self.train_dataset, self.args.calibration_images, self.args.per_device_train_batch_size
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(0)
-        examples = [dataset[i] for i in range(min(count, len(dataset)))] if hasattr(dataset, "__getitem__") else None
-        examples = list(islice(iter(dataset), count)) if examples is None else examples
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            examples = list(islice(iter(dataset), count))
+        else:
+            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed))
+            examples = [dataset[i] for i in order[:count].tolist()]
         for start in range(0, len(examples), size):
             yield self.data_collator(examples[start : start + size])["pixel_values"].to(self.args.device)
 

@@ -5,21 +5,21 @@ is skipped, counted and named instead of ending a run that may be hours old. Wha
 the main process through shared memory.
 """
 
-import io
 import logging
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import Any, TypeAlias, cast
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from modeling_adala.errors import DataError, UsageError
 
-from .sources import HFDataset, check_labels, columns_of, encoded_bytes, first_line, undecoded
+from .image_files import LOCAL_FILES, ImageFiles, Unreadable, blaming, encoded_bytes, open_image
+from .sources import HFDataset, check_labels, columns_of, undecoded
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ Transform: TypeAlias = Callable[[Image.Image, np.random.Generator], torch.Tensor
 _MAX_WORKERS = 256
 _MIN_STREAMED = 100
 _NAMED = 3
-_EXIF_ORIENTATION = 0x0112
 
 
 class RowError(DataError):
@@ -43,57 +42,6 @@ class BrokenImagesError(RowError):
     """More images are broken than `max_broken_fraction` allows."""
 
 
-class Unreadable(Exception):
-    """One image does not decode; the message says why."""
-
-
-def open_image(value: Any, draft_size: Callable[[tuple[int, int]], tuple[int, int] | None] | None) -> Image.Image:
-    if isinstance(value, Image.Image):
-        return value
-    encoded = encoded_bytes(value)
-    if encoded == b"":
-        raise Unreadable("the file is empty")
-    if encoded is None:
-        path = value.get("path") if isinstance(value, dict) else value
-        if not isinstance(path, str):
-            raise Unreadable("the row has no image")
-        if "://" not in path:
-            raise Unreadable("the file does not exist")
-        return datasets.Image().decode_example({"bytes": None, "path": path})
-    image: Image.Image = Image.open(io.BytesIO(encoded))
-    if draft_size is not None and (size := draft_size(image.size)) is not None:
-        # A JPEG decodes several times faster at 1/2, 1/4 or 1/8 of its size; other formats ignore this.
-        image.draft(None, size)
-    if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    return image
-
-
-def _why_unreadable(value: Any) -> str | None:
-    """Why an image does not decode; None if it does, so that a transform's own error is not blamed on the file."""
-    try:
-        open_image(value, None).convert("RGB")
-    except Unreadable as error:
-        return str(error)
-    except UnidentifiedImageError:
-        return "Pillow does not know its format"
-    except Exception as error:
-        return first_line(error)
-    return None
-
-
-@contextmanager
-def blaming(value: Any) -> Iterator[None]:
-    """Raises `Unreadable` for what fails inside if the image does not decode; any other error is not the image's."""
-    try:
-        yield
-    except Exception as error:
-        reason = _why_unreadable(value)
-        if reason is None:
-            raise
-        raise Unreadable(reason) from error
-
-
 class ImageReader:
     """What map-style and streamed images share: a row to an example, and a count of the rows that are broken."""
 
@@ -105,6 +53,8 @@ class ImageReader:
         label_column: str | None,
         seed: int,
         max_broken_fraction: float,
+        label_ids: Sequence[int] | None,
+        files: ImageFiles,
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise UsageError(f"seed={seed!r} must be an integer of 0 or more")
@@ -121,6 +71,7 @@ class ImageReader:
         self.dataset = undecoded(dataset, image_column).select_columns(list(wanted.values()))
         self.transform, self.image_column, self.label_column = transform, image_column, label_column
         self.seed, self.max_broken_fraction = seed, max_broken_fraction
+        self.label_ids, self.files = label_ids, files
         # Shared memory, or persistent DataLoader workers would stay in their first epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -143,11 +94,11 @@ class ImageReader:
     def _example(self, row: dict[str, Any], key: int, name: str) -> dict[str, Any]:
         """Makes an example of a row. Raises `Unreadable` for a broken image."""
         value, rng = row[self.image_column], self._rng(key)
-        with blaming(value):
-            image = open_image(value, getattr(self.transform, "draft_size", None))
+        with blaming(value, self.files):
+            image = open_image(value, getattr(self.transform, "draft_size", None), self.files)
             example: dict[str, Any] = {"pixel_values": self.transform(image, rng)}
         if self.label_column is not None:
-            example["labels"] = int(self._label(row, name))
+            example["labels"] = self._class_number(int(self._label(row, name)), name)
         return example
 
     def _label(self, row: dict[str, Any], name: str) -> Any:
@@ -156,6 +107,18 @@ class ImageReader:
             raise RowError(f"label_column={self.label_column!r} is empty in {name}: remove the row or label it")
         return label
 
+    def _class_number(self, label: int, name: str) -> int:
+        if label < 0:
+            raise RowError(f"label_column={self.label_column!r} is {label} in {name}: remove the row or label it")
+        if self.label_ids is None:
+            return label
+        if label >= len(self.label_ids) or self.label_ids[label] < 0:
+            raise RowError(
+                f"label_column={self.label_column!r} is {label} in {name}, which is none of the"
+                f" {len(self.label_ids)} classes: repair the row"
+            )
+        return self.label_ids[label]
+
     def _name(self, row: dict[str, Any], place: str) -> str:
         value = row[self.image_column]
         path = value if isinstance(value, str) else value.get("path") if isinstance(value, dict) else None
@@ -163,11 +126,11 @@ class ImageReader:
             return place
         return path if isinstance(value, str) or value.get("bytes") is None else f"{place} ({path})"
 
-    def _too_many(self, count: int, total: int, names: list[str]) -> BrokenImagesError:
+    def _too_many(self, count: int, total: int, names: list[str], reason: str) -> BrokenImagesError:
         return BrokenImagesError(
             f"{count:,} of {total:,} images cannot be read, more than "
-            f"max_broken_fraction={self.max_broken_fraction:g}; the first: {', '.join(names)}; "
-            "repair or remove them, or raise max_broken_fraction"
+            f"max_broken_fraction={self.max_broken_fraction:g}; the first: {', '.join(names)}; the last because"
+            f" {reason}; repair or remove them, or raise max_broken_fraction"
         )
 
 
@@ -185,10 +148,12 @@ class ImageDataset(ImageReader, torch.utils.data.Dataset):
         label_column: column of the class numbers; None leaves labels out.
         seed: of the augmentation.
         max_broken_fraction: largest share of rows that may be broken.
+        label_ids: class number to give for each of the column's, -1 for none; None gives them as they are.
+        files: which files rows may name, see `sources.image_files`; all local ones by default, and no URLs.
 
     Raises:
         UsageError: an argument is wrong, or a column is missing.
-        DataError: (from indexing) a label is missing.
+        DataError: (from indexing) a label is missing, negative, or none of the classes.
         BrokenImagesError: (from indexing) too many rows are broken; a `DataError`.
     """
 
@@ -201,8 +166,10 @@ class ImageDataset(ImageReader, torch.utils.data.Dataset):
         label_column: str | None = None,
         seed: int = 0,
         max_broken_fraction: float = 0.01,
+        label_ids: Sequence[int] | None = None,
+        files: ImageFiles = LOCAL_FILES,
     ) -> None:
-        super().__init__(dataset, transform, image_column, label_column, seed, max_broken_fraction)
+        super().__init__(dataset, transform, image_column, label_column, seed, max_broken_fraction, label_ids, files)
         self._broken = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
@@ -213,6 +180,7 @@ class ImageDataset(ImageReader, torch.utils.data.Dataset):
         first = int(index) + size if index < 0 else int(index)
         if not 0 <= first < size:
             raise IndexError(f"index {index} is out of range for {size} images")
+        reason = "of what was logged before"
         for row_index in ((first + step) % size for step in range(size)):
             if self._broken[row_index]:
                 continue
@@ -221,8 +189,9 @@ class ImageDataset(ImageReader, torch.utils.data.Dataset):
             try:
                 return self._example(row, first, name)
             except Unreadable as error:
-                self._add_broken(row_index, name, str(error))
-        raise self._too_many(size, size, self._first_broken())
+                reason = str(error)
+                self._add_broken(row_index, name, reason)
+        raise self._too_many(size, size, self._first_broken(), reason)
 
     @property
     def num_broken(self) -> int:
@@ -246,7 +215,7 @@ class ImageDataset(ImageReader, torch.utils.data.Dataset):
         logger.warning("skipped %s: %s", name, reason)
         count = self.num_broken
         if count > self.max_broken_fraction * len(self):
-            raise self._too_many(count, len(self), self._first_broken())
+            raise self._too_many(count, len(self), self._first_broken(), reason)
 
 
 class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
@@ -257,16 +226,21 @@ class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
     (seed, epoch, checksum of the image's file). Broken images are logged and dropped.
 
     Args:
-        dataset: stream, such as from `load_images(..., streaming=True)`; shuffle it before.
+        dataset: stream, such as from `load_images(..., streaming=True)`.
         transform: called with a PIL image and a `numpy.random.Generator`; such as `ImageTransform`.
         image_column: column of the images.
         label_column: column of the class numbers; None leaves labels out.
-        seed: of the augmentation.
+        seed: of the augmentation and of the order.
         max_broken_fraction: largest share of the images seen (or of 100, if those are more) that may be broken.
+        label_ids, files: as for `ImageDataset`.
+        shuffle_buffer: images (their files) that each worker holds at once to draw the next one from, after the order
+            of the shards has been drawn; another order in every epoch. 1 leaves the order as it is.
+        repeat: starts over when the stream ends, in the next epoch, and so on: a stream without end, in which a place
+            can be found again, as resuming a training does.
 
     Raises:
         UsageError: an argument is wrong, or a column is missing.
-        DataError: (from iterating) a label is missing.
+        DataError: (from iterating) a label is missing, negative, or none of the classes, or there are no images.
         BrokenImagesError: (from iterating) too many images are broken; a `DataError`.
     """
 
@@ -279,10 +253,23 @@ class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
         label_column: str | None = None,
         seed: int = 0,
         max_broken_fraction: float = 0.01,
+        label_ids: Sequence[int] | None = None,
+        files: ImageFiles = LOCAL_FILES,
+        shuffle_buffer: int = 1,
+        repeat: bool = False,
     ) -> None:
-        super().__init__(dataset, transform, image_column, label_column, seed, max_broken_fraction)
-        # Images seen and broken in this pass; a row for each worker, as there is no atomic addition.
+        if isinstance(shuffle_buffer, bool) or not isinstance(shuffle_buffer, int) or shuffle_buffer < 1:
+            raise UsageError(f"shuffle_buffer={shuffle_buffer!r} must be an integer of 1 or more; 1 does not shuffle")
+        super().__init__(dataset, transform, image_column, label_column, seed, max_broken_fraction, label_ids, files)
+        self.shuffle_buffer, self.repeat = shuffle_buffer, repeat
+        # Of this process: workers that repeat the stream do not all come to its end at once.
+        self._pass = 0
+        # Images seen and broken in this iteration; a row for each worker, as there is no atomic addition.
         self._counts = torch.zeros((_MAX_WORKERS, 2), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return super().epoch + self._pass
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the augmentation and of the stream's shuffling, also in running workers."""
@@ -293,13 +280,21 @@ class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         slot, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         self._counts[slot::workers] = 0
+        for number in count() if self.repeat else (0,):
+            self._pass, is_empty = number, True
+            for example in self._one_pass(slot, f" of worker {slot}" if workers > 1 else ""):
+                is_empty = False
+                yield example
+            if is_empty:  # no shard for this worker, or not one image that could be read
+                return
+
+    def _one_pass(self, slot: int, of_worker: str) -> Iterator[dict[str, Any]]:
         counts, names = self._counts[slot % _MAX_WORKERS], []
-        for position, row in enumerate(self.dataset):
+        for position, row in enumerate(self._rows()):
             counts[0] += 1
-            place = f"row {position}" + (f" of worker {slot}" if workers > 1 else "")
-            name = self._name(row, place)
-            key = self._load_bytes(row)
+            name = self._name(row, f"row {position}{of_worker}")
             try:
+                key = self._load_bytes(row)
                 example = self._example(row, key, name)
             except Unreadable as error:
                 counts[1] += 1
@@ -307,17 +302,24 @@ class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
                 logger.warning("skipped %s: %s", name, error)
                 seen, broken = self._counts.sum(dim=0).tolist()
                 if broken > self.max_broken_fraction * max(seen, _MIN_STREAMED):
-                    raise self._too_many(broken, seen, names[:_NAMED]) from error
+                    raise self._too_many(broken, seen, names[:_NAMED], str(error)) from error
             else:
                 yield example
 
+    def _rows(self) -> datasets.IterableDataset:
+        if self.shuffle_buffer == 1:
+            return self.dataset
+        # by a seed of its own: the epoch of `datasets` is shared by the workers, which may be in different ones
+        seed = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0])
+        return self.dataset.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
+
     @property
     def num_broken(self) -> int:
-        """Number of images found broken in the current or last pass, in all workers of this process."""
+        """Number of images found broken in the current or last iteration, in all workers of this process."""
         return int(self._counts[:, 1].sum())
 
     def summary(self) -> str:
-        """Such as "50,000 images, 3 skipped as unreadable", of the current or last pass."""
+        """Such as "50,000 images, 3 skipped as unreadable", of those seen in the current or last iteration."""
         seen, broken = self._counts.sum(dim=0).tolist()
         return f"{seen:,} images, {broken:,} skipped as unreadable"
 
@@ -326,7 +328,7 @@ class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
         value = row[self.image_column]
         if isinstance(value, Image.Image):
             return zlib.crc32(value.tobytes())
-        encoded = encoded_bytes(value)
+        encoded = encoded_bytes(value, self.files)
         if encoded is None:
             return zlib.crc32(str(value).encode())
         row[self.image_column] = encoded

@@ -1,5 +1,6 @@
 """Which images a run sees, and the datasets built from that."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,13 +9,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PretrainedConfig
 
-from modeling_adala.configuration_adala import vision_config
-from modeling_adala.errors import UsageError
+from modeling_adala.configuration_adala import pair, vision_config
+from modeling_adala.errors import DataError, UsageError
 from modeling_adala.families import native_size
 
 from .data import ImageDataset, StreamingImageDataset, collate_images
-from .sources import HFDataset, class_names, has_class_numbers, load_images
+from .labels import SplitLabels, has_class_numbers
+from .sources import HFDataset, image_files, load_images, open_splits, read_to_cache
 from .transforms import ImageTransform, check_image_size, parse_size
+
+logger = logging.getLogger(__name__)
+
+# of all images of an evaluation batch: 64 images of 224 pixels in patches of 14, or 3 of 1,024
+TOKENS_PER_BATCH = 16_384
+LARGEST_BATCH = 64
 
 
 @dataclass
@@ -25,15 +33,28 @@ class DataConfig:
         dataset (`str` or a `datasets` object): Hub id, folder of images, folder of parquet files, parquet file, or
             `"mnist-digits"`.
         train_split (`str`, *optional*, defaults to `"train"`): Slices such as `"train[:500]"` work.
-        eval_split (`str`, *optional*): Default: `"test"` or else `"validation"`, whichever exists.
+        eval_split (`str`, *optional*): Default: `"test"` or else `"validation"`, the first that exists and has labels;
+            without labels in either, the first that exists.
         image_column (`str`, *optional*, defaults to `"image"`)
         label_column (`str`, *optional*, defaults to `"label"`): Used where it exists; stage 3 requires it.
-        streaming (`bool`, *optional*, defaults to `False`): Read while training.
+        streaming (`bool`, *optional*, defaults to `False`): Read while training, over and over until `max_steps`,
+            which must be set. A killed run skips what it has seen by reading it again, and ends with the weights of
+            an uninterrupted one.
+        shuffle_buffer (`int`, *optional*, defaults to 1000): Streaming: files that each worker holds in memory to draw
+            the next image from. Shards (parquet files, their row groups) come in random order, several at a time; a
+            data set that is sorted by class in few shards needs a buffer as large as a few classes.
         image_size (`int` or `str`, *optional*): Side in pixels, a multiple of the patch, or `"336x448"` for height x
             width. Default: the teacher's.
         crop_scale (`float`, *optional*, defaults to 0.5): Smallest share of the image that a training crop covers.
         horizontal_flip (`float`, *optional*, defaults to 0.5): Probability of a flip in training. At 0, with
             `crop_scale` at 1, nothing is left to chance, and training images are cut as those of the evaluation.
+        eval_batch_size (`int`, *optional*): Images that are evaluated at a time. Default: 64, or fewer of large
+            images: as many as make 16,384 patches.
+        max_broken_fraction (`float`, *optional*, defaults to 0.01): Share of images that may be unreadable. They are
+            skipped, counted and named; more of them end the run.
+        allow_external_images (`bool`, *optional*, defaults to `False`): Also open images that rows name by a URL, or
+            by a path outside of the data set's own folder. Data of others could otherwise make this machine open any
+            file and call any server.
     """
 
     dataset: str | None = field(
@@ -43,13 +64,27 @@ class DataConfig:
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on. Default: test/validation."})
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels, where there are any."})
-    streaming: bool = field(default=False, metadata={"help": "Read the training images while training."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the training images while training; needs max_steps."}
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Streaming: files held in memory by each worker to draw the next image from."}
+    )
     # in this order: HfArgumentParser reads the second type of a union as that of the option
     image_size: int | str | None = field(
         default=None, metadata={"help": "Side in pixels, or HEIGHTxWIDTH. Default: the teacher's."}
     )
     crop_scale: float = field(default=0.5, metadata={"help": "Smallest share of the image in a training crop."})
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
+    eval_batch_size: int | None = field(
+        default=None, metadata={"help": "Images evaluated at a time. Default: 64, fewer if they are large."}
+    )
+    max_broken_fraction: float = field(
+        default=0.01, metadata={"help": "Share of images that may be unreadable and are skipped, 0 to 1."}
+    )
+    allow_external_images: bool = field(
+        default=False, metadata={"help": "Open URLs, and paths outside of the data set's folder, that rows name."}
+    )
 
     def __post_init__(self):
         if self.dataset is None:
@@ -61,6 +96,9 @@ class DataConfig:
             raise UsageError(f"crop_scale={self.crop_scale} must be above 0 and at most 1.")
         if not 0 <= self.horizontal_flip <= 1:
             raise UsageError(f"horizontal_flip={self.horizontal_flip} is no probability; pass 0 to 1.")
+        if not 0 <= self.max_broken_fraction <= 1:
+            raise UsageError(f"max_broken_fraction={self.max_broken_fraction} must be between 0 and 1.")
+        check_counts(eval_batch_size=self.eval_batch_size, shuffle_buffer=self.shuffle_buffer)
 
 
 def check_counts(**counts: int | None) -> None:
@@ -70,6 +108,12 @@ def check_counts(**counts: int | None) -> None:
             raise UsageError(f"{name}={count}: pass 1 or more.")
 
 
+def check_streaming(config: DataConfig, max_steps: int) -> None:
+    """Raises `UsageError` for a stream without `max_steps`: it has no length that epochs could be counted in."""
+    if config.streaming and max_steps < 1:
+        raise UsageError(f"max_steps={max_steps} with streaming=True: a stream has no epochs; pass max_steps.")
+
+
 class DataModule:
     """The datasets of a run: training with augmentation, evaluation without.
 
@@ -77,11 +121,14 @@ class DataModule:
         config (`DataConfig`): What to read.
         model_config (`PretrainedConfig`): Patch size, channels and native image size of the model.
         image_processor (*optional*): Normalization. Default: pixels in 0..1.
-        require_labels (`bool`): Whether missing labels are an error.
+        require_labels (`bool`): Whether missing labels are an error. If not, a split whose labels do not fit counts as
+            one without labels, with a warning.
 
     Raises:
         UsageError: for a missing column or split, or an image size that does not fit the patch.
-        DataError: for unreadable or empty data.
+        DataError: for unreadable or empty data, and with `require_labels` for labels that are missing, negative, far
+            too large for their number, or of the evaluation split alone. All are read here, before any time is spent;
+            those of a stream as they come.
     """
 
     def __init__(
@@ -91,26 +138,40 @@ class DataModule:
         image_processor: Any | None = None,
         require_labels: bool = False,
     ):
-        self.config, model_config = config, vision_config(model_config)
+        self.config, self.model_config = config, vision_config(model_config)
         size = native_size(model_config) if config.image_size is None else parse_size("image_size", config.image_size)
         self.image_size = check_image_size(size, model_config.patch_size)
         self.columns: dict[str, Any] = {"image_column": config.image_column, "label_column": config.label_column}
-        self.raw_train = load_images(
-            config.dataset,
-            config.train_split,
-            streaming=config.streaming,
-            require_labels=require_labels,
-            **self.columns,
-        )
-        self.raw_eval = self._load_eval(require_labels)
+        self.files = image_files(config.dataset, config.allow_external_images)
+        splits = open_splits(config.dataset, config.streaming)
+        options = {"require_labels": require_labels, **self.columns}
+        self.raw_train = load_images(splits, config.train_split, streaming=config.streaming, **options)
+        self.require_labels = require_labels
+        self.raw_eval = self._load_eval(splits, options)
+        self._labels: list[str] | None = None
+        self._train_ids = self._label_ids(self.raw_train)
+        self._eval_ids = None if self.raw_eval is None else self._label_ids(self.raw_eval)
         self.train_transform, self.eval_transform = self._transforms(image_processor, model_config.num_channels)
 
     @property
     def labels(self) -> list[str] | None:
-        """Class names, or `None` where the data have no labels."""
-        if self._label_column(self.raw_train) is None:
-            return None
-        return class_names(self.raw_train, self.config.label_column)
+        """Class names of the training images, or else of those for evaluation; `None` where neither have labels."""
+        return self._labels
+
+    @property
+    def has_training_labels(self) -> bool:
+        """Whether all training images have a label."""
+        return self._train_ids is not None
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images at a time for evaluation: that of the config, or what a bound on all their patches allows."""
+        if self.config.eval_batch_size is not None:
+            return self.config.eval_batch_size
+        height, width = (
+            side // p for side, p in zip(self.image_size, pair(self.model_config.patch_size), strict=True)
+        )
+        return min(max(TOKENS_PER_BATCH // (height * width), 1), LARGEST_BATCH)
 
     @property
     def num_eval_images(self) -> int:
@@ -118,22 +179,29 @@ class DataModule:
         return 0 if self.raw_eval is None else len(self.raw_eval)
 
     def train_dataset(self, seed: int) -> ImageDataset | StreamingImageDataset:
-        return self._dataset(self.raw_train, self.train_transform, seed=seed)
+        """Training images, with labels if these are required; a stream starts over when it ends."""
+        kwargs: dict[str, Any] = {"label_ids": self._train_ids if self.require_labels else None, "seed": seed}
+        if not isinstance(self.raw_train, datasets.Dataset):
+            kwargs |= {"shuffle_buffer": self.config.shuffle_buffer, "repeat": True}
+        return self._dataset(self.raw_train, self.train_transform, **kwargs)
 
     def eval_dataset(self, limit: int | None = None) -> Dataset | None:
         """Evaluation images, or `limit` of them, spread over the split; `None` where there is no split for it."""
-        return None if self.raw_eval is None else self._without_augmentation(self.raw_eval, limit)
+        if self.raw_eval is None:
+            return None
+        return self._without_augmentation(self.raw_eval, limit, label_ids=self._eval_ids)
 
     def bank_dataset(self, limit: int | None = None) -> Dataset | None:
-        """Training images without augmentation, for k-NN and probes, spread over the whole split."""
+        """Training images without augmentation, for k-NN and probes, spread over the split; `None` of a stream."""
         if not isinstance(self.raw_train, datasets.Dataset):
             return None
-        return self._without_augmentation(self.raw_train, limit)
+        return self._without_augmentation(self.raw_train, limit, label_ids=self._train_ids)
 
-    def loader(self, dataset: Dataset | None, batch_size: int = 64) -> DataLoader | None:
+    def loader(self, dataset: Dataset | None, batch_size: int | None = None) -> DataLoader | None:
+        """Batches of `batch_size`, by default of `eval_batch_size`; `None` without a dataset."""
         if dataset is None:
             return None
-        return DataLoader(dataset, batch_size=batch_size, collate_fn=collate_images)
+        return DataLoader(dataset, batch_size=batch_size or self.eval_batch_size, collate_fn=collate_images)
 
     def _transforms(self, image_processor: Any | None, channels: int) -> tuple[Any, Any]:
         train = ImageTransform.from_processor(
@@ -146,31 +214,68 @@ class DataModule:
         )
         return train, ImageTransform.from_processor(image_processor, self.image_size, channels, train=False)
 
-    def _dataset(self, raw: HFDataset, transform: Any, **kwargs: Any) -> Any:
-        kind = ImageDataset if isinstance(raw, datasets.Dataset) else StreamingImageDataset
-        return kind(raw, transform, **self._columns_of(raw), **kwargs)
+    @property
+    def _reading(self) -> dict[str, Any]:
+        limit = self.config.max_broken_fraction
+        return {"image_column": self.config.image_column, "max_broken_fraction": limit, "files": self.files}
 
-    def _without_augmentation(self, raw: datasets.Dataset, limit: int | None) -> Dataset:
-        dataset = self._dataset(raw, self.eval_transform)
+    def _dataset(self, raw: HFDataset, transform: Any, label_ids: list[int] | None = None, **kwargs: Any) -> Any:
+        kind = ImageDataset if isinstance(raw, datasets.Dataset) else StreamingImageDataset
+        column = None if label_ids is None else self.config.label_column
+        return kind(raw, transform, label_column=column, label_ids=label_ids, **self._reading, **kwargs)
+
+    def _without_augmentation(self, raw: datasets.Dataset, limit: int | None, **kwargs: Any) -> Dataset:
+        dataset = self._dataset(raw, self.eval_transform, **kwargs)
         if limit is None or limit >= len(dataset):
             return dataset
         # many datasets are sorted by class
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit].sort().values
         return Subset(dataset, chosen.tolist())
 
-    def _load_eval(self, require_labels: bool) -> datasets.Dataset | None:
-        config, columns = self.config, self.columns
-        if config.eval_split is not None:
-            return load_images(config.dataset, config.eval_split, require_labels=require_labels, **columns)
+    def _load_eval(self, splits: dict[str, HFDataset], options: dict[str, Any]) -> datasets.Dataset | None:
+        source, chosen, unlabeled = self.config.dataset, self.config.eval_split, {}
+        if chosen is not None:
+            name = chosen.partition("[")[0]
+            if name != chosen and name in splits:  # a stream cannot be sliced
+                splits = {name: read_to_cache(splits[name], source)}
+            return read_to_cache(load_images(splits, chosen, **options), source)
         for split in ("test", "validation"):
+            if split not in splits:
+                continue
             try:
-                return load_images(config.dataset, split, require_labels=require_labels, **columns)
+                raw = load_images(splits, split, **options)
             except UsageError:
                 continue
-        return None
+            if self._is_labeled(raw):
+                if unlabeled:
+                    logger.warning("split 'test' has no labels: evaluating on %r", split)
+                return read_to_cache(raw, source)
+            unlabeled[split] = raw
+        if self.require_labels and unlabeled:
+            logger.warning("no evaluation: split %s has no labels", " and ".join(map(repr, unlabeled)))
+        if self.require_labels or not unlabeled:
+            return None
+        return read_to_cache(next(iter(unlabeled.values())), source)
 
-    def _label_column(self, raw: Any) -> str | None:
-        return self.config.label_column if has_class_numbers(raw, self.config.label_column) else None
+    def _is_labeled(self, raw: HFDataset) -> bool:
+        column = self.config.label_column
+        return has_class_numbers(raw, column) and SplitLabels.read(raw, column).is_labeled
 
-    def _columns_of(self, raw: Any) -> dict[str, Any]:
-        return {"image_column": self.config.image_column, "label_column": self._label_column(raw)}
+    def _label_ids(self, raw: HFDataset) -> list[int] | None:
+        """The number among the classes of each class number of a split; `None` without labels that can be used.
+
+        The first split with labels says which classes there are.
+        """
+        if not has_class_numbers(raw, self.config.label_column):
+            return None
+        labels = SplitLabels.read(raw, self.config.label_column)
+        try:
+            classes = labels.classes() if self._labels is None else self._labels
+            ids = labels.ids(classes)
+        except (DataError, UsageError) as error:
+            if self.require_labels:
+                raise
+            logger.warning("%s. These labels are left out: no k-NN, linear probe or head accuracy.", error)
+            return None
+        self._labels = classes
+        return ids

@@ -24,6 +24,7 @@ from .feature_cache import (
     WithTeacherFeatures,
     build_cache,
     cache_key,
+    check_folder,
     open_cache,
 )
 from .losses import TeacherVariance, feature_alignment_loss
@@ -76,6 +77,7 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
             freeze_all_but(model, names.__contains__)
             wrapped = model
         if args.teacher_feature_cache is not None:
+            check_folder(args.teacher_feature_cache)
             cache_key(kwargs.get("train_dataset"))  # refuses data that cannot be cached
             kwargs["train_dataset"] = WithTeacherFeatures(kwargs["train_dataset"])
             kwargs["data_collator"] = CollateWithFeatures(kwargs.get("data_collator") or collate_images)

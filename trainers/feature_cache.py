@@ -59,6 +59,15 @@ def cache_key(dataset: Any, **facts: Any) -> dict[str, Any]:
     }
 
 
+def check_folder(path: str | Path) -> None:
+    """Raises `UsageError` for a place that cannot be a folder, such as a file."""
+    above = Path(path)
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if not above.is_dir():
+        raise UsageError(f"teacher_feature_cache={str(path)!r}: {str(above)!r} is a file; pass a folder.")
+
+
 def open_cache(path: str | Path, key: dict[str, Any]) -> Path | None:
     """The folder of a finished cache, or `None`."""
     folder = _folder(path, key)

@@ -1,12 +1,12 @@
 """Pictures of what models see: patch features as colors, and what one patch attends to."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import matplotlib
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -27,10 +27,6 @@ from modeling_adala.families import (
 )
 from modeling_adala.linear_attention import attention_weights
 from modeling_adala.mixins import patch_grid
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.patches import Rectangle
 
 HEADS_PER_ROW = 8
 # what lies outside these shares of the values is drawn like the border: a few outliers would take all the contrast
@@ -164,6 +160,20 @@ def _tap(model: PreTrainedModel, target: nn.Module, token: int) -> Iterator[list
         del ALL_ATTENTION_FUNCTIONS[_TAP], ALL_MASK_ATTENTION_FUNCTIONS[_TAP]
 
 
+def new_figure(width: float, height: float, **kwargs: Any) -> Any:
+    """A `matplotlib.figure.Figure` in inches. Not by `pyplot`, whose backend and figures are those of the user."""
+    from matplotlib.figure import Figure  # here, because only pictures need it
+
+    return Figure(figsize=(width, height), **kwargs)
+
+
+def save_figure(figure: Any, path: Path, **kwargs: Any) -> None:
+    """Writes a figure as PNG. Characters that the font lacks, such as of a file's name, are drawn as boxes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(path, **kwargs)
+
+
 def draw_colors(path: Path, images: Tensor, colors: dict[str, Tensor]) -> None:
     """One row per image: the image, and the colored features of each model beside it.
 
@@ -175,7 +185,8 @@ def draw_colors(path: Path, images: Tensor, colors: dict[str, Tensor]) -> None:
     height, width = images.shape[-2:]
     side = 2.6
     size = (side * (len(colors) + 1), side * height / width * len(images) + 0.35)
-    figure, axes = plt.subplots(len(images), len(colors) + 1, figsize=size, squeeze=False, layout="constrained")
+    figure = new_figure(*size, layout="constrained")
+    axes = figure.subplots(len(images), len(colors) + 1, squeeze=False)
     for row, image in zip(axes, images, strict=True):
         _show_image(row[0], image)
     for column, (title, maps) in enumerate(colors.items(), start=1):
@@ -204,8 +215,8 @@ def draw_attention(path: Path, image: Tensor, query: tuple[int, int], weights: d
     lines, aspect, full_width = -(-heads // per_row), height / width, 11.0
     tall, low = (full_width / n * aspect for n in (len(weights) + 1, per_row))
     heights = [tall + 0.3, *([lines * low + 0.3 + 0.15 * lines] * len(weights))]
-    figure = plt.figure(figsize=(full_width, sum(heights) + 0.3), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure = new_figure(full_width, sum(heights) + 0.3, layout="constrained")
+    figure.suptitle(title, fontsize=11, parse_math=False)  # a file's name may hold dollars
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
     top, *strips = parts
     axes = top.subplots(1, len(weights) + 1)
@@ -238,6 +249,8 @@ def _show_weights(axis: Any, image: Tensor, query: tuple[int, int], weights: Ten
 
 
 def _frame(axis: Any, image: Tensor, query: tuple[int, int], weights: Tensor) -> None:
+    from matplotlib.patches import Rectangle
+
     height, width = (side / patches for side, patches in zip(image.shape[-2:], weights.shape[-2:], strict=True))
     corner = (query[1] * width - 0.5, query[0] * height - 0.5)
     axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="cyan", linewidth=1.2))
@@ -250,5 +263,4 @@ def _show_image(axis: Any, image: Tensor) -> None:
 def _save(figure: Any, path: Path) -> None:
     for axis in figure.get_axes():
         axis.axis("off")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path, dpi=150)

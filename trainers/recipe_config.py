@@ -14,7 +14,7 @@ import yaml
 from modeling_adala.errors import UsageError
 
 from .base_config import AdaLATrainingArguments
-from .data_config import DataConfig, check_counts
+from .data_config import DataConfig, check_counts, check_streaming
 from .stages import STAGES, Stage
 
 _PLAIN = (str, int, float, bool, list, dict, date, type(None))
@@ -70,7 +70,7 @@ class RecipeConfig(DataConfig):
         if self.stages != sorted(self.stages, key=list(STAGES).index) or len(set(self.stages)) < len(self.stages):
             raise UsageError(f"stages={self.stages} must come once each and in the order {', '.join(STAGES)}.")
         for stage in STAGES.values():  # a typo in the settings of stage 3 should not show after stages 1 and 2
-            self.stage_arguments(stage)
+            check_streaming(self, self.stage_arguments(stage).max_steps)
 
     def _fit_types(self) -> None:
         hints = get_type_hints(type(self))

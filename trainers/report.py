@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from rich.console import Console
@@ -14,24 +13,22 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from hub_cards.card import code, plain
-from hub_cards.records import read_json
+from hub_cards.records import mapping, number, read_json
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import convert
 from modeling_adala.families import forward_features, patch_size
+from modeling_adala.flops import count_tokens
 from modeling_adala.loading import load_student
 
+from .base_config import has_fast_bf16
 from .callbacks import read_metrics
 from .checkpoints import whole_file
 from .comparison import Comparison
 from .facts import describe_machine
-from .features import ColorBasis, draw_colors, patch_features
+from .features import ColorBasis, draw_colors, new_figure, patch_features, save_figure
 from .monitoring import cost_in_words
 from .recipe_config import RecipeConfig
 from .stages import STAGES
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import NullLocator
 
 ROWS = {
     "teacher": "teacher (softmax)",
@@ -80,11 +77,12 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
         draw_features(out / "features.png", comparison, students)
         pictures["features.png"] = "Patch features as PCA colors, one basis (the teacher's) for all"
     speed = read_json(out / "speed.json")
-    if not speed.get("rows"):  # the stages to come change the weights, not what they cost
+    if not _is_speed(speed):  # once for all stages: they change the weights, not what these cost
         speed = measure_speed(comparison.teacher, students["last"])
         whole_file(out / "speed.json", json.dumps(speed, indent=2) + "\n")
     draw_speed(out / "speed.png", speed["rows"])
-    pictures["speed.png"] = f"Forward pass over resolution, batch 1, on {speed['machine']}"
+    conditions = f"batch {speed['batch_size']}, {speed['dtype']}, on {speed['machine']}"
+    pictures["speed.png"] = f"Forward pass over resolution, {conditions}"
     whole_file(out / "report.md", _render(table, manifest, pictures, speed["rows"], config))
     _print(table)
     return out / "report.md"
@@ -117,7 +115,8 @@ def draw_alignment(path: Path, lines: list[dict], evaluations: dict[str, dict]) 
         return False
     blocks = sorted({int(key[6:]) for line in logs for key in line if key.startswith("block_")})
     errors = np.array([[line.get(f"block_{block}", np.nan) for line in logs] for block in blocks])
-    figure, axes = plt.subplots(figsize=(7, 0.28 * len(blocks) + 1.4))
+    figure = new_figure(7, 0.28 * len(blocks) + 1.4)
+    axes = figure.subplots()
     mesh = axes.pcolormesh([line["step"] for line in logs], blocks, errors, shading="nearest", vmin=0, vmax=1)
     axes.set(xlabel="step", ylabel="block", yticks=blocks)
     figure.colorbar(mesh, label="relative error (1 = no better than a constant)")
@@ -129,7 +128,8 @@ def draw_blocks(path: Path, lines: list[dict], evaluations: dict[str, dict]) -> 
     curves = {name: line["block_errors"] for name, line in evaluations.items() if line.get("block_errors")}
     if not curves:
         return False
-    figure, axes = plt.subplots(figsize=(7, 3.6))
+    figure = new_figure(7, 3.6)
+    axes = figure.subplots()
     for name in (name for name in ROWS if name in curves):
         axes.plot(range(len(curves[name])), curves[name], marker="o", markersize=3, label=ROWS[name])
     axes.set(xlabel="block", ylabel="relative error of the patch tokens", ylim=(0, None))
@@ -156,24 +156,28 @@ def draw_features(path: Path, comparison: Comparison, students: dict[str, PreTra
 def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: float = 20.0) -> dict[str, Any]:
     """Seconds per image of teacher (SDPA) and student over growing sizes, batch 1, within a time budget.
 
-    On a GPU also `teacher_bytes` and `student_bytes`: the peak of memory above what was in use before.
+    Under bf16 autocast where the hardware multiplies bf16, else in float32. On a GPU also `teacher_bytes` and
+    `student_bytes`: the peak of memory above what was in use before.
 
     Returns:
-        `dict`: `machine`, `batch_size`, `autocast`, `teacher_attention`, and one of `rows` per size.
+        `dict`: `machine`, `batch_size`, `dtype`, `autocast` (`None` without), `teacher_attention`, and one of `rows`
+        per size.
     """
     teacher, student = teacher.eval(), student.eval()
     config, rows, start = vision_config(teacher.config), [], time.perf_counter()
-    patch = patch_size(config)[0]
+    height, width = patch_size(config)
+    bf16 = has_fast_bf16()
     sides = (8, 16, 32, 48, 64, 96, 128)
     for side, following in zip(sides, (*sides[1:], 0), strict=True):
-        pixels = torch.randn(1, config.num_channels, side * patch, side * patch, device=teacher.device)
+        size = side * height, side * width
+        pixels = torch.randn(1, config.num_channels, *size, device=teacher.device)
         times: dict[str, list[float]] = {"teacher": [], "student": []}
         peaks: dict[str, float] = {}
         for repeat in range(4):  # the first is the warm-up
             for name, model in (("teacher", teacher), ("student", student)):
                 in_use = _reset_peak(pixels.device)
                 begin = time.perf_counter()
-                with torch.autocast(pixels.device.type, torch.bfloat16):
+                with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
                     forward_features(model, pixels)
                 if pixels.is_cuda:
                     torch.cuda.synchronize()
@@ -181,7 +185,7 @@ def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: fl
                 if repeat:
                     times[name].append(time.perf_counter() - begin)
         medians = {name: statistics.median(values) for name, values in times.items()}
-        rows.append({"size": side * patch, "tokens": side * side + 1, **medians, **peaks})
+        rows.append({"size": size[1], "tokens": count_tokens(config, size), **medians, **peaks})
         # softmax costs the square of the tokens, and the tokens grow with the square of the side
         forecast = 4 * (medians["teacher"] + medians["student"]) * (following / side) ** 4
         if time.perf_counter() - start + forecast > budget:
@@ -189,21 +193,31 @@ def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: fl
     return {
         "machine": describe_machine(),
         "batch_size": 1,
-        "autocast": "bfloat16",
+        "dtype": "bfloat16" if bf16 else "float32",
+        "autocast": "bfloat16" if bf16 else None,
         "teacher_attention": config._attn_implementation,
         "rows": rows,
     }
 
 
+def _is_speed(speed: dict[str, Any]) -> bool:
+    """Whether a record is one of `measure_speed`, and whole."""
+    rows = speed.get("rows")
+    names = ("size", "tokens", "teacher", "student")
+    is_whole = isinstance(rows, list) and all(number(mapping(row).get(name)) for row in rows for name in names)
+    return bool(rows) and is_whole and {"machine", "batch_size", "dtype"} <= speed.keys()
+
+
 def draw_speed(path: Path, speed: list[dict[str, float]]) -> None:
     """Time per image over resolution, teacher and student."""
-    figure, axes = plt.subplots(figsize=(6, 3.6))
+    figure = new_figure(6, 3.6)
+    axes = figure.subplots()
     for name, label in (("teacher", "teacher (softmax, SDPA)"), ("student", "student (linear)")):
         axes.loglog([row["size"] for row in speed], [1000 * row[name] for row in speed], marker="o", label=label)
     sizes = [int(row["size"]) for row in speed]
     axes.set(xlabel="image side in pixels", ylabel="ms per image, batch 1")
     axes.set_xticks(sizes, labels=[str(size) for size in sizes])
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.minorticks_off()
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     _save(figure, path)
@@ -286,6 +300,5 @@ def _reset_peak(device: torch.device) -> int:
 
 
 def _save(figure: Any, path: Path) -> bool:
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path, dpi=130, bbox_inches="tight")
     return True

@@ -15,9 +15,10 @@ from transformers import PretrainedConfig
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.errors import DataError, UsageError
 
-from .data import ImageDataset, ImageReader, RowError, StreamingImageDataset, Unreadable, blaming, open_image
+from .data import ImageDataset, ImageReader, RowError, StreamingImageDataset
 from .data_config import DataConfig, DataModule
-from .sources import HFDataset, columns_of, first_line
+from .image_files import LOCAL_FILES, ImageFiles, Unreadable, blaming, first_line, open_image
+from .sources import HFDataset, columns_of
 from .transforms import SegmentationTransform, check_image_size
 
 IGNORE_INDEX = 255
@@ -27,21 +28,28 @@ _CROP_RATIO = (3 / 4, 4 / 3)
 _CHECKED_MASKS = 200
 
 
-def read_mask(value: Any, name: str, num_labels: int | None = None, reduce_labels: bool = False) -> np.ndarray:
+def read_mask(
+    value: Any,
+    name: str,
+    num_labels: int | None = None,
+    reduce_labels: bool = False,
+    files: ImageFiles = LOCAL_FILES,
+) -> np.ndarray:
     """A mask as it stands in a row.
 
     Args:
         value: PIL image, or its file as bytes, path or both (palette images: the palette's indices), or integers
             (height, width).
         name: of the row, for errors.
-        num_labels: number of classes; None takes any label.
+        num_labels: number of classes; None takes any label below `IGNORE_INDEX`.
         reduce_labels: label 0 becomes `IGNORE_INDEX`, and all others count from 0, as ADE20K needs it.
+        files: which files the row may name, see `sources.image_files`.
 
     Returns:
         Integers (height, width), 0 to `num_labels - 1` or `IGNORE_INDEX`.
 
     Raises:
-        Unreadable: the file does not decode.
+        Unreadable: the file does not decode, or may not be opened.
         RowError: there is no mask, it has no class numbers, or a number that no class has; a `DataError`.
     """
     if value is None:
@@ -49,7 +57,7 @@ def read_mask(value: Any, name: str, num_labels: int | None = None, reduce_label
     if isinstance(value, list | np.ndarray):
         mask = np.asarray(value)
     else:
-        image = _decode_mask(value)
+        image = _decode_mask(value, files)
         if not image.mode.startswith(_INTEGER_MODES):
             raise RowError(f"the mask of {name} has colors (mode {image.mode}): store class numbers, as a gray PNG")
         mask = np.asarray(image)
@@ -60,19 +68,20 @@ def read_mask(value: Any, name: str, num_labels: int | None = None, reduce_label
     mask = mask.astype(np.int64)
     if reduce_labels:
         mask = np.where((mask == 0) | (mask == IGNORE_INDEX), IGNORE_INDEX, mask - 1)
-    if num_labels is not None:
-        wrong = np.unique(mask[(mask != IGNORE_INDEX) & ((mask < 0) | (mask >= num_labels))])
-        if wrong.size:
-            raise RowError(
-                f"the mask of {name} holds label {wrong[0]}, but the classes are 0 to {num_labels - 1}"
-                f" and {IGNORE_INDEX} for none: name all classes with --labels, or repair the mask"
-            )
+    count = IGNORE_INDEX if num_labels is None else num_labels
+    wrong = np.unique(mask[(mask != IGNORE_INDEX) & ((mask < 0) | (mask >= count))])
+    if wrong.size:
+        remedy = "store class numbers" if num_labels is None else "name all classes with --labels"
+        raise RowError(
+            f"the mask of {name} holds label {wrong[0]}, but the classes are 0 to {count - 1}"
+            f" and {IGNORE_INDEX} for none: {remedy}, or repair the mask"
+        )
     return mask
 
 
-def _decode_mask(value: Any) -> Image.Image:
+def _decode_mask(value: Any, files: ImageFiles) -> Image.Image:
     try:
-        image = open_image(value, None)
+        image = open_image(value, None, files)
         image.load()
     except Exception as error:
         raise Unreadable(f"mask: {first_line(error)}") from error
@@ -101,10 +110,10 @@ class _MaskReader(ImageReader):
         return undecoded_masks(dataset, column)
 
     def _example(self, row: dict[str, Any], key: int, name: str) -> dict[str, Any]:
-        mask = read_mask(self._label(row, name), name, self.num_labels, self.reduce_labels)
+        mask = read_mask(self._label(row, name), name, self.num_labels, self.reduce_labels, self.files)
         value = row[self.image_column]
-        with blaming(value):
-            image = open_image(value, None)
+        with blaming(value, self.files):
+            image = open_image(value, None, self.files)
             if image.size != mask.shape[::-1]:
                 raise RowError(
                     f"in {name} the image has {image.width}x{image.height} pixels but the mask"
@@ -214,6 +223,11 @@ class SegmentationData(DataModule):
         if window is not None:
             check_image_size(window, vision_config(model_config).patch_size)
         super().__init__(config, model_config, image_processor)
+        if labels is not None and len(labels) > IGNORE_INDEX:
+            raise UsageError(
+                f"labels names {len(labels):,} classes, but masks can hold {IGNORE_INDEX} at most, as {IGNORE_INDEX}"
+                " stands for none"
+            )
         for raw in self._splits():
             if config.label_column not in columns_of(raw):
                 raise UsageError(
@@ -246,7 +260,7 @@ class SegmentationData(DataModule):
             step = 1 if num_labels is None else -(-len(masks) // _CHECKED_MASKS)
             for row in tqdm(range(0, len(masks), step), desc="checking masks", leave=False, disable=None):
                 with suppress(Unreadable):  # reading the row will report it
-                    mask = read_mask(masks[row][column], f"row {row}", num_labels, self.reduce_labels)
+                    mask = read_mask(masks[row][column], f"row {row}", num_labels, self.reduce_labels, self.files)
                     largest = max(largest, int(mask[mask != IGNORE_INDEX].max(initial=-1)))
         if num_labels is None and largest < 0:
             raise DataError(f"label_column={self.config.label_column!r} holds no class at all: check the masks")
@@ -271,8 +285,22 @@ class SegmentationData(DataModule):
 
     def _dataset(self, raw: HFDataset, transform: Any, **kwargs: Any) -> Any:
         kind = SegmentationDataset if isinstance(raw, datasets.Dataset) else StreamingSegmentationDataset
-        columns = {"image_column": self.config.image_column, "label_column": self.config.label_column}
-        return kind(raw, transform, num_labels=len(self.labels), reduce_labels=self.reduce_labels, **columns, **kwargs)
+        labels = {"num_labels": len(self.labels), "reduce_labels": self.reduce_labels}
+        return kind(raw, transform, label_column=self.config.label_column, **labels, **self._reading, **kwargs)
+
+    def _is_labeled(self, raw: HFDataset) -> bool:
+        column = self.config.label_column
+        if not isinstance(raw, datasets.Dataset) or column not in columns_of(raw):
+            return True  # that there are no masks is an error, told later
+        masks = undecoded_masks(raw, column).select_columns(column)
+        return any(row[column] is not None for row in masks)
+
+    def _load_eval(self, splits: dict[str, HFDataset], options: dict[str, Any]) -> datasets.Dataset | None:
+        raw = super()._load_eval(splits, options)
+        return raw if raw is None or self.config.eval_split is not None or self._is_labeled(raw) else None
+
+    def _label_ids(self, raw: HFDataset) -> None:
+        """Masks have no one number for an image."""
 
 
 def _feature_names(dataset: HFDataset, column: str) -> list[str] | None:

@@ -2,25 +2,32 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import datasets
+import numpy as np
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from modeling_adala.errors import DataError, UsageError
 
 from .digits import DIGITS_NAME, DIGITS_SPLITS, load_digits
+from .image_files import ImageFiles, Unreadable, encoded_bytes, first_line
 
 HFDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 _MIN_SHARDS = 8
 _MAX_SHARDS = 64
 _HASHED_ROWS = 4
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+# file systems of the kernel: without end, and reading some of their files never returns
+_NO_DATA = ("/proc", "/sys")
+_ENTRIES = 50_000
+_TABLES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow", ".txt", ".zip", ".tar", ".gz", ".h5", ".lance")
 
 
 def columns_of(dataset: HFDataset) -> list[str]:
@@ -58,28 +65,67 @@ def check_labels(dataset: HFDataset, column: str) -> None:
         )
 
 
-def has_class_numbers(dataset: HFDataset, column: str) -> bool:
-    """Whether a data set has this column and it holds class numbers (not, say, texts)."""
-    if column not in columns_of(dataset):
-        return False
-    try:
-        check_labels(dataset, column)
-    except UsageError:
-        return False
-    return True
-
-
 def _open_local(path: Path, streaming: bool) -> Any:
     if path.is_file():
         if path.suffix != ".parquet":
             raise UsageError(f"source={str(path)!r} is one file: give its folder, or a .parquet file")
         return datasets.load_dataset("parquet", data_files=str(path), streaming=streaming)
+    _check_folder(path)
     if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
         return datasets.load_from_disk(str(path))
-    return datasets.load_dataset(str(path), streaming=streaming)
+    opened = datasets.load_dataset(str(path), streaming=streaming)
+    if streaming and _is_table_of_files(next(iter(opened.values()))):
+        # One shard, read in the order of the folders. As a table, of paths only, it can be shuffled and shared out.
+        opened = datasets.load_dataset(str(path))
+    return opened
 
 
-def _open_source(source: Any, streaming: bool) -> dict[str, HFDataset]:
+def _check_folder(path: Path) -> None:
+    """Raises `DataError` for a folder without data, without walking through a whole file system."""
+    real, reason = os.path.realpath(path), ""
+    if not path.is_dir() or real == "/" or any(Path(real).is_relative_to(place) for place in _NO_DATA):
+        reason = "it is no folder of files"
+    elif not any(name.lower().endswith(_data_extensions()) for name in _file_names(path)):
+        reason = "no image and no table in it"
+    if reason:
+        raise DataError(
+            f"source={str(path)!r} holds no data set that can be read ({reason}): "
+            "give a folder of images, of one subfolder per class, or of parquet files"
+        )
+
+
+def _file_names(path: Path) -> Iterator[str]:
+    """Names of the files under a folder, the first of them."""
+    count = 0
+    for _, folders, files in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # as `datasets` does
+        yield from files
+        count += len(folders) + len(files)
+        if count > _ENTRIES:
+            return
+
+
+def _data_extensions() -> tuple[str, ...]:
+    Image.init()
+    return (*Image.registered_extensions(), *_TABLES)
+
+
+def _is_table_of_files(stream: datasets.IterableDataset) -> bool:
+    """Whether a stream gives the paths of files that are there, as one of a local folder of images does."""
+    for name, feature in (stream.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            value = next(iter(stream.cast_column(name, datasets.Image(decode=False))), {}).get(name) or {}
+            return value.get("bytes") is None and "://" not in (value.get("path") or "://")
+    return False
+
+
+def open_splits(source: Any, streaming: bool = False) -> dict[str, HFDataset]:
+    """Opens a data set with all its splits; the source is what `load_images` takes, which also takes the result.
+
+    Raises:
+        UsageError: the source is of a wrong type.
+        DataError: the source cannot be opened.
+    """
     if isinstance(source, dict):
         return dict(source)
     if isinstance(source, datasets.Dataset | datasets.IterableDataset):
@@ -91,16 +137,26 @@ def _open_source(source: Any, streaming: bool) -> dict[str, HFDataset]:
         raise UsageError(f"source={source!r} is not a data set: use a path, a Hub id or a datasets.Dataset")
     path = Path(source).expanduser()
     try:
-        if path.exists():
+        exists = path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise DataError(f"source={str(source)!r} cannot be opened: {error.strerror}") from error
+    try:
+        if exists:
             opened = _open_local(path, streaming)
         elif str(source).startswith(("/", ".", "~")) or str(source).count("/") > 1 or path.suffix == ".parquet":
             raise DataError(f"source={str(source)!r} does not exist: check the path")
         else:
+            validate_repo_id(str(source))
             opened = datasets.load_dataset(str(source), streaming=streaming)
     except (DataError, UsageError):
         raise
+    except HFValidationError as error:
+        raise DataError(
+            f"source={str(source)!r} is neither a local path nor the id of a data set on the Hub, such as"
+            " uoft-cs/cifar10: check the name"
+        ) from error
     except Exception as error:
-        if path.exists():
+        if exists:
             raise DataError(
                 f"source={str(source)!r} holds no data set that can be read ({first_line(error)}): "
                 "give a folder of images, of one subfolder per class, or of parquet files"
@@ -109,7 +165,7 @@ def _open_source(source: Any, streaming: bool) -> dict[str, HFDataset]:
             f"source={str(source)!r} is neither a local path nor a data set that the Hub gives out now "
             f"({first_line(error)}): check the name and the network, or give a folder of images"
         ) from error
-    return _open_source(opened, streaming)
+    return open_splits(opened, streaming)
 
 
 def _pick_split(splits: dict[str, HFDataset], split: str | None) -> HFDataset:
@@ -150,7 +206,9 @@ def load_images(
             "train".
         image_column: column of the images: their files' bytes, paths, or both.
         label_column: column of the class numbers.
-        streaming: reads while iterating instead of first preparing the whole data set.
+        streaming: reads while iterating instead of first preparing the whole data set. What is at hand as a whole (an
+            object of `datasets`, a local folder of images) is put into a fixed random order, as many are sorted by
+            class.
         require_labels: whether a missing label column is an error.
 
     Returns:
@@ -160,13 +218,14 @@ def load_images(
         UsageError: the split or a column does not exist or is of the wrong type.
         DataError: the source cannot be opened, or is empty.
     """
-    dataset = _pick_split(_open_source(source, streaming), split).with_format(None)
+    dataset = _pick_split(open_splits(source, streaming), split).with_format(None)
     is_empty = len(dataset) == 0 if isinstance(dataset, datasets.Dataset) else next(iter(dataset), None) is None
     if is_empty:
-        name = source if isinstance(source, str | Path) else type(source).__name__
-        raise DataError(f"source={str(name)!r} with split={split!r} has no images: choose another split or source")
+        name = f"source={str(source)!r}" if isinstance(source, str | Path) else "the data set"
+        raise DataError(f"{name} with split={split!r} has no images: choose another split or source")
     if streaming and isinstance(dataset, datasets.Dataset):
-        dataset = dataset.to_iterable_dataset(num_shards=min(_MAX_SHARDS, len(dataset)))
+        order = np.random.default_rng(0).permutation(len(dataset))
+        dataset = dataset.select(order).to_iterable_dataset(num_shards=min(_MAX_SHARDS, len(dataset)))
     elif streaming and dataset.num_shards < _MIN_SHARDS:
         # DataLoader workers share a stream by shards; a parquet file can give one for each row group.
         dataset = dataset.reshard()
@@ -183,26 +242,29 @@ def load_images(
     return undecoded(dataset, image_column)
 
 
-def class_names(dataset: datasets.Dataset | datasets.IterableDataset, label_column: str = "label") -> list[str] | None:
-    """Names of the classes, in the order of their numbers.
+def read_to_cache(stream: HFDataset, source: Any) -> datasets.Dataset:
+    """All rows of a split as a map-style data set; of a stream, in the cache of `datasets`, the next time from there.
 
-    Returns:
-        The names of a `ClassLabel` column; else "0", "1", ... up to the largest number in a map-style data set; else
-        None.
+    Opening the source map-style would prepare all of its splits, and download them from the Hub.
 
-    Raises:
-        UsageError: the column does not exist, or does not hold class numbers.
+    Args:
+        stream: a split of the source.
+        source: as for `load_images`. A local one is read again when one of its files has changed.
     """
-    columns = columns_of(dataset)
-    if label_column not in columns:
-        raise UsageError(f"label_column={label_column!r} does not exist: use one of {', '.join(columns)}")
-    check_labels(dataset, label_column)
-    if dataset.features is not None and isinstance(dataset.features[label_column], datasets.ClassLabel):
-        return list(dataset.features[label_column].names)
-    if not isinstance(dataset, datasets.Dataset):
-        return None
-    labels = [label for label in dataset.unique(label_column) if label is not None]
-    return [str(label) for label in range(max(labels, default=-1) + 1)]
+    if isinstance(stream, datasets.Dataset):
+        return stream
+    files = []
+    if isinstance(source, str | Path) and (path := Path(source).expanduser()).exists():
+        found = [path] if path.is_file() else sorted(path.rglob("*"))
+        files = [(str(file), (facts := file.stat()).st_mtime_ns, facts.st_size) for file in found]
+    # Both make up the key in the cache; files on the Hub are known by their commit. A list would be taken for shards.
+    arguments = {"stream": stream, "files": tuple(files)}
+    rows = datasets.Dataset.from_generator(_rows_of, stream.features, gen_kwargs=arguments, split=stream.split)
+    return cast(datasets.Dataset, rows)
+
+
+def _rows_of(stream: datasets.IterableDataset, files: Any) -> Iterator[dict[str, Any]]:
+    yield from stream
 
 
 def fingerprint(dataset: datasets.Dataset | datasets.IterableDataset) -> str:
@@ -228,22 +290,48 @@ def fingerprint(dataset: datasets.Dataset | datasets.IterableDataset) -> str:
             value = row[name]
             digest.update(name.encode())
             if isinstance(value, dict) and set(value) == {"bytes", "path"}:
-                digest.update(encoded_bytes(value) or Path(value["path"] or "").name.encode())
+                digest.update(_content(value))
             else:
                 digest.update(value.tobytes() if isinstance(value, Image.Image) else repr(value).encode())
     return digest.hexdigest()[:16]
 
 
-def encoded_bytes(value: Any) -> bytes | None:
-    """The bytes of an image file, or None if they are not at hand (a missing file, a path inside an archive)."""
-    if isinstance(value, str):
-        value = {"bytes": None, "path": value}
-    if isinstance(value, bytes):
-        return value
-    if isinstance(value, dict):
-        if value.get("bytes") is not None:
-            return value["bytes"]
-        path = value.get("path")
-        if path is not None and "://" not in path and Path(path).is_file():
-            return Path(path).read_bytes()
-    return None
+def describe(source: Any) -> str:
+    """A source in one short text, such as for a manifest or YAML: a path or id as it is, an object by its content."""
+    if isinstance(source, str | Path):
+        return str(source)
+    if isinstance(source, dict):
+        return f"{type(source).__name__}({', '.join(f'{name}={describe(part)}' for name, part in source.items())})"
+    return f"{type(source).__name__}({fingerprint(source)})"
+
+
+def image_files(source: Any, external: bool = False) -> ImageFiles:
+    """Which files the rows of a source may name: those of its own folder or repository.
+
+    An object of `datasets` was opened by the caller, who may have listed files from anywhere: all local ones.
+
+    Args:
+        source: as for `load_images`.
+        external: any file and URL.
+    """
+    if external or not isinstance(source, str | Path):
+        return ImageFiles(external=external)
+    path = Path(source).expanduser()
+    if path.exists():
+        folder = path if path.is_dir() else path.parent
+        own = os.path.abspath(folder), os.path.realpath(folder)
+        return ImageFiles(roots=(*own, _unpacked()))
+    return ImageFiles(roots=(os.path.abspath(HF_HUB_CACHE), _unpacked()), hub_id=str(source))
+
+
+def _unpacked() -> str:
+    """Where `datasets` unpacks archives."""
+    return os.path.abspath(datasets.config.DOWNLOADED_DATASETS_PATH)
+
+
+def _content(value: dict[str, Any]) -> bytes:
+    try:
+        content = encoded_bytes(value)
+    except Unreadable:
+        content = None
+    return content or Path(value["path"] or "").name.encode()

@@ -9,7 +9,7 @@ from transformers import set_seed
 from modeling_adala.conversion import convert, student_config
 from modeling_adala.loading import load_teacher_config
 from trainers.attention_alignment_config import AttentionAlignmentConfig
-from trainers.data_config import DataConfig
+from trainers.data_config import DataConfig, check_streaming
 
 from ..arguments import CommandParser, read_json_dict
 from .common import TeacherArguments, finished_before, load_data, open_folder, run_and_report
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str]) -> None:
         "vit-adala align --teacher facebook/dinov2-small --dataset imagenet --output-dir out/1-attention-alignment",
     )
     model_args, data_args, args = parser.parse(arguments)
+    check_streaming(data_args, args.max_steps)
     options = {name: value for name, value in model_args.options.items() if value is not None}
     teacher = model_args.teacher
     folder = open_folder("attention-alignment", args, data_args, [teacher], teacher=teacher, **options)

@@ -10,7 +10,7 @@ from modeling_adala.conversion import convert
 from modeling_adala.errors import UsageError
 from modeling_adala.families import transformer_blocks
 from modeling_adala.loading import check_stage_directory, load_student, load_teacher_config
-from trainers.data_config import DataConfig, check_counts
+from trainers.data_config import DataConfig, check_counts, check_streaming
 from trainers.feature_alignment_config import FeatureAlignmentConfig
 
 from ..arguments import CommandParser
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str]) -> None:
         " --output-dir out/2-feature-alignment",
     )
     model_args, data_args, args = parser.parse(arguments)
+    check_streaming(data_args, args.max_steps)
     check_counts(lora_r=model_args.lora_r)
     names = {"teacher": model_args.teacher, "model": model_args.model}
     lora = {"lora_r": model_args.lora_r, "lora_target_modules": model_args.lora_target_modules}

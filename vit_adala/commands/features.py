@@ -15,7 +15,6 @@ from modeling_adala.errors import DataError, UsageError
 from modeling_adala.families import attention_modules, get_family, native_size, patch_size, token_groups
 from modeling_adala.loading import load_config, load_image_processor, load_student, load_teacher, load_teacher_config
 from trainers.base_trainer import check_pair
-from trainers.data import Unreadable, blaming, open_image
 from trainers.features import (
     ColorBasis,
     check_layer,
@@ -25,6 +24,7 @@ from trainers.features import (
     patch_features,
     query_attention,
 )
+from trainers.image_files import ImageFiles, Unreadable, blaming, open_image
 from trainers.metric_functions import cosine_similarity_mean
 from trainers.transforms import ImageTransform, check_image_size, parse_size
 
@@ -59,25 +59,33 @@ def main(arguments: Sequence[str]) -> None:
     size = check_image_size(size, patch_size(config))
     query = check_query(config, size, args.query and _parse_query(args.query))
     layer = check_layer(config, args.layer)
+    out = Path(args.output_dir)
+    paths = [out / f"attention-{number}-{Path(name).stem}.png" for number, name in enumerate(args.images, start=1)]
+    _check_new(out / "features.png", *paths)
     channels = vision_config(config).num_channels
     pictures = _read(args.images, ImageTransform.from_processor(None, size, channels))
     transform = ImageTransform.from_processor(load_image_processor(args.model), size, channels)
     pixels = _read(args.images, transform)
 
     models = _load(args.model, args.compare)
-    out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     _draw_features(out / "features.png", models, pixels, pictures)
     patches = token_groups(config)["patches"]
     progress = tqdm(args.images, desc="attention maps", disable=None)
-    for index, (name, picture) in enumerate(zip(progress, pictures, strict=True)):
+    for index, (name, path, picture) in enumerate(zip(progress, paths, pictures, strict=True)):
         weights = {}
         for label, model in models.items():
             rows = query_attention(model, pixels[index : index + 1].to(model.device), layer, query)[0, :, patches]
             weights[f"{label}, {_kind(model, layer)}"] = rows.unflatten(1, _grid(model, size))
-        path = out / f"attention-{index + 1}-{Path(name).stem}.png"
         draw_attention(path, picture, query, weights, f"{Path(name).name}, layer {layer}: what one patch attends to")
         print(path)
+
+
+def _check_new(*paths: Path) -> None:
+    """Raises `UsageError` if a picture would replace a file."""
+    for path in paths:
+        if path.exists():
+            raise UsageError(f"output_dir={str(path.parent)!r} already holds {path.name}; pass another --output-dir.")
 
 
 def _draw_features(path: Path, models: dict[str, PreTrainedModel], pixels: Tensor, pictures: Tensor) -> None:
@@ -114,11 +122,11 @@ def _read(names: Sequence[str], transform: ImageTransform) -> Tensor:
     Raises:
         DataError: for a file that is missing or no image.
     """
-    images = []
+    images, files = [], ImageFiles(external=True)  # named by the user himself
     for name in names:
         try:
-            with blaming(name):
-                images.append(transform(open_image(name, None)))
+            with blaming(name, files):
+                images.append(transform(open_image(name, None, files)))
         except Unreadable as error:
             raise DataError(
                 f"image {name!r} cannot be shown: {error}; pass image files such as PNG or JPEG."

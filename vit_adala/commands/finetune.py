@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import set_seed
 
 from modeling_adala.errors import UsageError
@@ -20,7 +21,7 @@ from modeling_adala.loading import (
 )
 from trainers.callbacks import append_metrics
 from trainers.comparison import Comparison
-from trainers.data_config import DataConfig
+from trainers.data_config import DataConfig, check_streaming
 from trainers.output_folder import EVALUATION, METRICS, OutputFolder
 from trainers.segmentation import evaluate_segmentation, segmentation_processor
 from trainers.segmentation_data import SegmentationData, read_labels
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str]) -> None:
         "vit-adala finetune --model out/2-feature-alignment --dataset uoft-cs/cifar10 --output-dir out/3-supervised",
     )
     model_args, data_args, args = parser.parse(arguments)
+    check_streaming(data_args, args.max_steps)
     if model_args.task not in TASKS:
         raise UsageError(f"task={model_args.task!r} is not supported; choose from {', '.join(TASKS)}.")
     folder = open_folder("supervised", args, data_args, [model_args.model], **vars(model_args))
@@ -111,7 +113,7 @@ def _segment(
         return
     metrics = evaluate_segmentation(
         model.to(args.device),
-        data.loader(dataset, args.per_device_eval_batch_size) or [],
+        data.loader(dataset) or [],
         windows=windows,
         autocast_dtype=torch.bfloat16 if args.bf16 else None,
         disable_progress=args.disable_tqdm or None,
@@ -128,7 +130,8 @@ def _print_table(metrics: dict[str, float], labels: list[str]) -> None:
     table = Table("", "IoU")
     for label in labels:
         value = metrics.get(f"iou_{label}")
-        table.add_row(label, "" if value is None else f"{value:.4f}")
+        name = Text("".join(c if c.isprintable() else " " for c in label))  # no markup, no control characters
+        table.add_row(name, "" if value is None else f"{value:.4f}")
     table.add_section()
     for name in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
         table.add_row(name.replace("_", " ").replace("iou", "IoU"), f"{metrics[name]:.4f}")
