@@ -63,13 +63,6 @@ class DataConfig:
             raise UsageError(f"horizontal_flip={self.horizontal_flip} is no probability; pass 0 to 1.")
 
 
-def check_counts(**counts: int | None) -> None:
-    """Raises `UsageError` for a number of images below 1; `None` stands for all."""
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise UsageError(f"{name}={count}: pass 1 or more.")
-
-
 class DataModule:
     """The datasets of a run: training with augmentation, evaluation without.
 

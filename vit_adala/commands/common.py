@@ -1,7 +1,6 @@
-"""What several commands share: the teacher argument, loading data, running one stage."""
+"""What several commands share: loading data, running one stage."""
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,6 @@ from trainers.facts import data_facts
 from trainers.monitoring import cost_in_words
 from trainers.recipe import load_image_processor
 from trainers.stages import STAGES, StageResult, run_stage
-
-
-@dataclass
-class TeacherArguments:
-    teacher: str = field(metadata={"help": "Softmax checkpoint: Hub id or folder."})
 
 
 def load_data(config: DataConfig, model: str, require_labels: bool = False) -> tuple[DataModule, Any]:

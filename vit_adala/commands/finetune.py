@@ -22,12 +22,19 @@ from trainers.stages import StageResult, check_stage_directory, load_classifier,
 from trainers.supervised_config import SupervisedConfig
 
 from ..arguments import CommandParser
+from ..environment_checks import check_cache
+from ..interruption import writes_to
 from .common import load_data, record_evaluation, run_and_report
 
 
 @dataclass
 class FinetuneArguments:
-    model: str = field(metadata={"help": "Linear checkpoint (folder of stage 2) or a softmax one as the baseline."})
+    model: str = field(
+        metadata={
+            "help": "Linear checkpoint (folder of stage 2), or a softmax one as the baseline.",
+            "positional": "MODEL",
+        }
+    )
     task: str = field(
         default="image-classification", metadata={"help": "image-classification or semantic-segmentation."}
     )
@@ -41,17 +48,22 @@ class FinetuneArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala finetune --model O/2-feature-alignment --dataset D --output-dir O`"""
+    """`vit-adala finetune MODEL --dataset D [--output-dir O]`"""
     parser = CommandParser(
         "finetune",
         "Stage 3: trains a classifier or a segmenter; give it the softmax teacher to get the baseline under the same"
         " command.",
-        (FinetuneArguments, DataConfig, SupervisedConfig),
-        "vit-adala finetune --model out/2-feature-alignment --dataset uoft-cs/cifar10 --output-dir out/3-supervised",
+        "vit-adala finetune out/2-feature-alignment --dataset uoft-cs/cifar10",
+        FinetuneArguments,
+        DataConfig,
+        SupervisedConfig,
     )
     model_args, data_args, args = parser.parse(arguments)
+    writes_to(args.output_dir)
     if model_args.task not in TASKS:
         raise UsageError(f"task={model_args.task!r} is not supported; choose from {', '.join(TASKS)}.")
+    _check_metric(args.metric_for_best_model, model_args.task)
+    check_cache()
     config = load_config(model_args.model)
     get_family(config.model_type)
     if config.model_type.startswith("adala_"):
@@ -67,6 +79,7 @@ def _classify(model_args: FinetuneArguments, data_args: DataConfig, args: Superv
         if name in ("labels", "reduce_labels", "window", "stride") and value:
             raise UsageError(f"{name}={value!r} is for --task semantic-segmentation; leave it out.")
     data, processor = load_data(data_args, model_args.model, require_labels=True)
+    args.check_evaluation(data.raw_eval is not None)
     model = load_classifier(model_args.model, data.labels or [])
     result = run_and_report("supervised", model, args, data, processor, eval_dataset=data.eval_dataset())
     if data.raw_eval is not None:
@@ -89,6 +102,7 @@ def _segment(model_args: FinetuneArguments, data_args: DataConfig, args: Supervi
     )
     model = load_segmenter(model_args.model, data.labels)
     dataset: Any = data.eval_dataset()
+    args.check_evaluation(dataset is not None)
     processor = segmentation_processor(processor, data.image_size)
     result: StageResult = run_and_report("supervised", model, args, data, processor, eval_dataset=dataset)
     if dataset is None:
@@ -107,6 +121,13 @@ def _segment(model_args: FinetuneArguments, data_args: DataConfig, args: Supervi
         record_evaluation(result, data, metrics)
         _print_table(metrics, data.labels)
         print(f"mean IoU {metrics['mean_iou']:.4f} on {dataset.summary()}")
+
+
+def _check_metric(metric: str | None, task: str) -> None:
+    name = (metric or "loss").removeprefix("eval_")
+    if name != "loss" and (name == "accuracy") != (task == "image-classification"):
+        other = "accuracy" if task == "image-classification" else "mean_iou"
+        raise UsageError(f"metric_for_best_model={metric!r} is not reported for {task}; choose loss or {other}.")
 
 
 def _print_table(metrics: dict[str, float], labels: list[str]) -> None:
