@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from accelerate.utils import DynamoBackend
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import ParallelMode
 
@@ -75,7 +75,7 @@ class AdaLATrainingArguments(TrainingArguments):
     bf16: bool | None = field(
         default=None, metadata={"help": "bf16 autocast. Default: on where the hardware has fast bf16 products."}
     )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule after the warm-up."})
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning-rate schedule after the warm-up."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up: a share of the steps, or a number of them."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})

@@ -40,11 +40,12 @@ class Interval(NamedTuple):
         """Return what a value must be, or `None` if it is."""
         if value == self.also:
             return None
+        least = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
+        least += "" if self.also is None else f", or {self.also:g}"
         if not math.isfinite(value):
-            return "must be a finite number"
+            return f"must be a finite number, {least}"
         if value < self.low or (self.above and value == self.low):
-            also = "" if self.also is None else f", or {self.also:g}"
-            return f"must be {f'above {self.low:g}' if self.above else f'{self.low:g} or more'}{also}"
+            return f"must be {least}"
         if value > self.high or (self.below and value == self.high):
             return f"must be {f'below {self.high:g}' if self.below else f'at most {self.high:.10g}'}"
         return None

@@ -15,6 +15,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
@@ -73,6 +74,7 @@ class CommandParser(argparse.ArgumentParser):
         self.types = types
         self.add_argument("--help-all", action="store_true", help="show the options inherited from Trainer, too")
         self._styles: dict[str, str] = {}
+        self._is_optional = False
         self._hidden: list[tuple[argparse.Action, str]] = []
         common = self.add_argument_group("training (transformers.TrainingArguments)")
         rest = self.add_argument_group("training, all the others")
@@ -123,9 +125,11 @@ class CommandParser(argparse.ArgumentParser):
             raise SystemExit(0)
         joined, flagged = self._join(arguments)
         given, surplus = self.parse_known_intermixed_args(joined)
+        hint = f"--{flagged[1]} takes true or false, not {flagged[0]!r}" if flagged else ""
         if surplus:
-            hint = f"; --{flagged[1]} takes true or false, not {flagged[0]!r}" if flagged else ""
-            self.error(f"unexpected argument {surplus[0]!r}{hint}")
+            self.error(f"unexpected argument {surplus[0]!r}{hint and '; ' + hint}")
+        if flagged and self._is_optional and "/" not in flagged[0] and not Path(flagged[0]).exists():
+            self.error(hint)
         texts = vars(given)
         del texts["help_all"]
         return texts
@@ -133,7 +137,7 @@ class CommandParser(argparse.ArgumentParser):
     def _add_positional(self, item: dataclasses.Field, hint: Any) -> str:
         name, required = item.metadata["positional"], item.default is dataclasses.MISSING
         nargs: Any = "+" if hint == list[str] else None if required else "?"
-        # not `dest`, so that errors name it as the usage line does
+        self._is_optional = nargs == "?"
         action = self.add_argument(item.name, metavar=name, nargs=nargs, help=item.metadata["help"])
         action.default = argparse.SUPPRESS
         return f"{name} ..." if nargs == "+" else name if required else f"[{name}]"
@@ -193,7 +197,8 @@ class CommandParser(argparse.ArgumentParser):
             reason = getattr(kind, "NOT_OFFERED", {}).get(name.replace("-", "_"))
             if reason is not None:
                 raise UsageError(f"--{name} is not for commands and recipes: {reason}.")
-        self.error(f"unknown option {word.partition('=')[0]}{did_you_mean(name, self._styles)}")
+        known = [f"--{other}" for other in self._styles]
+        self.error(f"unknown option {word.partition('=')[0]}{did_you_mean(f'--{name}', known)}")
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
