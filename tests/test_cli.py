@@ -173,7 +173,12 @@ REFUSED = {
     "blocks that are not there": ("distill", {"hidden_states": 7}, 2, ("hidden_states=[7]", "layers 0 to 1")),
     # the teacher and its student
     "no teacher": ("align", {"teacher": None}, 2, ("TEACHER", "--help")),
-    "no teacher of a student": ("distill", {"teacher": None}, 2, ("teacher is missing", "linear student", "--teacher")),
+    "no teacher of a student": (
+        "distill",
+        {"teacher": None},
+        2,
+        ("teacher is missing", "linear student", "--teacher"),
+    ),
     "feature map of a student": ("distill", {"feature_map": "elu"}, 2, ("feature_map='elu'", "leave it out")),
     "no teacher of a run": ("run", {"teacher": None}, 2, ("teacher is missing", "Hub id")),
     "teacher without images": ("align", {"teacher": "@bert"}, 2, ("'bert'", "vit, deit")),
@@ -455,7 +460,9 @@ def options_of(text: str) -> list[str]:
 @pytest.mark.parametrize("flag", ["--help", "--help-all"])
 def test_help_fits_and_spells_every_option_one_way(capsys, command, flag):
     text = helped(capsys, command, flag)
-    positional = {"run": "[RECIPE.yaml]", "align": "TEACHER", "evaluate": "MODEL --teacher VALUE"}.get(command, "MODEL")
+    positional = {"run": "[RECIPE.yaml]", "align": "TEACHER", "evaluate": "MODEL --teacher VALUE"}.get(
+        command, "MODEL"
+    )
     assert text.startswith(f"usage: vit-adala {command} {positional} [options]\n")
     assert "example: vit-adala " in text
     too_long = [line for line in text.splitlines() if len(line) > 100]

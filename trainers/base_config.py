@@ -75,7 +75,9 @@ class AdaLATrainingArguments(TrainingArguments):
     bf16: bool | None = field(
         default=None, metadata={"help": "bf16 autocast. Default: on where the hardware has fast bf16 products."}
     )
-    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning-rate schedule after the warm-up."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "Learning-rate schedule after the warm-up."}
+    )
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up: a share of the steps, or a number of them."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})

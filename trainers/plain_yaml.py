@@ -62,7 +62,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"it is longer than {MAX_CHARACTERS:,} characters")
     try:
         _check_events(text)
-        return yaml.load(text, Loader=_Loader)
+        return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         raise ValueError(f"{error.problem}{f' in line {mark.line + 1}' if mark else ''}") from error

