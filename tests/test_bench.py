@@ -307,7 +307,7 @@ def test_cases_that_would_take_too_long_are_left_out_and_named(run, checkpoint):
 def test_default_sizes_are_rounded_to_whole_patches(checkpoint):
     config = models.check_source(checkpoint["config"])
     config.patch_size = 14
-    sizes, rounded = bench._image_sizes(config, None)
+    sizes, rounded = bench._image_sizes(config, [])
     assert sizes == [(224, 224), (518, 518), (1022, 1022), (2044, 2044)]
     assert "512x512 -> 518x518" in rounded
 
@@ -317,10 +317,17 @@ REFUSED = {
     "device": (["--device", "tpu"], 2, ("device='tpu'", "cuda")),
     "size": (["--sizes", "32,45"], 2, ("45", "40 or 48")),
     "no size": (["--sizes", "big"], 2, ("sizes='big'",)),
-    "batch": (["--batch", "1,0"], 2, ("batch='1,0'",)),
-    "seconds": (["--max-seconds", "0"], 2, ("max_seconds=0",)),
-    "compare": (["--compare", "@student"], 2, ("student",)),
-    "missing": (["--compare", "nobody/nothing"], 1, ("nobody/nothing",)),
+    "batch": (["--batch", "1,0"], 2, ("batch=[1, 0]",)),
+    "seconds": (
+        ["--max-seconds", "0"],
+        2,
+        (
+            "max_seconds=0",
+            "above 0",
+        ),
+    ),
+    "teacher": (["--teacher", "@student"], 2, ("student",)),
+    "missing": (["--teacher", "nobody/nothing"], 1, ("nobody/nothing",)),
 }
 if not torch.cuda.is_available():
     REFUSED["no GPU"] = (["--device", "cuda"], 2, ("device='cuda'", "--device cpu"))

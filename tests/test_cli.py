@@ -22,6 +22,7 @@ from training_helpers import assert_same_tensors, one_thread, save_teacher  # no
 from transformers import (
     BertConfig,
     PreTrainedModel,
+    SchedulerType,
     SwinConfig,
     TrainingArguments,
     ViTForImageClassification,
@@ -30,12 +31,14 @@ from transformers import (
 
 import trainers.report
 from modeling_adala import AdaLAViTForImageClassification, UsageError, convert
+from trainers.base_config import AdaLATrainingArguments
 from trainers.data_config import DataConfig
 from trainers.digits import load_digits
 from trainers.output_folder import OutputFolder
-from trainers.recipe_config import RecipeConfig, fit_type
+from trainers.recipe_config import RecipeConfig
+from trainers.settings import fit_type
 from trainers.stages import STAGES
-from vit_adala.arguments import parse_settings, read_json_dict
+from vit_adala.arguments import parse_settings
 from vit_adala.cli import COMMANDS, main
 
 # these train or evaluate on images; the others have tests of their own
@@ -94,17 +97,17 @@ def arguments(command: str, out: Path, places: dict[str, str], **changes) -> lis
     data = {"dataset": "@digits"}
     counts = {"knn-images": 16, "eval-images": 8}
     defaults = {
-        "run": {"teacher": "@teacher", **data, "output-dir": out, **counts, "set": QUICK_STAGE},
+        "run": {"recipe": None, "teacher": "@teacher", **data, "output-dir": out, **counts, "set": QUICK_STAGE},
         "align": {"teacher": "@teacher", **data, "output-dir": out / ALIGNED, **TRAINING},
-        "distill": {"teacher": "@teacher", "model": "@student", **data, "output-dir": out / DISTILLED, **TRAINING},
+        "distill": {"model": "@student", "teacher": "@teacher", **data, "output-dir": out / DISTILLED, **TRAINING},
         "finetune": {"model": "@student", **data, "output-dir": out / FINETUNED, **TRAINING},
-        "evaluate": {"teacher": "@teacher", "model": "@student", **data, **counts},
+        "evaluate": {"model": "@student", "teacher": "@teacher", **data, **counts},
     }
-    recipe = changes.pop("recipe", None)
-    given = [command] if recipe is None else [command, recipe]
-    for name, value in (defaults[command] | changes).items():
+    given = [command]
+    for index, (name, value) in enumerate((defaults[command] | changes).items()):
         for item in value if isinstance(value, list) else [value]:
-            given += [] if item is None else ["--" + name, str(item)]
+            option = [] if index == 0 else ["--" + name]  # the first is positional
+            given += [] if item is None else [*option, str(item)]
     return [places[part[1:]] if part.startswith("@") else part for part in given]
 
 
@@ -152,17 +155,17 @@ REFUSED = {
         2,
         ("feature_map_kwargs", "sharpness", "'elu'"),
     ),
-    "feature map options that are no JSON": (
+    "feature map options that are a text": (
         "align",
-        {"feature_map_kwargs": "scale: 2"},
+        {"feature_map_kwargs": "scale 2"},
         2,
-        ("--feature-map-kwargs 'scale: 2'", "JSON object"),
+        ("feature_map_kwargs='scale 2'", "a mapping"),
     ),
     "feature map options that are a number": (
         "run",
         {"feature-map-kwargs": "3"},
         2,
-        ("feature_map_kwargs=3", "a mapping"),
+        ("feature_map_kwargs='3'", "a mapping"),
     ),
     "softmax layer out of range": ("align", {"softmax_layers": 2}, 2, ("softmax_layers=[2]", "layers 0 to 1")),
     "softmax layer of a run out of range": ("run", {"softmax-layers": -3}, 2, ("softmax_layers=[-3]", "0 to 1")),
@@ -170,7 +173,14 @@ REFUSED = {
     "LoRA rank 0": ("distill", {"lora_r": 0}, 2, ("lora_r=0", "1 or more")),
     "blocks that are not there": ("distill", {"hidden_states": 7}, 2, ("hidden_states=[7]", "layers 0 to 1")),
     # the teacher and its student
-    "no teacher": ("align", {"teacher": None}, 2, ("--teacher", "--help")),
+    "no teacher": ("align", {"teacher": None}, 2, ("TEACHER", "--help")),
+    "no teacher of a student": (
+        "distill",
+        {"teacher": None},
+        2,
+        ("teacher is missing", "linear student", "--teacher"),
+    ),
+    "feature map of a student": ("distill", {"feature_map": "elu"}, 2, ("feature_map='elu'", "leave it out")),
     "no teacher of a run": ("run", {"teacher": None}, 2, ("teacher is missing", "Hub id")),
     "teacher without images": ("align", {"teacher": "@bert"}, 2, ("'bert'", "vit, deit")),
     "teacher of another family": ("align", {"teacher": "@swin"}, 2, ("'swin'", "vit, deit")),
@@ -196,7 +206,12 @@ REFUSED = {
         2,
         ("num_hidden_layers (3 and 2)", "pass the teacher"),
     ),
-    "softmax model as the student to distill": ("distill", {"model": "@teacher"}, 2, ("teacher", "stage 2")),
+    "softmax model with another teacher": (
+        "distill",
+        {"model": "@teacher", "teacher": "@deep"},
+        2,
+        ("teacher=", "its own teacher", "leave --teacher out"),
+    ),
     "softmax model as the student to evaluate": ("evaluate", {"model": "@teacher"}, 2, ("'vit'", "convert it first")),
     "result of stage 3 to distill": (
         "distill",
@@ -260,17 +275,17 @@ REFUSED = {
     "no images to evaluate on": ("evaluate", {"eval-images": 0}, 2, ("eval_images=0", "1 or more")),
     "fewer images than none": ("run", {"knn-images": -1}, 2, ("knn_images=-1", "1 or more")),
     # the settings
-    "unknown option": ("align", {"learningrate": 1}, 2, ("--learningrate", "vit-adala align --help")),
+    "unknown option": ("align", {"learningrate": 1}, 2, ("--learningrate", "'--learning-rate'", "align --help")),
     "unknown option of a run": ("run", {"learning-rate": 1}, 2, ("--learning-rate", "vit-adala run --help")),
     "unknown task": ("finetune", {"task": "depth"}, 2, ("task='depth'", "image-classification")),
     "unknown loss": ("distill", {"loss": "l1"}, 2, ("loss='l1'", "mse, cosine")),
-    "unknown schedule": ("align", {"lr_scheduler_type": "sine"}, 2, ("sine", "cosine", "--help")),
+    "unknown schedule": ("align", {"lr_scheduler_type": "sine"}, 2, ("lr_scheduler_type='sine'", "'cosine'")),
     "unknown setting of a run": ("run", {"set": "nonsense=1"}, 2, ("nonsense", "vit-adala run --help")),
     "unknown setting of a stage": (
         "run",
         {"set": "attention_alignment.nonsense=1"},
         2,
-        ("attention_alignment.nonsense", "AttentionAlignmentConfig"),
+        ("attention_alignment.nonsense", "AttentionAlignmentConfig", "leave it out"),
     ),
     "output folder of a stage": (
         "run",
@@ -284,7 +299,7 @@ REFUSED = {
     "setting that is no YAML": ("run", {"set": "stages=[1"}, 2, ("--set 'stages=[1'", "quotes")),
     "setting that is value and section": ("run", {"set": ["seed=1", "seed.x=2"]}, 2, ("--set 'seed.x=2'", "either")),
     "section that is a number": ("run", {"set": "supervised=3"}, 2, ("supervised=3", "a mapping")),
-    "word for a number": ("align", {"learning_rate": "abc"}, 2, ("--learning-rate", "'abc'", "float")),
+    "word for a number": ("align", {"learning_rate": "abc"}, 2, ("learning_rate='abc'", "a number")),
     "word for a number in a setting": (
         "run",
         {"set": "attention_alignment.learning_rate=abc"},
@@ -293,23 +308,23 @@ REFUSED = {
     ),
     "fraction of a step": ("run", {"set": "supervised.max_steps=2.5"}, 2, ("supervised.max_steps=2.5", "an integer")),
     **{
-        f"word for an image size to {command}": (command, {"image_size": "abc"}, 2, ("image", "size", "'abc'", "int"))
+        f"word for an image size to {command}": (command, {"image_size": "abc"}, 2, ("image_size='abc'", "integer"))
         for command in ON_DATA
     },
     "word for a crop of a run": ("run", {"crop-scale": "abc"}, 2, ("crop_scale='abc'", "a number")),
     "word for a seed of a run": ("run", {"seed": "abc"}, 2, ("seed='abc'", "an integer")),
-    "word for a switch": ("align", {"streaming": "maybe"}, 2, ("--streaming", "maybe", "yes/no")),
-    "word for a switch of a run": ("run", {"streaming": "maybe"}, 2, ("streaming='maybe'", "true or false")),
+    "word for a switch": ("align", {"streaming": "maybe"}, 2, ("--streaming", "'maybe'", "true or false")),
+    "word for a switch of a run": ("run", {"streaming": "maybe"}, 2, ("--streaming", "'maybe'", "true or false")),
     "negative learning rate": ("align", {"learning_rate": -1}, 2, ("learning_rate=-1", "0 or more")),
     "negative learning rate of a run": (
         "run",
         {"set": "feature_alignment.learning_rate=-1"},
         2,
-        ("feature_alignment: learning_rate=-1", "0 or more"),
+        ("feature_alignment.learning_rate=-1", "0 or more"),
     ),
     "package that an option needs": ("align", {"deepspeed": "x.json"}, 2, ("deepspeed",)),
     # the recipe and its stages
-    "recipe that is not there": ("run", {"recipe": "./nowhere.yaml"}, 2, ("'nowhere.yaml'",)),
+    "recipe that is not there": ("run", {"recipe": "./nowhere.yaml"}, 2, ("'./nowhere.yaml'", "No such file")),
     "recipe that is no YAML": ("run", {"recipe": "@no-yaml.yaml"}, 2, ("no-yaml.yaml'", "could not be read")),
     "recipe that is a list": ("run", {"recipe": "@list.yaml"}, 2, ("list.yaml'", "name: value")),
     "recipe with a typo": ("run", {"recipe": "@typo.yaml"}, 2, ("'leraning_rate'", "vit-adala run --help")),
@@ -323,7 +338,7 @@ REFUSED = {
     "stage twice": ("run", {"stages": "supervised,supervised"}, 2, ("stages=['supervised', 'supervised']", "once")),
     "stage out of range": ("run", {"from-stage": 4}, 2, ("from_stage=4", "[1, 2]")),
     "stage 0": ("run", {"from-stage": 0}, 2, ("from_stage=0", "[1, 2]")),
-    "stage that is a word": ("run", {"from-stage": "last"}, 2, ("--from-stage", "'last'", "--help")),
+    "stage that is a word": ("run", {"from-stage": "last"}, 2, ("from_stage='last'", "an integer")),
     "stage whose predecessor is missing": ("run", {"from-stage": 2}, 2, ("from_stage=2", ALIGNED, "start at 1")),
 }
 
@@ -345,7 +360,7 @@ def test_modules_that_lora_does_not_find_are_refused(refused, places, out):
 
 def test_option_without_its_value_is_refused(refused, places, out):
     for command in ON_DATA:
-        refused(2, [*arguments(command, out, places), "--image-size"], ("--image-size", "expected one argument"))
+        refused(2, [*arguments(command, out, places), "--image-size"], ("--image-size", "expected a value"))
 
 
 def test_debug_shows_where(places, out):
@@ -449,9 +464,12 @@ def options_of(text: str) -> list[str]:
 @pytest.mark.parametrize("flag", ["--help", "--help-all"])
 def test_help_fits_and_spells_every_option_one_way(capsys, command, flag):
     text = helped(capsys, command, flag)
-    assert text.startswith(f"usage: vit-adala {command} [")
+    positional = {"run": "[RECIPE.yaml]", "align": "TEACHER", "evaluate": "MODEL --teacher VALUE"}.get(
+        command, "MODEL"
+    )
+    assert text.startswith(f"usage: vit-adala {command} {positional} [options]\n")
     assert "example: vit-adala " in text
-    too_long = [line for line in text.splitlines() if len(line) > 100 and " " in line.strip()]
+    too_long = [line for line in text.splitlines() if len(line) > 100]
     assert not too_long
     options = options_of(text)
     assert {"help-all", "dataset", "image-size"} <= set(options)
@@ -461,10 +479,11 @@ def test_help_fits_and_spells_every_option_one_way(capsys, command, flag):
 
 @pytest.mark.parametrize("stage, command", list(zip(STAGES.values(), ("align", "distill", "finetune"))))
 def test_help_has_our_options_first_and_the_inherited_ones_on_demand(capsys, stage, command):
-    inherited = {field.name.replace("_", "-") for field in dataclasses.fields(TrainingArguments)}
+    refused = {name.replace("_", "-") for name in AdaLATrainingArguments.NOT_OFFERED}
+    inherited = {field.name.replace("_", "-") for field in dataclasses.fields(TrainingArguments)} - refused
     ours = {
         field.name.replace("_", "-") for kind in (stage.config_class, DataConfig) for field in dataclasses.fields(kind)
-    }
+    } - refused
     short, full = (options_of(helped(capsys, command, flag)) for flag in ("--help", "--help-all"))
     assert ours - inherited <= set(short)
     for options in (short, full):
@@ -474,6 +493,7 @@ def test_help_has_our_options_first_and_the_inherited_ones_on_demand(capsys, sta
     assert {"output-dir", "learning-rate", "max-steps", "per-device-train-batch-size", "bf16"} <= set(short)
     assert inherited - set(short) and inherited <= set(full)
     assert "fsdp" in full and "fsdp" not in short
+    assert not refused & set(full)
 
 
 @pytest.mark.parametrize("command", ["run", "evaluate"])
@@ -520,6 +540,9 @@ def test_settings_are_read_as_yaml():
         "i={x: 1}",
         "j=train[:500]",
         "k=a=b",
+        "l=no",
+        "m=2024-01-01",
+        "n=010",
     ]
     expected = {
         "a": 1e-4,
@@ -533,7 +556,7 @@ def test_settings_are_read_as_yaml():
         "i": {"x": 1},
     }
     settings = parse_settings(pairs)
-    assert settings == expected | {"j": "train[:500]", "k": "a=b"}
+    assert settings == expected | {"j": "train[:500]", "k": "a=b", "l": "no", "m": "2024-01-01", "n": 10}
     assert isinstance(settings["a"], float) and isinstance(settings["d"], int)
     assert parse_settings(["f=nan", "g=infinity"]) == {"f": "nan", "g": "infinity"}  # words, unless .nan and .inf
 
@@ -555,8 +578,21 @@ def test_dotted_settings_nest_and_the_last_one_wins():
         (3, list[int], [3]),
         ("0,1", list[int], [0, 1]),
         ("a, b", list[str], ["a", "b"]),
+        ("0 1", list[int], [0, 1]),
+        ("[-1, 2]", list[int], [-1, 2]),
+        ("[]", list[int] | None, []),
         (None, list[int], []),
+        (None, list[int] | None, None),
         (None, dict, {}),
+        ("{scale: 2}", dict, {"scale": 2}),
+        ('{"scale": 1e-1}', dict, {"scale": 0.1}),
+        ("yes", bool, True),
+        ("False", bool, False),
+        ("none", int | None, None),
+        ("none", str | None, "none"),
+        ("12345678901234567891", int, 12345678901234567891),
+        ("wandb,trackio", str | list[str] | None, ["wandb", "trackio"]),
+        ("cosine", SchedulerType | str, "cosine"),
         ("x", str | dict | None, "x"),
         (Path("x"), str, Path("x")),
     ],
@@ -568,17 +604,26 @@ def test_values_become_what_a_field_declares(value, hint, expected):
 
 @pytest.mark.parametrize(
     "value, hint",
-    [(True, int), (True, float), (1.5, int), ("x", float), (7, str), (1, bool), ("a", list[int]), ([], int)],
+    [
+        (True, int),
+        (True, float),
+        (1.5, int),
+        ("x", float),
+        (7, str),
+        (1, bool),
+        ("maybe", bool),
+        ("a", list[int]),
+        ("0;1", list[int]),
+        ([], int),
+        (float("inf"), int),
+        ("[1]", dict),
+        ("a: b: c", dict),
+        ("1" * 5000, int),
+    ],
 )
 def test_values_that_do_not_fit_a_field_are_refused(value, hint):
     with pytest.raises(UsageError, match=r"^some\.name=.* must be "):
         fit_type("some.name", value, hint)
-
-
-@pytest.mark.parametrize("text", ["3", "[1]", "scale: 1", ""])
-def test_json_that_is_no_object_is_refused(text):
-    with pytest.raises(UsageError, match="JSON object"):
-        read_json_dict("feature_map_kwargs", text)
 
 
 @pytest.fixture
@@ -701,11 +746,14 @@ def test_evaluate_prints_a_table(chain, places, out, capsys):
         json.loads(text)
 
 
-def test_distill_without_a_model_converts_the_teacher(places, out):
-    assert main(arguments("distill", out, places, model=None)) == 0
+@pytest.mark.parametrize("teacher", [None, "@teacher"])
+def test_distill_converts_a_softmax_model_which_is_its_own_teacher(places, out, teacher):
+    options = {"feature_map": "elu", "softmax_layers": "0"}
+    assert main(arguments("distill", out, places, model="@teacher", teacher=teacher, **options)) == 0
     student = AdaLAViTForImageClassification.from_pretrained(out / DISTILLED)
     assert student.config.adala_stage == "feature-alignment"
     assert student.config.teacher_name_or_path == Path(places["teacher"]).name
+    assert (student.config.feature_map, student.config.softmax_layers) == ("elu", [0])
 
 
 def test_distill_with_adapters_leaves_a_plain_model(places, out):

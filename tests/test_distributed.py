@@ -68,23 +68,26 @@ def commands(teacher: str, out: Path, source: Path, batch_size: int) -> list[lis
     # the highest loss is the best, so that the best model is not the last
     best = {"eval_steps": 1, "save_steps": 1, "metric_for_best_model": "loss", "greater_is_better": True}
     stages = {
-        "align": {"teacher": teacher, "output_dir": out / FOLDERS["attention-alignment"]},
+        "align": {"output_dir": out / FOLDERS["attention-alignment"]},
         "distill": {
             "teacher": teacher,
-            "model": source / FOLDERS["attention-alignment"],
             "output_dir": out / FOLDERS["feature-alignment"],
         },
         "finetune": {
-            "model": source / FOLDERS["feature-alignment"],
             "output_dir": out / FOLDERS["supervised"],
             "load_best_model_at_end": True,
             **evaluating,
             **best,
         },
     }
+    models = (teacher, source / FOLDERS["attention-alignment"], source / FOLDERS["feature-alignment"])
     return [
-        [command, *(part for name, value in {**shared, **own}.items() for part in (f"--{name}", str(value)))]
-        for command, own in stages.items()
+        [
+            command,
+            str(model),
+            *(part for name, value in {**shared, **own}.items() for part in (f"--{name}", str(value))),
+        ]
+        for model, (command, own) in zip(models, stages.items())
     ]
 
 

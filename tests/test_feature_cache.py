@@ -232,18 +232,23 @@ build_cache({str(tmp_path / "c")!r}, {{"images": 4}}, batches(), "float32")
 
 def test_distill_and_run_take_the_cache_and_keep_its_path_out_of_the_record(tmp_path, capsys):
     teacher, cache = save_teacher(tmp_path / "teacher"), tmp_path / "c"
-    shared = {"teacher": teacher, "dataset": "mnist-digits", "train_split": "train[:16]", "image_size": "28"}
+    shared = {"dataset": "mnist-digits", "train_split": "train[:16]", "image_size": "28"}
     shared |= {"crop_scale": "1", "horizontal_flip": "0"}
     settings = {"max_steps": 2, "per_device_train_batch_size": 8, "teacher_feature_cache": str(cache), **QUIET}
     options = [part for name, value in {**shared, **settings}.items() for part in (f"--{name}", str(value))]
-    assert main(["distill", "--output_dir", str(tmp_path / "2"), *options]) == 0
+    assert main(["distill", teacher, "--output_dir", str(tmp_path / "2"), *options]) == 0
     assert len(folders(cache)) == 1
     recorded = (tmp_path / "2" / "manifest.json").read_text()
     assert str(cache) not in recorded
     assert json.loads(recorded)["stages"]["feature-alignment"]["settings"]["teacher_feature_cache_dtype"] == "float32"
 
     recipe = {name: yaml.safe_load(value) for name, value in shared.items()}
-    recipe |= {"stages": ["feature-alignment"], "feature_alignment": settings, "eval_split": "test[:8]"}
+    recipe |= {
+        "teacher": teacher,
+        "stages": ["feature-alignment"],
+        "feature_alignment": settings,
+        "eval_split": "test[:8]",
+    }
     recipe |= {"output_dir": str(tmp_path / "run"), "knn_images": 16}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     before = {path: path.stat().st_mtime_ns for path in folders(cache)[0].iterdir()}
@@ -253,7 +258,7 @@ def test_distill_and_run_take_the_cache_and_keep_its_path_out_of_the_record(tmp_
 
 def test_distill_refuses_the_cache_with_the_default_crops(tmp_path, capsys):
     teacher = save_teacher(tmp_path / "teacher")
-    options = ["--teacher", teacher, "--dataset", "mnist-digits", "--train_split", "train[:16]"]
+    options = ["--dataset", "mnist-digits", "--train_split", "train[:16]"]
     options += ["--teacher_feature_cache", str(tmp_path / "c"), "--output_dir", str(tmp_path / "2"), "--use_cpu"]
-    assert main(["distill", *options, "--image_size", "28"]) != 0
+    assert main(["distill", teacher, *options, "--image_size", "28"]) != 0
     assert "crop_scale=1 and horizontal_flip=0" in capsys.readouterr().err

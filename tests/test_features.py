@@ -154,7 +154,7 @@ def run(places, *argv: str) -> int:
 
 
 def test_pictures_of_a_student_beside_its_teacher(capsys, places, tmp_path):
-    options = ("--compare", "@teacher", "--query", "1,4", "--layer", "0", "--image-size", "28x42")
+    options = ("--teacher", "@teacher", "--query", "1,4", "--layer", "0", "--image-size", "28x42")
     assert run(places, "@student", "@one.png", "@two.png", *options, "--output-dir", str(tmp_path)) == 0
     written = [tmp_path / name for name in ("features.png", "attention-1-one.png", "attention-2-two.png")]
     assert capsys.readouterr().out.split() == [str(path) for path in written]
@@ -175,18 +175,18 @@ def test_pictures_of_one_model_at_its_own_size(capsys, places, tmp_path, name):
     [
         (["@swin", "@one.png"], 2, ["'swin' is not supported", "dinov2"]),
         (["nobody/nothing", "@one.png"], 1, ["'nobody/nothing'", "offline"]),
-        (["@student"], 2, ["required: image", "--help"]),
+        (["@student"], 2, ["required: IMAGE", "--help"]),
         (["@student", "@one.png", "--image-size", "30"], 2, ["image_size=30", "28 or 35"]),
         (["@student", "@one.png", "--image-size", "big"], 2, ["'big'", "336x448"]),
         (["@student", "@one.png", "@text.png"], 1, ["text.png", "Pillow does not know its format", "PNG or JPEG"]),
         (["@student", "missing.png"], 1, ["'missing.png'", "does not exist"]),
         (["@student", "@one.png", "--layer", "2"], 2, ["layer=2", "layers 0 to 1"]),
-        (["@student", "@one.png", "--layer", "last"], 2, ["--layer", "'last'"]),
+        (["@student", "@one.png", "--layer", "last"], 2, ["layer='last'", "an integer"]),
         (["@student", "@one.png", "--query", "4,0"], 2, ["query=4,0", "0,0 to 3,3"]),
         (["@student", "@one.png", "--query", "4"], 2, ["query='4'", "ROW,COLUMN"]),
-        (["@student", "@one.png", "--compare", "@student"], 2, ["linear-attention student"]),
-        (["@student", "@one.png", "--compare", "@deep"], 2, ["num_hidden_layers (2 and 3)"]),
-        (["@student", "@one.png", "--compare", "@swin"], 2, ["'swin' is not supported"]),
+        (["@student", "@one.png", "--teacher", "@student"], 2, ["linear-attention student"]),
+        (["@student", "@one.png", "--teacher", "@deep"], 2, ["num_hidden_layers (2 and 3)"]),
+        (["@student", "@one.png", "--teacher", "@swin"], 2, ["'swin' is not supported"]),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_leaves_nothing(capsys, caplog, places, tmp_path, argv, code, parts):

@@ -242,9 +242,9 @@ def test_table_fits_and_says_what_was_rounded(capsys, folders):
         (["@swin"], 2, ["'swin' is not supported", "dinov2"]),
         (["@dinov2", "--image-size", "0"], 2, ["image_size=(0, 0)", "1 pixel or more"]),
         (["@dinov2", "--image-size", "big"], 2, ["'big'", "336x448"]),
-        (["@dinov2", "--image-size"], 2, ["--image-size", "expected at least one"]),
+        (["@dinov2", "--image-size"], 2, ["--image-size", "expected a value"]),
         (["nobody/nothing"], 1, ["'nobody/nothing'", "offline"]),
-        ([], 2, ["required: model", "--help"]),
+        ([], 2, ["required: MODEL", "--help"]),
         (["@dinov2", "--sizes", "3"], 2, ["--sizes", "--help"]),
     ],
 )

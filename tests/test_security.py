@@ -185,7 +185,7 @@ def test_absurd_feature_map_is_refused(originals, tmp_path, option):
 def test_the_command_line_prints_one_line_and_exits_with_1(originals, tmp_path, capsys):
     folder = shutil.copytree(originals / "student", tmp_path / "student")
     cut(folder, 1000)
-    argv = ["evaluate", "--teacher", str(originals / "teacher"), "--model", str(folder), "--dataset", "mnist-digits"]
+    argv = ["evaluate", str(folder), "--teacher", str(originals / "teacher"), "--dataset", "mnist-digits"]
     assert main(argv) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -292,7 +292,7 @@ def test_hostile_folder_names_stay_plain_text_in_one_line(originals, tmp_path, c
     with pytest.raises(CheckpointError) as caught:
         load_teacher(str(folder))
     assert repr(str(folder)) in str(caught.value)
-    argv = ["finetune", "--model", str(folder), "--dataset", "mnist-digits", "--output-dir", str(tmp_path / "out")]
+    argv = ["finetune", str(folder), "--dataset", "mnist-digits", "--output-dir", str(tmp_path / "out")]
     assert main(argv) == 1
     line = capsys.readouterr().err.removesuffix("\n")
     assert line.isprintable()

@@ -440,10 +440,11 @@ def test_head_is_kept_for_its_own_classes_and_new_for_others(tmp_path, segmenter
 
 
 def arguments(places: dict[str, str], out: Path, **changes) -> list[str]:
-    options = {"task": "semantic-segmentation", "model": places["student"], "dataset": places["data"]}
+    options = {"model": places["student"], "task": "semantic-segmentation", "dataset": places["data"]}
     options |= {"image-size": "42x56", "output-dir": out, "max-steps": 2, "per-device-train-batch-size": 4}
     options |= {"bf16": "false", "use-cpu": "true", "disable-tqdm": "true"} | changes
-    return ["finetune", *(part for name, value in options.items() for part in ("--" + name, str(value)))]
+    model = options.pop("model")
+    return ["finetune", model, *(part for name, value in options.items() for part in ("--" + name, str(value)))]
 
 
 @pytest.mark.parametrize(
@@ -501,7 +502,7 @@ def test_mistake_is_refused_in_one_line_before_training(places, tmp_path, capsys
 
 
 def test_classifier_is_fine_tuned_at_a_size_that_is_not_its_own(places, tmp_path, capsys):
-    argv = ["finetune", "--model", places["teacher"], "--dataset", "mnist-digits", "--train-split", "train[:8]"]
+    argv = ["finetune", places["teacher"], "--dataset", "mnist-digits", "--train-split", "train[:8]"]
     argv += ["--eval-split", "test[:8]", "--image-size", "35x28", "--max-steps", "1", "--bf16", "false"]
     assert main([*argv, "--use-cpu", "true", "--output-dir", str(tmp_path / "out")]) == 0
     assert "accuracy" in capsys.readouterr().out

@@ -1,10 +1,9 @@
 """Settings of stage 1."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from modeling_adala.errors import UsageError
-
-from .base_config import AdaLATrainingArguments
+from .base_config import COUNT, AdaLATrainingArguments
 
 
 @dataclass
@@ -19,18 +18,19 @@ class AttentionAlignmentConfig(AdaLATrainingArguments):
             is measured, once, before the first step.
     """
 
+    LOWER_IS_BETTER: ClassVar[bool] = True
+    METRICS: ClassVar[str] = r"loss|block_\d+"
+
+    output_dir: str | None = field(
+        default="out/1-attention-alignment",
+        metadata={"help": "Folder for the model and all else that the run leaves."},
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     max_steps: int = field(default=500, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     calibration_images: int = field(
-        default=64, metadata={"help": "Images on which the teacher's variance is measured before the first step."}
+        default=64,
+        metadata={
+            "help": "Images on which the teacher's variance is measured before the first step.",
+            "range": COUNT,
+        },
     )
-
-    def __post_init__(self):
-        check_calibration_images(self.calibration_images)
-        super().__post_init__()
-
-
-def check_calibration_images(count: int) -> None:
-    """Raises `UsageError` unless there is at least one image to measure the teacher on."""
-    if count < 1:
-        raise UsageError(f"calibration_images={count}: pass 1 or more; the losses are relative to what they measure.")

@@ -1,12 +1,56 @@
 """What the three stage configurations share: defaults that differ from `TrainingArguments`, and where they do."""
 
+import importlib.util
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import torch
-from transformers import TrainingArguments
+from accelerate.utils import DynamoBackend
+from transformers import SchedulerType, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import ParallelMode
 
 from modeling_adala.cpu_backend import cpu_multiplies_bfloat16
 from modeling_adala.errors import UsageError
+
+from .settings import Interval, build, check_settings
+
+COUNT, LEARNING_RATE = Interval(1), Interval(0, 10)
+# of every number that `TrainingArguments` takes; those of our own are in the metadata of their fields
+RANGES = {
+    "per_device_train_batch_size": COUNT,
+    "per_device_eval_batch_size": COUNT,
+    "num_train_epochs": Interval(0, above=True),
+    "max_steps": Interval(1, also=-1),
+    "learning_rate": LEARNING_RATE,
+    "warmup_steps": Interval(0),
+    "weight_decay": Interval(0, 10),
+    "adam_beta1": Interval(0, 1, below=True),
+    "adam_beta2": Interval(0, 1, below=True),
+    "adam_epsilon": Interval(0, 1),
+    "gradient_accumulation_steps": COUNT,
+    "max_grad_norm": Interval(0),
+    "label_smoothing_factor": Interval(0, 1, below=True),
+    "neftune_noise_alpha": Interval(0),
+    "torch_empty_cache_steps": COUNT,
+    "logging_steps": Interval(0, above=True),
+    "eval_steps": Interval(0, above=True),
+    "eval_delay": Interval(0),
+    "eval_accumulation_steps": COUNT,
+    "save_steps": Interval(0, above=True),
+    "save_total_limit": COUNT,
+    "seed": Interval(0, 2**32 - 1),  # what NumPy takes
+    "data_seed": Interval(0, 2**32 - 1),
+    "dataloader_num_workers": Interval(0, 1024),
+    "dataloader_prefetch_factor": COUNT,
+    "ddp_bucket_cap_mb": COUNT,
+    "ddp_timeout": COUNT,
+    "local_rank": Interval(-1),
+}
+_PUSH = "upload the finished folder with vit-adala push DIR REPO_ID"
+_COMMAND = "the command decides that; leave it out"
 
 
 @dataclass
@@ -33,7 +77,9 @@ class AdaLATrainingArguments(TrainingArguments):
     bf16: bool | None = field(
         default=None, metadata={"help": "bf16 autocast. Default: on where the hardware has fast bf16 products."}
     )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule after the warm-up."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "Learning-rate schedule after the warm-up."}
+    )
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up: a share of the steps, or a number of them."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
@@ -42,23 +88,76 @@ class AdaLATrainingArguments(TrainingArguments):
     ddp_timeout: int = field(default=21600, metadata={"help": "Seconds that processes wait for each other."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log losses that are not finite as 0."})
 
+    # what the evaluation during training reports, as a pattern for `metric_for_best_model`
+    METRICS: ClassVar[str] = "loss"
+    LOWER_IS_BETTER: ClassVar[bool] = False  # all of these; else what is named loss
+    # for scripts, and what a command or a recipe says instead of taking them
+    NOT_OFFERED: ClassVar[dict[str, str]] = {
+        "resume_from_checkpoint": "the same command resumes by itself; leave it out",
+        "hub_token": "log in with hf auth login, or set HF_TOKEN",
+        **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"), _PUSH),
+        **dict.fromkeys(("hub_always_push", "hub_revision"), _PUSH),
+        **dict.fromkeys(("do_train", "do_eval", "do_predict"), _COMMAND),
+    }
+
     def __post_init__(self):
+        check_settings(self, RANGES)
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and has_fast_bf16()
-        if self.bf16 and not torch.cuda.is_available():
+            self.bf16 = not self.fp16 and has_fast_bf16(self.use_cpu)  # type: ignore[has-type]
+        if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments refuses bf16 on a machine without a GPU otherwise
-        for name in ("learning_rate", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name}={getattr(self, name)} is negative; pass 0 or more.")
-        if self.per_device_train_batch_size < 1:
-            raise UsageError(f"per_device_train_batch_size={self.per_device_train_batch_size}: pass 1 or more.")
-        if self.seed < 0:
-            raise UsageError(f"seed={self.seed} is negative; pass 0 or more.")
+        if self.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+            raise UsageError(f"deepspeed={self.deepspeed!r} needs the package deepspeed; install it, or leave it out.")
+        backends = [member.value.lower() for member in DynamoBackend]
+        if self.torch_compile_backend is not None and self.torch_compile_backend.lower() not in backends:
+            raise UsageError(
+                f"torch_compile_backend={self.torch_compile_backend!r} is unknown; choose from {', '.join(backends)}."
+            )
+        if self.LOWER_IS_BETTER and self.greater_is_better is None:  # type: ignore[has-type]
+            self.greater_is_better = None if self.metric_for_best_model is None else False
         super().__post_init__()
+        if self.fsdp and self.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise UsageError("fsdp shards over several processes; start them with accelerate launch, or leave it out.")
+        available = get_available_reporting_integrations()
+        for name in self.report_to:
+            if name not in available:
+                raise UsageError(
+                    f"report_to={name!r} is unknown or not installed (pip install {name}); choose from"
+                    f" {', '.join(['none', *available])}."
+                )
+
+    def check_evaluation(self, possible: bool) -> None:
+        """Raise `UsageError` if evaluation during training is asked for, but there are no images for it."""
+        if self.eval_strategy != "no" and not possible:
+            raise UsageError(
+                f"eval_strategy={self.eval_strategy.value!r}: the dataset has no test or validation split; pass"
+                " --eval-split, or leave it out."
+            )
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], where: str = "") -> Self:
+        """Make the config of a command line or a recipe; see `settings.build`.
+
+        Raises:
+            UsageError: For what only a script can use, too, and for a metric that the stage does not report.
+        """
+        for name in settings:
+            if name in cls.NOT_OFFERED:
+                raise UsageError(f"{where}{name} is not for commands and recipes: {cls.NOT_OFFERED[name]}.")
+        args = build(cls, settings, where)
+        metric = args.metric_for_best_model
+        if metric is not None and re.fullmatch(cls.METRICS, metric.removeprefix("eval_")) is None:
+            choices = cls.METRICS.replace("|", ", ").replace(r"\d+", "N").replace(".+", "LABEL")
+            raise UsageError(f"{where}metric_for_best_model={metric!r} is not reported; choose from {choices}.")
+        return args
 
 
-def has_fast_bf16() -> bool:
-    """Whether this machine multiplies bf16 matrices in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return cpu_multiplies_bfloat16()
+def has_fast_bf16(use_cpu: bool = False) -> bool:
+    """Return whether this machine multiplies bf16 matrices in hardware, as far as is known.
+
+    Args:
+        use_cpu (`bool`, *optional*, defaults to `False`): Ask the CPU even where there is an accelerator.
+    """
+    if use_cpu or not torch.accelerator.is_available():
+        return cpu_multiplies_bfloat16()
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -98,18 +98,14 @@ class DataConfig:
             raise UsageError(f"horizontal_flip={self.horizontal_flip} is no probability; pass 0 to 1.")
         if not 0 <= self.max_broken_fraction <= 1:
             raise UsageError(f"max_broken_fraction={self.max_broken_fraction} must be between 0 and 1.")
-        check_counts(eval_batch_size=self.eval_batch_size, shuffle_buffer=self.shuffle_buffer)
-
-
-def check_counts(**counts: int | None) -> None:
-    """Raises `UsageError` for a number of images below 1; `None` stands for all."""
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise UsageError(f"{name}={count}: pass 1 or more.")
+        for name in ("eval_batch_size", "shuffle_buffer"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise UsageError(f"{name}={count} must be 1 or more.")
 
 
 def check_streaming(config: DataConfig, max_steps: int) -> None:
-    """Raises `UsageError` for a stream without `max_steps`: it has no length that epochs could be counted in."""
+    """Raise `UsageError` for a stream without `max_steps`: it has no length that epochs could be counted in."""
     if config.streaming and max_steps < 1:
         raise UsageError(f"max_steps={max_steps} with streaming=True: a stream has no epochs; pass max_steps.")
 

@@ -1,14 +1,16 @@
 """Settings of stage 2."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from modeling_adala.errors import UsageError
 
-from .attention_alignment_config import check_calibration_images
-from .base_config import AdaLATrainingArguments
+from .base_config import COUNT, AdaLATrainingArguments
 from .feature_cache import DTYPES as CACHE_DTYPES
+from .settings import Interval
 
 LOSS_KINDS = ("mse", "cosine")
+WEIGHT = Interval(0)
 
 
 @dataclass
@@ -38,19 +40,35 @@ class FeatureAlignmentConfig(AdaLATrainingArguments):
             the targets are then rounded to 11 bits, about as finely as bf16 training computes them.
     """
 
+    LOWER_IS_BETTER: ClassVar[bool] = True
+    METRICS: ClassVar[str] = r"loss|cls|registers|patches|hidden_\d+"
+
+    output_dir: str | None = field(
+        default="out/2-feature-alignment", metadata={"help": "Folder for the model and all else that the run leaves."}
+    )
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
     max_steps: int = field(default=400, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: a share of the steps, or a number of them."})
-    loss: str = field(default="mse", metadata={"help": f"One of {', '.join(LOSS_KINDS)}."})
+    loss: str = field(default="mse", metadata={"help": f"One of {', '.join(LOSS_KINDS)}.", "choices": LOSS_KINDS})
     hidden_states: list[int] | None = field(
         default=None, metadata={"help": "Blocks matched besides the final features. Default: three, evenly spread."}
     )
-    hidden_states_weight: float = field(default=1.0, metadata={"help": "Weight of those, as a mean over them."})
-    cls_weight: float = field(default=1.0, metadata={"help": "Weight of the class token's mean error."})
-    register_weight: float = field(default=1.0, metadata={"help": "Weight of the registers' mean error."})
-    patch_weight: float = field(default=1.0, metadata={"help": "Weight of the patches' mean error."})
+    hidden_states_weight: float = field(
+        default=1.0, metadata={"help": "Weight of those, as a mean over them.", "range": WEIGHT}
+    )
+    cls_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the class token's mean error.", "range": WEIGHT}
+    )
+    register_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the registers' mean error.", "range": WEIGHT}
+    )
+    patch_weight: float = field(default=1.0, metadata={"help": "Weight of the patches' mean error.", "range": WEIGHT})
     calibration_images: int = field(
-        default=64, metadata={"help": "Images on which the teacher's variance is measured before the first step."}
+        default=64,
+        metadata={
+            "help": "Images on which the teacher's variance is measured before the first step.",
+            "range": COUNT,
+        },
     )
     teacher_feature_cache: str | None = field(
         default=None,
@@ -58,24 +76,16 @@ class FeatureAlignmentConfig(AdaLATrainingArguments):
     )
     teacher_feature_cache_dtype: str = field(
         default="float32",
-        metadata={"help": f"How they are stored: one of {', '.join(CACHE_DTYPES)} (half the space)."},
+        metadata={
+            "help": f"How they are stored: one of {', '.join(CACHE_DTYPES)} (half the space).",
+            "choices": CACHE_DTYPES,
+        },
     )
 
     def __post_init__(self):
-        check_calibration_images(self.calibration_images)
-        if self.loss not in LOSS_KINDS:
-            raise UsageError(f"loss={self.loss!r} is unknown; choose one of {', '.join(LOSS_KINDS)}.")
-        weights = (self.cls_weight, self.register_weight, self.patch_weight)
-        if min(weights) < 0 or self.cls_weight + self.patch_weight <= 0:
-            raise UsageError(f"token group weights {weights} must be 0 or more, class token and patches not both 0.")
-        if self.hidden_states_weight < 0:
-            raise UsageError(f"hidden_states_weight={self.hidden_states_weight} is negative; pass 0 or more.")
-        if self.teacher_feature_cache_dtype not in CACHE_DTYPES:
-            raise UsageError(
-                f"teacher_feature_cache_dtype={self.teacher_feature_cache_dtype!r} is unknown; choose one of"
-                f" {', '.join(CACHE_DTYPES)}."
-            )
         super().__post_init__()
+        if self.cls_weight + self.patch_weight == 0:
+            raise UsageError("cls_weight=0 and patch_weight=0 leave nothing to learn; pass more than 0 for one.")
 
     @property
     def group_weights(self) -> dict[str, float]:

@@ -1,11 +1,12 @@
 """Settings of stage 3."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from modeling_adala.configuration_adala import pair
 from modeling_adala.errors import UsageError
 
-from .base_config import AdaLATrainingArguments
+from .base_config import LEARNING_RATE, AdaLATrainingArguments
 from .transforms import check_image_size, parse_size
 
 
@@ -27,8 +28,15 @@ class SupervisedConfig(AdaLATrainingArguments):
         UsageError: for a stride that is 0, larger than the window, or without one.
     """
 
+    METRICS: ClassVar[str] = "loss|accuracy|mean_iou|mean_accuracy|pixel_accuracy|iou_.+"
+
+    output_dir: str | None = field(
+        default="out/3-supervised", metadata={"help": "Folder for the model and all else that the run leaves."}
+    )
     learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate of the backbone."})
-    head_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the head."})
+    head_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Peak learning rate of the head.", "range": LEARNING_RATE}
+    )
     max_steps: int = field(default=500, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
     freeze_backbone: bool = field(default=False, metadata={"help": "Train the head alone."})

@@ -1,17 +1,29 @@
-"""Parsers made from the dataclasses, with two levels of help: our own fields, and all of them."""
+"""One grammar for all commands, read off dataclasses: their fields are the options, their metadata the rest.
+
+- `--name VALUE` or `--name=VALUE`, with hyphens or underscores; lists as `0 11`, `0,11` or `[0, 11]`;
+- switches are flags that also take a value: `--streaming`, `--streaming false`;
+- what a command works on is positional (`metadata={"positional": "MODEL"}`).
+
+Texts become what the fields declare in `trainers.settings`, as those of a recipe do.
+"""
 
 import argparse
-import contextlib
 import dataclasses
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from modeling_adala.errors import UsageError
+from trainers.base_config import AdaLATrainingArguments
+from trainers.plain_yaml import parse_yaml
+from trainers.settings import NO, YES, build, did_you_mean
 
 # inherited from TrainingArguments, but what people look for first
 COMMON = {
@@ -34,106 +46,166 @@ COMMON = {
     "load_best_model_at_end",
     "metric_for_best_model",
 }
+INHERITED = {item.name for item in dataclasses.fields(TrainingArguments)}
+HELP = ("-h", "--help", "--help-all")
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """One spelling per option, in at most 100 columns."""
+class CommandParser(argparse.ArgumentParser):
+    """Parser of one command, made from the dataclasses that its arguments become.
 
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34, width=100)
+    Args:
+        command (`str`): Its name.
+        description (`str`), example (`str`): For the help text.
+        types (`type`): Dataclasses. Metadata of a field: `help`, and `positional` (its name in the usage line),
+            `flag` (its option, where that is not the field's name), `repeat` (may be given several times), `section`
+            (not an option at all).
+    """
 
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings:
-            return super()._format_action_invocation(action)
-        name = max(action.option_strings, key=lambda option: ("_" not in option, len(option)))
-        if action.nargs == 0:
-            return name
-        return f"{name} {'VALUE ...' if action.nargs in ('+', '*') else 'VALUE'}"
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        # a bare % in an inherited help text would crash argparse
-        text = (action.help or "").replace("%", "%%")
-        default = action.default
-        shown = default is not None and default is not argparse.SUPPRESS and default != [] and action.nargs != 0
-        return text + (f" (default: {str(default).replace('%', '%%')})" if shown and "efault" not in text else "")
-
-
-class PlainParser(argparse.ArgumentParser):
-    """For a command without `Trainer`: positional arguments, one level of help, `UsageError` for what is wrong."""
-
-    def __init__(self, command: str, positional: str, description: str, example: str):
+    def __init__(self, command: str, description: str, example: str, *types: type):
+        # two columns within 100 characters
+        formatter: Any = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=100)
         super().__init__(
             prog=f"vit-adala {command}",
-            usage=f"vit-adala {command} {positional} [options]",
-            description=description,
-            epilog=f"example: {example}",
-            formatter_class=HelpFormatter,
+            description=_wrap(description),
+            epilog=_wrap(f"example: {example}"),
+            formatter_class=formatter,
             allow_abbrev=False,
         )
-        self.add_argument("--help-all", action="help", help="the same as --help")
+        self.types = types
+        self.add_argument("--help-all", action="store_true", help="show the options inherited from Trainer, too")
+        self._styles: dict[str, str] = {}
+        self._is_optional = False
+        self._hidden: list[tuple[argparse.Action, str]] = []
+        common = self.add_argument_group("training (transformers.TrainingArguments)")
+        rest = self.add_argument_group("training, all the others")
+        usage = []
+        for kind in types:
+            hints = get_type_hints(kind)
+            for item in dataclasses.fields(kind):
+                if not item.init or "section" in item.metadata or item.name in getattr(kind, "NOT_OFFERED", ()):
+                    continue
+                if "positional" in item.metadata:
+                    usage.append(self._add_positional(item, hints[item.name]))
+                elif item.name in COMMON and issubclass(kind, TrainingArguments):
+                    self._add_option(common, item, hints[item.name])
+                elif item.name in INHERITED and issubclass(kind, TrainingArguments):
+                    action = self._add_option(rest, item, hints[item.name])
+                    self._hidden.append((action, action.help or ""))
+                    action.help = argparse.SUPPRESS
+                else:
+                    action = self._add_option(self, item, hints[item.name])
+                    usage += [f"{action.option_strings[0]} {action.metavar}"] if action.required else []
+        self.usage = " ".join([self.prog, *usage, "[options]"])
 
-    def error(self, message: str):
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
-class CommandParser(HfArgumentParser):
-    """`HfArgumentParser` that raises `UsageError` and hides inherited options unless `--help-all` is given."""
-
-    def __init__(self, command: str, description: str, types: Sequence[type], example: str):
-        super().__init__(
-            types,
-            prog=f"vit-adala {command}",
-            usage=f"vit-adala {command} [options]",
-            description=description,
-            epilog=f"example: {example}",
-            formatter_class=HelpFormatter,
-            allow_abbrev=False,
-        )
-        self.add_argument("--help-all", action="store_true", help="show the options inherited from Trainer too")
-
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
-        """One object per dataclass. `--help` and `--help-all` print and exit.
+        """Return one object per dataclass. `--help` and `--help-all` print and exit.
 
         Raises:
-            UsageError: for an unknown option or a value that does not fit.
+            UsageError: For an unknown option or a value that does not fit.
         """
-        if {"-h", "--help", "--help-all"} & set(arguments):
-            self._show_help(everything="--help-all" in arguments)
-            raise SystemExit(0)
-        try:
-            *parsed, _ = self.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
-        except UsageError:
-            raise
-        except (ValueError, TypeError, ImportError) as error:  # TrainingArguments asks for what an option needs
-            raise UsageError(f"{error}; see {self.prog} --help") from error
+        texts = self.read(arguments)
+        parsed = []
+        for kind in self.types:
+            names = {item.name for item in dataclasses.fields(kind)}
+            settings = {name: value for name, value in texts.items() if name in names}
+            made = kind.from_settings if issubclass(kind, AdaLATrainingArguments) else partial(build, kind)
+            parsed.append(made(settings))
         return tuple(parsed)
 
-    def _show_help(self, everything: bool) -> None:
-        inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-        ours: list[argparse.Action] = []
-        common: list[argparse.Action] = []
-        rest: list[argparse.Action] = []
-        for action in self._actions:
-            name = action.dest.removeprefix("no_")
-            group = common if name in COMMON else rest if name in inherited else ours
-            group.append(action)
-        self._action_groups.clear()
-        groups = {"options": ours, "training (transformers.TrainingArguments)": common}
-        if everything:
-            groups["training, all the others"] = rest
-        for title, actions in groups.items():
-            self.add_argument_group(title)._group_actions.extend(actions)
-        self.print_help()
+    def read(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """Return the texts that were given, by field."""
+        if set(HELP) & set(arguments):
+            for action, text in self._hidden if "--help-all" in arguments else []:
+                action.help = text
+            self.print_help()
+            sys.stdout.flush()
+            raise SystemExit(0)
+        joined, flagged = self._join(arguments)
+        given, surplus = self.parse_known_intermixed_args(joined)
+        hint = f"--{flagged[1]} takes true or false, not {flagged[0]!r}" if flagged else ""
+        if surplus:
+            self.error(f"unexpected argument {surplus[0]!r}{hint and '; ' + hint}")
+        if flagged and self._is_optional and "/" not in flagged[0] and not Path(flagged[0]).exists():
+            self.error(hint)
+        texts = vars(given)
+        del texts["help_all"]
+        return texts
+
+    def _add_positional(self, item: dataclasses.Field, hint: Any) -> str:
+        name, required = item.metadata["positional"], item.default is dataclasses.MISSING
+        nargs: Any = "+" if hint == list[str] else None if required else "?"
+        self._is_optional = nargs == "?"
+        action = self.add_argument(item.name, metavar=name, nargs=nargs, help=item.metadata["help"])
+        action.default = argparse.SUPPRESS
+        return f"{name} ..." if nargs == "+" else name if required else f"[{name}]"
+
+    def _add_option(self, group: Any, item: dataclasses.Field, hint: Any) -> argparse.Action:
+        name = item.metadata.get("flag", item.name).replace("_", "-")
+        style = "repeat" if "repeat" in item.metadata else _style(hint)
+        self._styles[name] = style
+        default = item.default if item.default_factory is dataclasses.MISSING else None
+        shown = default not in (None, False, "", dataclasses.MISSING)
+        text = item.metadata.get("help", "") + (f" (default: {default})" if shown else "")
+        return group.add_argument(
+            f"--{name}",
+            dest=item.name,
+            action="append" if style == "repeat" else "store",
+            required=item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING,
+            default=argparse.SUPPRESS,
+            metavar={"switch": "[true|false]", "list": "VALUE ...", "repeat": "NAME=VALUE"}.get(style, "VALUE"),
+            help=" ".join(text.split()).replace("%", "%%"),
+        )
+
+    def _join(self, arguments: Sequence[str]) -> tuple[list[str], tuple[str, str] | None]:
+        """Write every option as `--name=value`, which argparse reads in one way only.
+
+        Returns:
+            The arguments, and the first that follows a switch without being true or false, with that switch.
+        """
+        waiting, joined, flagged = list(arguments), [], None
+        while waiting:
+            word = waiting.pop(0)
+            if not _is_option(word):
+                joined.append(word)
+                continue
+            name, equals, value = word.lstrip("-").partition("=")
+            name = name.replace("_", "-")
+            style = self._styles.get(name)
+            if style is None:
+                self._refuse(word, name)
+            if not equals and style == "switch":
+                value = "true"
+                if waiting and waiting[0].lower() in YES | NO:
+                    value = waiting.pop(0)
+                elif waiting and not _is_option(waiting[0]) and flagged is None:
+                    flagged = waiting[0], name
+            elif not equals:
+                values: list[str] = []
+                while waiting and not _is_option(waiting[0]) and (style == "list" or not values):
+                    values.append(waiting.pop(0))
+                if not values:
+                    self.error(f"argument --{name}: expected a value")
+                value = ",".join(values)
+            joined.append(f"--{name}={value}")
+        return joined, flagged
+
+    def _refuse(self, word: str, name: str) -> NoReturn:
+        for kind in self.types:
+            reason = getattr(kind, "NOT_OFFERED", {}).get(name.replace("-", "_"))
+            if reason is not None:
+                raise UsageError(f"--{name} is not for commands and recipes: {reason}.")
+        known = [f"--{other}" for other in self._styles]
+        self.error(f"unknown option {word.partition('=')[0]}{did_you_mean(f'--{name}', known)}")
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """`["a=1", "b.c=x"]` as `{"a": 1, "b": {"c": "x"}}`, values read as YAML.
+    """Return `["a=1", "b.c=x"]` as `{"a": 1, "b": {"c": "x"}}`, values read as YAML.
 
     Raises:
-        UsageError: for a pair without `=`, a value that is no YAML, or a name that is both a value and a section.
+        UsageError: For a pair without `=`, a value that is not YAML, or a name that is both a value and a section.
     """
     settings: dict[str, Any] = {}
     for pair in pairs:
@@ -147,32 +219,31 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
             if not isinstance(target, dict):
                 raise UsageError(f"--set {pair!r}: {part!r} has a value of its own; set either that or what is in it.")
         try:
-            target[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"--set {pair!r}: the value is no YAML ({reason}); put it in quotes.") from error
-        if isinstance(target[last], str) and any(map(str.isdigit, value)):  # YAML 1.1 takes 1e-4 for text
-            with contextlib.suppress(ValueError):
-                target[last] = float(value)
+            target[last] = parse_yaml(value)
+        except ValueError as error:
+            raise UsageError(f"--set {pair!r}: the value cannot be read ({error}); put it in quotes.") from error
     return settings
-
-
-def read_json_dict(name: str, text: str) -> dict[str, Any]:
-    """A JSON object from the command line.
-
-    Raises:
-        UsageError: if it is none.
-    """
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise UsageError(f"--{name.replace('_', '-')} {text!r} must be a JSON object such as '{{\"scale\": 0.5}}'.")
-    return value
 
 
 def print_json(values: dict[str, Any]) -> None:
     """Results go to stdout, everything else to stderr."""
     json.dump(values, sys.stdout, indent=2, sort_keys=True)
     print()
+
+
+def _wrap(text: str) -> str:
+    """Break lines at spaces only, so that an example can be copied."""
+    return textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False)
+
+
+def _style(hint: Any) -> str:
+    """Return how an option of this type is written: `"switch"`, `"list"` or `"value"`."""
+    kinds = [get_origin(kind) or kind for kind in (*get_args(hint), hint)]
+    if list in kinds:
+        return "list"
+    return "switch" if bool in kinds and str not in kinds and dict not in kinds else "value"
+
+
+def _is_option(word: str) -> bool:
+    """Return whether a word starts an option; `-1`, `-1,-2`, `-.5`, `-inf` and `-nan` are values."""
+    return len(word) > 1 and word[0] == "-" and re.match(r"-(\d|\.|inf|nan)", word.lower()) is None

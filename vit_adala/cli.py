@@ -1,10 +1,14 @@
-"""`vit-adala`: parse, run, one line per error. Exit codes: 0 done, 1 it failed, 2 wrong usage."""
+"""`vit-adala`: parse, run, one line per error. Exit codes: 0 done, 1 it failed, 2 wrong usage, 130 and 143 stopped."""
 
-import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from importlib import import_module
+
+from .interruption import exit_code, handled, in_words, leave_at_once, raise_terminated
 
 COMMANDS = {
     "run": "all stages from a recipe or from flags, resumable, with a report",
@@ -21,14 +25,16 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
-        argv (`Sequence[str]`, *optional*): Arguments without the program's name. Default: the process's own.
+        argv (`Sequence[str]`, *optional*): Arguments without the program's name. Default: the process's own, and then
+            signals are handled, too.
 
     Returns:
-        `int`: the exit code.
+        `int`: The exit code.
     """
+    is_program = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
@@ -39,33 +45,75 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vit-adala {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        print(f"vit-adala: {argv[0]!r} is no command; choose from {', '.join(COMMANDS)}.", file=sys.stderr)
-        return 2
-    command, arguments = argv[0], argv[1:]
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    _quiet_libraries()
-    from modeling_adala.errors import AdaLAError
-
+        close = get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}? Choose" if close else "choose"
+        return _say("vit-adala", f"unknown command {argv[0]!r}; {hint} from {', '.join(COMMANDS)}.", 2)
+    command, arguments = argv[0], [argument for argument in argv[1:] if argument != "--debug"]
+    prefix, debug = f"vit-adala {command}", "--debug" in argv
     try:
-        import_module(f"vit_adala.commands.{command}").main(arguments)
-    except AdaLAError as error:
+        with _quick_to_stop(prefix) if is_program else contextlib.nullcontext():
+            if sys.stderr is not None and sys.stderr.isatty():
+                print(f"{prefix}: loading ...", file=sys.stderr)
+            _quiet_libraries()
+            module = import_module(f"vit_adala.commands.{command}")
+        with handled(signal.SIGTERM, raise_terminated) if is_program else contextlib.nullcontext():
+            module.main(arguments)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        if is_program:  # a second Ctrl-C while threads and workers come to an end
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        return _say(prefix, f"{in_words(stop)}.", exit_code(stop))
+    except BrokenPipeError:  # whoever read the output has seen enough
+        _abandon_stdout()
+        return 128 + signal.SIGPIPE
+    except Exception as error:
         if debug:
             raise
-        print(f"vit-adala {command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    except argparse.ArgumentError as error:
-        print(f"vit-adala {command}: {error}; see vit-adala {command} --help.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"vit-adala {command}: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    except OSError as error:
-        if debug:
-            raise
-        print(f"vit-adala {command}: {' '.join(str(error).split())} (--debug shows where)", file=sys.stderr)
-        return 1
+        return _say(prefix, *_explain(error))
     return 0
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """Return the one line that an exception ends in, and the exit code."""
+    text = " ".join(str(error).split())
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    code = getattr(error, "exit_code", None)  # of our own exceptions, whose module may not even have been loaded
+    if code is not None:
+        return text, code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return f"out of memory ({first_line}); lower --image-size or the batch size. --debug shows the traceback.", 1
+    if isinstance(error, OSError) and error.filename is None and _abandon_stdout():
+        return f"the output could not be written: {error.strerror}; check where standard output goes.", 1
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{text}; check the path, its permissions and the disk. --debug shows the traceback.", 1
+    if isinstance(error, ImportError):
+        return f"{first_line}; a package is missing or broken: run vit-adala doctor. --debug shows the traceback.", 1
+    return f"unexpected {type(error).__name__}: {first_line}; --debug shows the traceback, please report it.", 1
+
+
+def _say(prefix: str, line: str, code: int) -> int:
+    with contextlib.suppress(OSError, AttributeError):  # stderr may be closed
+        print(f"{prefix}: {''.join(c if c.isprintable() else ' ' for c in line)}", file=sys.stderr)
+    return code
+
+
+def _abandon_stdout() -> bool:
+    """Return whether standard output takes nothing more, and point it elsewhere, so that the interpreter can end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _quick_to_stop(prefix: str) -> Iterator[None]:
+    handler = leave_at_once(prefix)
+    with handled(signal.SIGINT, handler), handled(signal.SIGTERM, handler):
+        yield
 
 
 def _overview() -> str:

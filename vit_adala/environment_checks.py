@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -20,6 +21,7 @@ from packaging.version import Version
 from transformers import AttentionInterface
 
 from hub_cards.checks import Check, Status, run_check
+from modeling_adala.errors import UsageError
 
 DISTRIBUTION = "vit-adala"
 HUB_SECONDS = 5.0
@@ -176,3 +178,23 @@ def _existing(path: Path) -> Path:
 def _without_login(url: str) -> str:
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1], query="", fragment=""))
+
+
+def check_cache() -> None:
+    """Refuse a cache folder that cannot be written before `datasets` takes the data for broken.
+
+    Raises:
+        UsageError: Naming the folder and the variable that chooses another.
+    """
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"the cache of datasets, {str(folder)!r}, cannot be written ({error.strerror}); set HF_HOME to a folder"
+            " that can."
+        ) from error

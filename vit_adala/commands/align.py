@@ -1,8 +1,7 @@
 """`vit-adala align`: stage 1."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
 
 from transformers import set_seed
 
@@ -10,43 +9,41 @@ from modeling_adala.conversion import convert, student_config
 from modeling_adala.loading import load_teacher_config
 from trainers.attention_alignment_config import AttentionAlignmentConfig
 from trainers.data_config import DataConfig, check_streaming
+from trainers.recipe_config import StudentConfig
 
-from ..arguments import CommandParser, read_json_dict
-from .common import TeacherArguments, finished_before, load_data, open_folder, run_and_report
+from ..arguments import CommandParser
+from ..environment_checks import check_cache
+from ..interruption import writes_to
+from .common import finished_before, load_data, open_folder, run_and_report
 
 
 @dataclass
-class StudentArguments(TeacherArguments):
-    feature_map: str | None = field(default=None, metadata={"help": "phi: elu, exp, hedgehog, relu or t2r."})
-    feature_map_kwargs: str = field(default="{}", metadata={"help": "Options of the feature map, as JSON."})
-    softmax_layers: list[int] = field(default_factory=list, metadata={"help": "Layers that keep softmax."})
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {
-            "feature_map": self.feature_map,
-            "feature_map_kwargs": read_json_dict("feature_map_kwargs", self.feature_map_kwargs),
-            "softmax_layers": self.softmax_layers,
-        }
+class AlignArguments:
+    teacher: str = field(metadata={"help": "Softmax checkpoint: Hub id or folder.", "positional": "TEACHER"})
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala align --teacher T --dataset D --output-dir O`"""
+    """`vit-adala align TEACHER --dataset D [--output-dir O]`"""
     parser = CommandParser(
         "align",
         "Stage 1: each linear attention learns to give its softmax attention's output.",
-        (StudentArguments, DataConfig, AttentionAlignmentConfig),
-        "vit-adala align --teacher facebook/dinov2-small --dataset imagenet --output-dir out/1-attention-alignment",
+        "vit-adala align facebook/dinov2-small --dataset ILSVRC/imagenet-1k",
+        AlignArguments,
+        StudentConfig,
+        DataConfig,
+        AttentionAlignmentConfig,
     )
-    model_args, data_args, args = parser.parse(arguments)
+    model_args, student_args, data_args, args = parser.parse(arguments)
     check_streaming(data_args, args.max_steps)
-    options = {name: value for name, value in model_args.options.items() if value is not None}
-    teacher = model_args.teacher
-    folder = open_folder("attention-alignment", args, data_args, [teacher], teacher=teacher, **options)
+    options, teacher = student_args.feature_options, model_args.teacher
+    folder = open_folder("attention-alignment", args, data_args, [teacher], teacher=teacher, **asdict(student_args))
+    writes_to(args.output_dir)
+    check_cache()
     student_config(load_teacher_config(model_args.teacher), **options)  # before any time is spent
     if finished_before(folder):
         return
     set_seed(args.seed)
     data, processor = load_data(data_args, model_args.teacher)
+    args.check_evaluation(data.raw_eval is not None)
     student, _ = convert(model_args.teacher, **options)
     run_and_report(folder, student, args, data, processor, teacher_model=model_args.teacher)

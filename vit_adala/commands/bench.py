@@ -1,8 +1,7 @@
 """`vit-adala bench`: linear beside softmax on this machine, in time and memory, or the operator alone."""
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from modeling_adala.configuration_adala import pair
 from modeling_adala.errors import UsageError
 from modeling_adala.families import patch_size
 from modeling_adala.flops import count_tokens, nearest_size
-from trainers.base_config import has_fast_bf16
+from trainers.base_config import COUNT, has_fast_bf16
+from trainers.settings import Interval, check_settings
 from trainers.transforms import check_image_size, parse_size
 
-from ..arguments import PlainParser, print_json
+from ..arguments import CommandParser, print_json
 from ..benchmark.cases import Meter, Row, Size
 from ..benchmark.facts import run_facts
 from ..benchmark.floor import DEFINITION, Floor, measure_floor
@@ -28,13 +28,66 @@ from ..benchmark.operators import BOUNDS
 from ..benchmark.output import break_even_record, print_table, record, sentences, write_files
 from ..benchmark.subjects import ModelSubject, OperatorSubject, Settings
 
-SIZES = "224,512,1024,2048"
+SIZES = ("224", "512", "1024", "2048")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEMORY = (
     "Peak memory of one pass above weights and inputs: torch.cuda.max_memory_allocated on a GPU, the peak of resident"
     " memory in a fresh process per case on a CPU (Linux; not measured elsewhere, nor for compiled passes)."
 )
 TIME = "Medians and quartiles of samples taken in turns after a warm-up."
+
+
+@dataclass
+class BenchArguments:
+    model: str = field(
+        metadata={
+            "help": "Folder, Hub id, or config.json (random weights); linear, or softmax to convert.",
+            "positional": "MODEL",
+        }
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Softmax model to compare with. Default: the one that a linear MODEL came from, if it is here,"
+            " else MODEL itself in softmax mode."
+        },
+    )
+    sizes: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"Sides in pixels or HEIGHTxWIDTH. Default: {', '.join(SIZES)}, in whole patches."},
+    )
+    batch: list[int] = field(default_factory=lambda: [1], metadata={"help": "Images per pass. Default: 1."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": f"{', '.join(DTYPES)}. Default: bfloat16 where hardware multiplies it.",
+            "choices": list(DTYPES),
+        },
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "cpu or cuda. Default: cuda if there is one.", "choices": ["cpu", "cuda"]}
+    )
+    backward: bool = field(default=False, metadata={"help": "Forward and backward pass."})
+    compile: bool = field(default=False, metadata={"help": "torch.compile beside eager (a minute per size)."})
+    operator: bool = field(default=False, metadata={"help": "The attention of one layer alone."})
+    seconds: float = field(
+        default=2.0, metadata={"help": "Time for the samples of a case.", "range": Interval(0, above=True)}
+    )
+    max_seconds: float = field(
+        default=10.0,
+        metadata={
+            "help": "Skip cases whose forward pass would take longer.",
+            "range": Interval(0, above=True),
+        },
+    )
+    output_dir: str = field(default="out/bench", metadata={"help": "For bench.json, .csv and .png."})
+    json: bool = field(default=False, metadata={"help": "Print JSON and nothing else on stdout."})
+
+    def __post_init__(self):
+        check_settings(self, {})
+        wrong = [size for size in self.batch if COUNT.complaint(size)]
+        if wrong or not self.batch:
+            raise UsageError(f"batch={self.batch}: pass numbers of images, 1 or more each, such as 1,8.")
 
 
 @dataclass(frozen=True)
@@ -54,12 +107,19 @@ class Plan:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala bench MODEL [--compare TEACHER] [--sizes S,...] [--batch B,...] [--operator] [--json] ...`
+    """`vit-adala bench MODEL [--teacher T] [--sizes S ...] [--batch B ...] [--operator] [--json] ...`
 
     Raises:
         AdaLAError: where a result is wrong, which makes the exit code 1.
     """
-    args = _parser().parse_args(list(arguments))
+    parser = CommandParser(
+        "bench",
+        "Linear beside softmax on this machine: time, memory, and how far both are from what the machine allows. Gives"
+        " no speed where a result is wrong.",
+        "vit-adala bench facebook/dinov2-base --sizes 224 448 896 --batch 1 8",
+        BenchArguments,
+    )
+    (args,) = parser.parse(arguments)
     plan = _plan(args)
     floor, rows, baseline = _measure(plan, quiet=args.json)
     report = _report(plan, floor, rows, baseline)
@@ -71,62 +131,23 @@ def main(arguments: Sequence[str]) -> None:
         _show(report, rows, baseline, title, paths)
 
 
-def _parser() -> PlainParser:
-    parser = PlainParser(
-        "bench",
-        "MODEL",
-        "Linear beside softmax on this machine: time, memory, and how far both are from what the machine allows. Gives"
-        " no speed where a result is wrong.",
-        "vit-adala bench facebook/dinov2-base --sizes 224,448,896 --batch 1,8",
-    )
-    parser.add_argument("model", help="folder, Hub id, or config.json (random weights); linear, or softmax to convert")
-    parser.add_argument("--compare", help="softmax model to compare with. Default: the teacher, if it is here, else"
-                        " the model itself in softmax mode")  # fmt: skip
-    parser.add_argument("--sizes", help=f"sides in pixels or HEIGHTxWIDTH, with commas. Default: {SIZES}, rounded"
-                        " to whole patches")  # fmt: skip
-    parser.add_argument("--batch", default="1", help="images per pass, with commas")
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}. Default: bfloat16 where hardware multiplies it")
-    parser.add_argument("--device", help="cpu or cuda. Default: cuda if there is one")
-    parser.add_argument("--backward", action="store_true", help="forward and backward pass")
-    parser.add_argument("--compile", action="store_true", help="torch.compile beside eager (a minute per size)")
-    parser.add_argument("--operator", action="store_true", help="the attention of one layer alone")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for the samples of a case")
-    parser.add_argument(
-        "--max-seconds",
-        "--max_seconds",
-        type=float,
-        default=10.0,
-        help="leave out a case of which one pass would take longer",
-    )
-    parser.add_argument("--output-dir", "--output_dir", default="out/bench", help="for bench.json, .csv and .png")
-    parser.add_argument("--json", action="store_true", help="print JSON and nothing else on stdout")
-    return parser
-
-
-def _plan(args: argparse.Namespace) -> Plan:
+def _plan(args: BenchArguments) -> Plan:
     """All that can be wrong is found here, before any time goes into weights or measurements."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda"):
-        raise UsageError(f"device={device!r} is unknown; choose cpu or cuda.")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device='cuda': PyTorch sees no GPU here (see vit-adala doctor); pass --device cpu.")
-    for name in ("seconds", "max_seconds"):
-        if not getattr(args, name) > 0:
-            raise UsageError(f"{name}={getattr(args, name):g} must be positive.")
     notes = []
     if args.dtype is None:
         args.dtype = "bfloat16" if has_fast_bf16() else "float32"
         notes.append(f"{args.dtype} because this machine {'multiplies' if has_fast_bf16() else 'does not multiply'}"
                      " bfloat16 in hardware")  # fmt: skip
-    if args.dtype not in DTYPES:
-        raise UsageError(f"dtype={args.dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
-    batches = _batches(args.batch)
+    batches = sorted(set(args.batch))
     config = check_source(args.model)
     images, rounded = _image_sizes(config, args.sizes)
     if rounded:
         notes.append(f"rounded to whole patches: {', '.join(rounded)}")
     sizes = [Size(batch, size, count_tokens(config, size)) for batch in batches for size in images]
-    softmax, note = _softmax_name(args.model, config, args.compare)
+    softmax, note = _softmax_name(args.model, config, args.teacher)
     settings = Settings(DTYPES[args.dtype], device, args.backward, args.compile)
     return Plan(
         config,
@@ -142,11 +163,11 @@ def _plan(args: argparse.Namespace) -> Plan:
     )
 
 
-def _softmax_name(model: str, config: PretrainedConfig, compare: str | None) -> tuple[str, list[str]]:
+def _softmax_name(model: str, config: PretrainedConfig, given: str | None) -> tuple[str, list[str]]:
     """The checkpoint of the softmax model, and what to say about the choice."""
-    if compare is not None:
-        check_same_shape(config, compare)
-        return compare, []
+    if given is not None:
+        check_same_shape(config, given)
+        return given, []
     if not config.model_type.startswith("adala_"):
         return model, [f"linear is {model} converted, untrained: as fast as a trained one"]
     teacher = known_teacher(config)
@@ -155,20 +176,13 @@ def _softmax_name(model: str, config: PretrainedConfig, compare: str | None) -> 
     return model, ["softmax is the model itself with attn_implementation='sdpa'; its teacher is not on this machine"]
 
 
-def _image_sizes(config: PretrainedConfig, given: str | None) -> tuple[list[tuple[int, int]], list[str]]:
-    parsed = [pair(parse_size("sizes", text.strip())) for text in (given or SIZES).split(",")]
-    if given is not None:
+def _image_sizes(config: PretrainedConfig, given: Sequence[str]) -> tuple[list[tuple[int, int]], list[str]]:
+    parsed = [pair(parse_size("sizes", text)) for text in given or SIZES]
+    if given:
         parsed = [check_image_size(size, patch_size(config)) for size in parsed]
     sizes = {nearest_size(config, size): size for size in sorted(parsed)}
     changed = {new: old for new, old in sizes.items() if new != old}
     return list(sizes), [f"{old[0]}x{old[1]} -> {new[0]}x{new[1]}" for new, old in changed.items()]
-
-
-def _batches(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"batch={text!r} must be positive integers with commas between them, such as 1,8.")
-    return sorted({int(part) for part in parts})
 
 
 def _measure(plan: Plan, quiet: bool) -> tuple[Floor, list[Row], str]:

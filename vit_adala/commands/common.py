@@ -1,9 +1,9 @@
-"""What several commands share: the teacher argument, loading data, running one stage."""
+"""What several commands share: loading data, running one stage."""
 
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,6 @@ from trainers.monitoring import cost_in_words
 from trainers.output_folder import EVALUATION, OutputFolder
 from trainers.sources import fingerprint
 from trainers.stages import STAGES, StageResult, run_stage
-
-
-@dataclass
-class TeacherArguments:
-    teacher: str = field(metadata={"help": "Softmax checkpoint: Hub id or folder."})
 
 
 def load_data(config: DataConfig, model: str, require_labels: bool = False) -> tuple[DataModule, Any]:

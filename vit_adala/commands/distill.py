@@ -1,64 +1,109 @@
 """`vit-adala distill`: stage 2."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from modeling_adala.conversion import convert
+from modeling_adala.configuration_adala import vision_config
+from modeling_adala.conversion import convert, student_config
 from modeling_adala.errors import UsageError
 from modeling_adala.families import transformer_blocks
-from modeling_adala.loading import check_stage_directory, load_student, load_teacher_config
-from trainers.data_config import DataConfig, check_counts, check_streaming
+from modeling_adala.loading import check_stage_directory, load_config, load_student, load_teacher_config
+from trainers.base_config import COUNT
+from trainers.data_config import DataConfig, check_streaming
 from trainers.feature_alignment_config import FeatureAlignmentConfig
+from trainers.recipe_config import StudentConfig
+from trainers.settings import check_settings
 
 from ..arguments import CommandParser
-from .common import TeacherArguments, finished_before, load_data, open_folder, run_and_report
+from ..environment_checks import check_cache
+from ..interruption import writes_to
+from .common import finished_before, load_data, open_folder, run_and_report
 
 
 @dataclass
-class DistillArguments(TeacherArguments):
-    model: str | None = field(
-        default=None, metadata={"help": "Folder that stage 1 left. Default: convert the teacher, stage 2 alone."}
+class DistillArguments:
+    model: str = field(
+        metadata={
+            "help": "Folder that stage 1 left, or a softmax checkpoint: it is converted and is its own teacher.",
+            "positional": "MODEL",
+        }
     )
-    lora_r: int | None = field(default=None, metadata={"help": "Train LoRA adapters of this rank, merged at the end."})
+    teacher: str | None = field(default=None, metadata={"help": "Softmax checkpoint that a linear MODEL came from."})
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Train LoRA adapters of this rank, merged at the end.", "range": COUNT}
+    )
     lora_target_modules: list[str] = field(
         default_factory=list, metadata={"help": "Modules that get adapters. Default: all of attention and MLP."}
     )
 
+    def __post_init__(self):
+        check_settings(self, {})
+        if self.lora_target_modules and self.lora_r is None:
+            raise UsageError(f"lora_target_modules={self.lora_target_modules} needs a rank; pass --lora-r 16, too.")
+
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala distill --teacher T --model O/1-attention-alignment --dataset D --output-dir O`"""
+    """`vit-adala distill MODEL [--teacher T] --dataset D [--output-dir O]`"""
     parser = CommandParser(
         "distill",
         "Stage 2: the whole student learns the teacher's final features.",
-        (DistillArguments, DataConfig, FeatureAlignmentConfig),
-        "vit-adala distill --teacher facebook/dinov2-small --model out/1-attention-alignment --dataset imagenet"
-        " --output-dir out/2-feature-alignment",
+        "vit-adala distill out/1-attention-alignment --teacher facebook/dinov2-small --dataset ILSVRC/imagenet-1k",
+        DistillArguments,
+        StudentConfig,
+        DataConfig,
+        FeatureAlignmentConfig,
     )
-    model_args, data_args, args = parser.parse(arguments)
+    model_args, student_args, data_args, args = parser.parse(arguments)
     check_streaming(data_args, args.max_steps)
-    check_counts(lora_r=model_args.lora_r)
-    names = {"teacher": model_args.teacher, "model": model_args.model}
-    lora = {"lora_r": model_args.lora_r, "lora_target_modules": model_args.lora_target_modules}
-    folder = open_folder("feature-alignment", args, data_args, list(names.values()), **names, **lora)
-    load_teacher_config(model_args.teacher)
-    if model_args.model is not None:
+    models = [model_args.teacher, model_args.model]
+    settings = asdict(model_args) | asdict(student_args)
+    folder = open_folder("feature-alignment", args, data_args, models, **settings)
+    writes_to(args.output_dir)
+    check_cache()
+    is_student = load_config(model_args.model).model_type.startswith("adala_")
+    options = student_args.feature_options
+    _check_teacher(model_args, is_student, options)
+    teacher = model_args.teacher if is_student else model_args.model
+    width = vision_config(load_teacher_config(teacher)).hidden_size
+    if model_args.lora_r is not None and model_args.lora_r > width:
+        raise UsageError(f"lora_r={model_args.lora_r} is more than the {width} channels of the model; 16 is usual.")
+    if is_student:
         check_stage_directory(model_args.model, ("attention-alignment", "converted", "feature-alignment"), "stage 2")
+    else:
+        student_config(load_teacher_config(teacher), **options)  # before any time is spent
     if finished_before(folder):
         return
     set_seed(args.seed)
-    data, processor = load_data(data_args, model_args.teacher)
-    student = load_student(model_args.model) if model_args.model is not None else convert(model_args.teacher)[0]
+    data, processor = load_data(data_args, teacher)
+    args.check_evaluation(data.raw_eval is not None)
+    student = load_student(model_args.model) if is_student else convert(teacher, **options)[0]
     peft_config = None
     if model_args.lora_r is not None:
         from peft import LoraConfig
 
         targets = _lora_targets(student, model_args.lora_target_modules)
         peft_config = LoraConfig(r=model_args.lora_r, target_modules=targets)
-    options = {"teacher_model": model_args.teacher, "peft_config": peft_config}
-    run_and_report(folder, student, args, data, processor, **options)
+    run_and_report(folder, student, args, data, processor, teacher_model=teacher, peft_config=peft_config)
+
+
+def _check_teacher(model_args: DistillArguments, is_student: bool, options: dict) -> None:
+    name, teacher = model_args.model, model_args.teacher
+    if is_student and teacher is None:
+        recorded = getattr(vision_config(load_config(name)), "teacher_name_or_path", None)
+        origin = f" (converted from {recorded!r})" if recorded else ""
+        raise UsageError(f"teacher is missing: {name!r} is a linear student{origin}; pass --teacher.")
+    if is_student and options:
+        option = next(iter(options))
+        raise UsageError(
+            f"{option}={options[option]!r} is for converting a softmax model, and {name!r} is linear; leave it out."
+        )
+    if not is_student and teacher not in (None, name):
+        raise UsageError(
+            f"teacher={teacher!r}: {name!r} is a softmax model, which is its own teacher here; leave --teacher out."
+        )
 
 
 def _lora_targets(student: PreTrainedModel, chosen: list[str]) -> list[str]:

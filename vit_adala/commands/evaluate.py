@@ -8,33 +8,45 @@ from rich.table import Table
 
 from modeling_adala.errors import UsageError
 from modeling_adala.loading import load_student, load_teacher, load_teacher_config
+from trainers.base_config import COUNT
 from trainers.base_trainer import check_pair
 from trainers.comparison import Comparison
-from trainers.data_config import DataConfig, check_counts
+from trainers.data_config import DataConfig
 from trainers.facts import data_facts
+from trainers.settings import check_settings
 
 from ..arguments import CommandParser, print_json
-from .common import TeacherArguments, load_data
+from ..environment_checks import check_cache
+from .common import load_data
 
 
 @dataclass
-class EvaluateArguments(TeacherArguments):
-    model: str = field(metadata={"help": "The student: an AdaLA checkpoint."})
-    knn_images: int = field(default=2000, metadata={"help": "Training images for k-NN and linear probe."})
-    eval_images: int | None = field(default=None, metadata={"help": "Evaluation images. Default: all."})
+class EvaluateArguments:
+    model: str = field(metadata={"help": "The student: an AdaLA checkpoint.", "positional": "MODEL"})
+    teacher: str = field(metadata={"help": "Softmax checkpoint: Hub id or folder."})
+    knn_images: int = field(
+        default=2000, metadata={"help": "Training images for k-NN and linear probe.", "range": COUNT}
+    )
+    eval_images: int | None = field(
+        default=None, metadata={"help": "Evaluation images. Default: all.", "range": COUNT}
+    )
     json: bool = field(default=False, metadata={"help": "Print JSON and nothing else on stdout."})
+
+    def __post_init__(self):
+        check_settings(self, {})
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala evaluate --teacher T --model S --dataset D [--json]`"""
+    """`vit-adala evaluate MODEL --teacher T --dataset D [--json]`"""
     parser = CommandParser(
         "evaluate",
         "Teacher beside student, each on its own forward pass.",
-        (EvaluateArguments, DataConfig),
-        "vit-adala evaluate --teacher facebook/dinov2-small --model out/2-feature-alignment --dataset uoft-cs/cifar10",
+        "vit-adala evaluate out/2-feature-alignment --teacher facebook/dinov2-small --dataset uoft-cs/cifar10",
+        EvaluateArguments,
+        DataConfig,
     )
     model_args, data_args = parser.parse(arguments)
-    check_counts(knn_images=model_args.knn_images, eval_images=model_args.eval_images)
+    check_cache()
     load_teacher_config(model_args.teacher)
     student = load_student(model_args.model)
     teacher = load_teacher(model_args.teacher)

@@ -1,6 +1,7 @@
 """`vit-adala features`: pictures of patch features and of attention, student beside teacher."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,30 +29,39 @@ from trainers.image_files import ImageFiles, Unreadable, blaming, open_image
 from trainers.metric_functions import cosine_similarity_mean
 from trainers.transforms import ImageTransform, check_image_size, parse_size
 
-from ..arguments import PlainParser
+from ..arguments import CommandParser
+
+
+@dataclass
+class FeaturesArguments:
+    model: str = field(metadata={"help": "Folder or Hub id; linear or softmax.", "positional": "MODEL"})
+    images: list[str] = field(metadata={"help": "Image files.", "positional": "IMAGE"})
+    teacher: str | None = field(default=None, metadata={"help": "Softmax checkpoint to show beside the model."})
+    layer: int = field(
+        default=-1, metadata={"help": "Layer of the attention maps, from 0 or, negative, from the end."}
+    )
+    query: str | None = field(
+        default=None, metadata={"help": "Patch that attends, ROW,COLUMN from the top left. Default: the middle."}
+    )
+    image_size: str | None = field(
+        default=None,
+        metadata={
+            "help": "Side in pixels, or HEIGHTxWIDTH: the largest centered crop of that shape. Default: the model's."
+        },
+    )
+    output_dir: str = field(default="features", metadata={"help": "Folder for the PNG files."})
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala features MODEL IMAGE... [--compare TEACHER] [--layer L] [--query ROW,COLUMN] [--output-dir O]`"""
-    parser = PlainParser(
+    """`vit-adala features MODEL IMAGE ... [--teacher T] [--layer L] [--query ROW,COLUMN] [--output-dir O]`"""
+    parser = CommandParser(
         "features",
-        "MODEL IMAGE ...",
         "Pictures of what a model sees: its patch features as colors (three principal components, the teacher's for"
         " both), and what one patch attends to.",
-        "vit-adala features out/2-feature-alignment street.jpg --compare facebook/dinov2-small --image-size 336x448",
+        "vit-adala features out/2-feature-alignment street.jpg --teacher facebook/dinov2-small --image-size 336x448",
+        FeaturesArguments,
     )
-    parser.add_argument("model", help="folder or Hub id; linear or softmax")
-    parser.add_argument("images", nargs="+", metavar="image", help="image files")
-    parser.add_argument("--compare", help="softmax teacher to show beside the model")
-    parser.add_argument("--layer", type=int, default=-1, help="layer of the attention maps, from 0 or the end")
-    parser.add_argument("--query", help="patch that attends, ROW,COLUMN from the top left. Default: the middle")
-    parser.add_argument(
-        "--image-size",
-        "--image_size",
-        help="side in pixels, or HEIGHTxWIDTH: the largest centered crop of that shape. Default: the model's own",
-    )
-    parser.add_argument("--output-dir", "--output_dir", default="features", help="folder for the PNG files")
-    args = parser.parse_args(list(arguments))
+    (args,) = parser.parse(arguments)
 
     config = load_config(args.model)
     get_family(config.model_type)
@@ -67,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
     transform = ImageTransform.from_processor(load_image_processor(args.model), size, channels)
     pixels = _read(args.images, transform)
 
-    models = _load(args.model, args.compare)
+    models = _load(args.model, args.teacher)
     out.mkdir(parents=True, exist_ok=True)
     _draw_features(out / "features.png", models, pixels, pictures)
     patches = token_groups(config)["patches"]

@@ -1,7 +1,7 @@
 """`vit-adala finetune`: stage 3."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -28,12 +28,19 @@ from trainers.segmentation_data import SegmentationData, read_labels
 from trainers.supervised_config import SupervisedConfig
 
 from ..arguments import CommandParser
+from ..environment_checks import check_cache
+from ..interruption import writes_to
 from .common import finished_before, load_data, open_folder, record_evaluation, run_and_report
 
 
 @dataclass
 class FinetuneArguments:
-    model: str = field(metadata={"help": "Linear checkpoint (folder of stage 2) or a softmax one as the baseline."})
+    model: str = field(
+        metadata={
+            "help": "Linear checkpoint (folder of stage 2), or a softmax one as the baseline.",
+            "positional": "MODEL",
+        }
+    )
     task: str = field(
         default="image-classification", metadata={"help": "image-classification or semantic-segmentation."}
     )
@@ -47,19 +54,24 @@ class FinetuneArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala finetune --model O/2-feature-alignment --dataset D --output-dir O`"""
+    """`vit-adala finetune MODEL --dataset D [--output-dir O]`"""
     parser = CommandParser(
         "finetune",
         "Stage 3: trains a classifier or a segmenter; give it the softmax teacher to get the baseline under the same"
         " command.",
-        (FinetuneArguments, DataConfig, SupervisedConfig),
-        "vit-adala finetune --model out/2-feature-alignment --dataset uoft-cs/cifar10 --output-dir out/3-supervised",
+        "vit-adala finetune out/2-feature-alignment --dataset uoft-cs/cifar10",
+        FinetuneArguments,
+        DataConfig,
+        SupervisedConfig,
     )
     model_args, data_args, args = parser.parse(arguments)
     check_streaming(data_args, args.max_steps)
     if model_args.task not in TASKS:
         raise UsageError(f"task={model_args.task!r} is not supported; choose from {', '.join(TASKS)}.")
-    folder = open_folder("supervised", args, data_args, [model_args.model], **vars(model_args))
+    _check_metric(args.metric_for_best_model, model_args.task)
+    folder = open_folder("supervised", args, data_args, [model_args.model], **asdict(model_args))
+    writes_to(args.output_dir)
+    check_cache()
     config = load_config(model_args.model)
     get_family(config.model_type)
     if config.model_type.startswith("adala_"):
@@ -80,6 +92,7 @@ def _classify(
         if name in ("labels", "reduce_labels", "window", "stride") and value:
             raise UsageError(f"{name}={value!r} is for --task semantic-segmentation; leave it out.")
     data, processor = load_data(data_args, model_args.model, require_labels=True)
+    args.check_evaluation(data.raw_eval is not None)
     # a kill may have come between the end of the training and the evaluation
     model = load_classifier(str(folder.path) if finished_before(folder) else model_args.model, data.labels or [])
     if not folder.finished:
@@ -105,6 +118,7 @@ def _segment(
         window=None if windows is None else windows[0],
     )
     dataset: Any = data.eval_dataset()
+    args.check_evaluation(dataset is not None)
     model = load_segmenter(str(folder.path) if finished_before(folder) else model_args.model, data.labels)
     if not folder.finished:
         processor = segmentation_processor(processor, data.image_size)
@@ -124,6 +138,13 @@ def _segment(
         record_evaluation(folder.path, model, data, metrics)
         _print_table(metrics, data.labels)
         print(f"mean IoU {metrics['mean_iou']:.4f} on {dataset.summary()}")
+
+
+def _check_metric(metric: str | None, task: str) -> None:
+    name = (metric or "loss").removeprefix("eval_")
+    if name != "loss" and (name == "accuracy") != (task == "image-classification"):
+        other = "accuracy" if task == "image-classification" else "mean_iou"
+        raise UsageError(f"metric_for_best_model={metric!r} is not reported for {task}; choose loss or {other}.")
 
 
 def _print_table(metrics: dict[str, float], labels: list[str]) -> None:

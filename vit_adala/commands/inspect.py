@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +26,7 @@ from modeling_adala.flops import (
 from modeling_adala.loading import load_config
 from trainers.transforms import parse_size
 
-from ..arguments import PlainParser, print_json
+from ..arguments import CommandParser, print_json
 
 SIZES = ("224", "512", "1024", "2048")
 CONVENTION = (
@@ -37,23 +38,27 @@ CONVENTION = (
 TOKENS = {"cls": "class token", "registers": "registers"}
 
 
+@dataclass
+class InspectArguments:
+    model: str = field(
+        metadata={"help": "Folder, config.json, or Hub id in the cache; softmax or linear.", "positional": "MODEL"}
+    )
+    image_size: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"Sides in pixels, or HEIGHTxWIDTH. Default: the model's own, {', '.join(SIZES)}."},
+    )
+    json: bool = field(default=False, metadata={"help": "Print JSON and nothing else on stdout."})
+
+
 def main(arguments: Sequence[str]) -> None:
     """`vit-adala inspect MODEL [--image-size S ...] [--json]`"""
-    parser = PlainParser(
+    parser = CommandParser(
         "inspect",
-        "MODEL",
         "What a model is, what linear attention replaces in it, and what that saves. Reads the configuration alone.",
         "vit-adala inspect facebook/dinov2-large --image-size 518 1036x1554",
+        InspectArguments,
     )
-    parser.add_argument("model", help="folder, config.json, or Hub id in the cache; softmax or linear")
-    parser.add_argument(
-        "--image-size",
-        "--image_size",
-        nargs="+",
-        help=f"sides in pixels, or HEIGHTxWIDTH. Default: the model's own, {', '.join(SIZES)}",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON and nothing else on stdout")
-    args = parser.parse_args(list(arguments))
+    (args,) = parser.parse(arguments)
     config = load_config(args.model)
     facts = describe(config) | {"model": args.model}
     sizes: dict[tuple[int, int], dict[str, Any]] = {}
@@ -107,7 +112,7 @@ def compare(config: PretrainedConfig, requested: tuple[int, int]) -> dict[str, A
     return {"requested": requested, "image_size": size, "tokens": count_tokens(config, size), **costs}
 
 
-def _sizes(config: PretrainedConfig, given: Sequence[str] | None) -> list[tuple[int, int]]:
+def _sizes(config: PretrainedConfig, given: Sequence[str]) -> list[tuple[int, int]]:
     parsed = [parse_size("image_size", size) for size in given or SIZES]
     sizes = [pair(size) for size in parsed]
     return sizes if given else sorted({native_size(config), *sizes})

@@ -1,8 +1,8 @@
 """`vit-adala push`: a checkpoint folder becomes a repository on the Hub, in one commit."""
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from huggingface_hub import is_offline_mode
 from rich.console import Console
@@ -13,9 +13,24 @@ from rich.table import Table
 from hub_cards.push import PushPlan, plan_push, push
 from modeling_adala.errors import UsageError
 
-from ..arguments import PlainParser, print_json
+from ..arguments import CommandParser, print_json
 
 STYLES = {"new": "green", "changed": "yellow", "deleted": "red", "same": "dim"}
+
+
+@dataclass
+class PushArguments:
+    directory: str = field(
+        metadata={"help": "Checkpoint folder, such as the 3-supervised/ of a run.", "positional": "DIR"}
+    )
+    repo_id: str = field(
+        metadata={"help": "Name or organization/name; created if it does not exist.", "positional": "REPO_ID"}
+    )
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    revision: str = field(default="main", metadata={"help": "Branch; created from main if it does not exist."})
+    dry_run: bool = field(default=False, metadata={"help": "Show files and card, upload nothing."})
+    yes: bool = field(default=False, metadata={"help": "Do not ask before an existing repository changes."})
+    json: bool = field(default=False, metadata={"help": "Print JSON and nothing else on stdout."})
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -25,7 +40,13 @@ def main(arguments: Sequence[str]) -> None:
         UsageError: if there is nobody to ask before an existing repository changes, or see `plan_push`.
         AdaLAError: see `plan_push` and `push`.
     """
-    args = _parse(arguments)
+    parser = CommandParser(
+        "push",
+        "Uploads weights, configuration, image processor, code, card and pictures in one commit.",
+        "vit-adala push out/3-supervised my-org/vit-adala-digits",
+        PushArguments,
+    )
+    (args,) = parser.parse(arguments)
     compare = not (args.dry_run and is_offline_mode())
     plan = plan_push(args.directory, args.repo_id, revision=args.revision, private=args.private, compare=compare)
     if not compare:
@@ -40,23 +61,6 @@ def main(arguments: Sequence[str]) -> None:
             print(f"pushed {result['url']}" if plan.changes else f"nothing has changed: {result['url']}")
     if args.json:
         print_json(result | ({"card": plan.card} if args.dry_run else {}))
-
-
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = PlainParser(
-        "push",
-        "DIR REPO_ID",
-        "Uploads weights, configuration, image processor, code, card and pictures in one commit.",
-        "vit-adala push out/3-supervised my-org/vit-adala-digits",
-    )
-    parser.add_argument("directory", metavar="DIR", help="checkpoint folder, such as the 3-supervised/ of a run")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="name or organization/name; created if it does not exist")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", default="main", help="branch; created from main if it does not exist")
-    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="show files and card, upload nothing")
-    parser.add_argument("--yes", action="store_true", help="do not ask before an existing repository changes")
-    parser.add_argument("--json", action="store_true", help="print JSON and nothing else on stdout")
-    return parser.parse_args(list(arguments))
 
 
 def _show(plan: PushPlan, card: bool) -> None:

@@ -1,58 +1,63 @@
 """`vit-adala run`: all stages from a recipe or from flags."""
 
-import argparse
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import get_type_hints
 
 from modeling_adala.errors import UsageError
 from trainers.recipe import run_recipe
 from trainers.recipe_config import RecipeConfig
-from trainers.stages import STAGES
+from trainers.settings import build, did_you_mean, fit_type
 
-from ..arguments import HelpFormatter, parse_settings
+from ..arguments import CommandParser, parse_settings
+from ..environment_checks import check_cache
+from ..interruption import writes_to
 from ..recipes import find_recipe
+
+
+@dataclass
+class RunArguments:
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": "A YAML of the settings below, or quickstart.", "positional": "RECIPE.yaml"},
+    )
+    from_stage: int | None = field(default=None, metadata={"help": "Run stage N and those after it again."})
+    settings: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Any setting, dotted; those of the stages: vit-adala align --help-all.",
+            "flag": "set",
+            "repeat": True,
+        },
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
     """`vit-adala run [RECIPE.yaml] [--teacher T --dataset D ...]`"""
-    parser = argparse.ArgumentParser(
-        prog="vit-adala run",
-        usage="vit-adala run [RECIPE.yaml] [options]",
-        description="Runs all stages. Killed at any point, the same command goes on.",
-        epilog="example: vit-adala run --teacher facebook/dinov2-small --dataset uoft-cs/cifar10 --image-size 112"
-        " --set feature_alignment.max_steps=2000. Settings win in this order: flags, --set, recipe, default.",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
+    parser = CommandParser(
+        "run",
+        "Runs all stages. Killed at any point, the same command resumes. Settings win in this order: flags, --set,"
+        " recipe, default.",
+        "vit-adala run --teacher facebook/dinov2-small --dataset uoft-cs/cifar10 --image-size 112"
+        " --set feature_alignment.max_steps=2000",
+        RunArguments,
+        RecipeConfig,
     )
-    parser.add_argument("recipe", nargs="?", help="a YAML of the settings below, or quickstart")
-    parser.add_argument("--from-stage", "--from_stage", type=int, help="run stage N and those after it again")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting, dotted")
-    stages = {stage.name.replace("-", "_") for stage in STAGES.values()}
-    for item in dataclasses.fields(RecipeConfig):
-        if item.name not in stages:
-            flags = dict.fromkeys(("--" + item.name.replace("_", "-"), "--" + item.name))
-            parser.add_argument(*flags, dest=item.name, metavar="VALUE", help=item.metadata.get("help"))
-    parser.add_argument("--help-all", action="store_true", help="the same; stage settings: vit-adala align --help-all")
-    if "--help-all" in arguments:
-        arguments = ["--help"]
-    parsed, unknown = parser.parse_known_args(list(arguments))
+    texts = parser.read(arguments)
+    run_args = build(
+        RunArguments, {item.name: texts.pop(item.name) for item in fields(RunArguments) if item.name in texts}
+    )
+    overrides, hints = parse_settings(run_args.settings), get_type_hints(RecipeConfig)
+    unknown = sorted(set(overrides) - set(hints))
     if unknown:
-        raise UsageError(f"unrecognized arguments: {' '.join(unknown)}; see vit-adala run --help")
-    overrides = parse_settings(parsed.set)
-    names = {item.name for item in dataclasses.fields(RecipeConfig)}
-    given = {name: value for name, value in vars(parsed).items() if name in names and value is not None}
-    hints = get_type_hints(RecipeConfig)
-    for name, value in given.items():  # a path is what it is, whatever YAML would make of 2024 or [a]
-        is_text = hints[name] in (str, str | None)
-        overrides |= {name: value} if is_text else parse_settings([f"{name}={value}"])
-    if parsed.recipe is not None:
-        config = RecipeConfig.from_yaml(find_recipe(parsed.recipe), **overrides)
+        hint = did_you_mean(unknown[0], hints)
+        raise UsageError(f"--set {unknown[0]}=...: no such setting{hint}; see vit-adala run --help.")
+    overrides |= {name: fit_type(name, text, hints[name]) for name, text in texts.items()}
+    if run_args.recipe is not None:
+        config = RecipeConfig.from_yaml(find_recipe(run_args.recipe), **overrides)
     else:
-        unknown_names = sorted(set(overrides) - names)
-        if unknown_names:
-            raise UsageError(f"--set {unknown_names[0]}=...: no such setting; see vit-adala run --help")
-        config = RecipeConfig(**overrides)
-    report = run_recipe(config, from_stage=parsed.from_stage)
+        config = build(RecipeConfig, overrides)
+    writes_to(config.output_dir)
+    check_cache()
+    report = run_recipe(config, from_stage=run_args.from_stage)
     print(f"report: {report}")

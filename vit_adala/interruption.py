@@ -1,0 +1,73 @@
+"""Ctrl-C and SIGTERM: one line, the exit code of the signal, and whether the same command would resume."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_folders: list[Path] = []
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the process was, so that what cleans up after Ctrl-C does so here, too."""
+
+
+def writes_to(folder: str | Path) -> None:
+    """Note the output folder of this process's command, where checkpoints to resume from would be."""
+    _folders[:] = [Path(folder)]
+
+
+def in_words(stop: KeyboardInterrupt | None = None) -> str:
+    """Return what to say of an interruption."""
+    patterns = ("checkpoints/**/trainer_state.json", "[123]-*/config.json")
+    resumes = any(any(folder.glob(pattern)) for folder in _folders for pattern in patterns)
+    word = "terminated" if isinstance(stop, Terminated) else "interrupted"
+    return word + ("; the same command resumes from the last checkpoint" if resumes else "")
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """Return 128 plus the number of the signal, as shells do."""
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+@contextlib.contextmanager
+def handled(number: signal.Signals, handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Handle a signal in this process, but not in those that it forks; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def handle(number: int, frame: Any) -> None:
+        if os.getpid() == process:
+            handler(number, frame)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def raise_terminated(number: int, frame: Any) -> None:
+    raise Terminated
+
+
+def leave_at_once(prefix: str) -> Callable[[int, Any], None]:
+    """Return a handler that says so and ends the process, for as long as nothing has begun.
+
+    An exception would be raised somewhere inside an import, where compiled modules turn it into errors of their own.
+    """
+
+    def handler(number: int, frame: Any) -> None:
+        word = "terminated" if number == signal.SIGTERM else "interrupted"
+        os.write(2, f"{prefix}: {word}.\n".encode())
+        os._exit(128 + number)
+
+    return handler
