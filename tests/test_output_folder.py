@@ -69,7 +69,8 @@ def arguments(command: str, out: Path | str, places: dict[str, Path], **changes)
         options |= TRAINING | {"teacher": places["teacher"], "model": places["student"]}
         options.pop({"align": "model", "finetune": "teacher"}.get(command), None)
     options |= {name.replace("_", "-"): value for name, value in changes.items()}
-    given = [command]
+    worked_on = {"align": "teacher", "distill": "model", "finetune": "model"}.get(command)
+    given = [command] if worked_on is None else [command, str(options.pop(worked_on))]
     for name, value in options.items():
         for item in value if isinstance(value, list) else [value]:
             given += [] if item is None else [f"--{name}", str(item)]
