@@ -35,7 +35,8 @@ class MetricsFileCallback(TrainerCallback):
     """Appends every log of a stage to `metrics.jsonl`, one JSON object a line.
 
     A resumed run first drops the lines that it is about to write again, and one cut short by a kill, so that the file
-    reads like that of a run which was never interrupted.
+    has the lines of a run which was never interrupted. Figures that are means over a logging window count only the
+    steps since the resume in the window that spans it.
     """
 
     def __init__(self, path: str | Path, stage: str):
