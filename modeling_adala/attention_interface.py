@@ -3,6 +3,8 @@
 This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -22,7 +24,7 @@ def feature_map_of(module: nn.Module) -> FeatureMap | None:
     return getattr(module, "feature_map", _PLAIN_FEATURE_MAP)
 
 
-def note_output_attentions(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def note_output_attentions(module: Any, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of attention modules that hand no arguments on to the attention interface (SigLIP, 5.24)."""
     asked = bool(kwargs.get("output_attentions", False))
     if module.output_attentions_noted != asked:  # no side effect that a tracer would record

@@ -39,8 +39,8 @@ class Backend:
 def choose_backend(device_type: str = "cpu", requested: str | None = None) -> Backend:
     """The backend of a kind of device.
 
-    `requested` takes precedence over the environment variable `ADALA_BACKEND`, which is read at the first use, and that
-    over the fastest that this machine has. What cannot run here is replaced by `"torch"`, with a warning.
+    `requested` takes precedence over the environment variable `ADALA_BACKEND`, which is read once, at its first use,
+    and that over the fastest that this machine has. What cannot run here is replaced by `"torch"`, with a warning.
 
     Args:
         device_type (`str`, *optional*, defaults to `"cpu"`): `"cpu"`, `"cuda"`, `"mps"`, ...

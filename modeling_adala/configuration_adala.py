@@ -48,8 +48,8 @@ class AdaLAConfigMixin:
         feature_map_kwargs (`dict`, *optional*): Options of the feature map, such as `scale` or `center_keys`.
         softmax_layers (`list[int]`, *optional*): Layers that keep softmax attention, from 0; negative numbers count
             from the end. Default: none, all layers are linear.
-        backend (`str`, *optional*): Code that runs linear attention, one of `BACKENDS`. Default: that of the environment
-            variable `ADALA_BACKEND`, or the fastest that the machine has, see `choose_backend`.
+        backend (`str`, *optional*): Code that runs linear attention, one of `BACKENDS`. Default: that of the variable
+            `ADALA_BACKEND` in the environment, or the fastest that the machine has, see `choose_backend`.
         teacher_name_or_path (`str`, *optional*): The softmax checkpoint that this model was converted from. Of a local
             path, the last part is saved.
         teacher_revision (`str`, *optional*): Its commit, where it came from the Hub.

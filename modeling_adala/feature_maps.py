@@ -225,8 +225,11 @@ def build_feature_map(name: str, num_heads: int, head_dim: int, **kwargs) -> Fea
 
 
 def must_run_whole(feature_map: nn.Module) -> bool:
-    """Whether to call a feature map as a module, and not its affine part alone: hooks wait for it to run (those of
-    accelerate, which fetch off-loaded weights, replace `forward`), or it has a `forward` of its own, as wrappers do."""
+    """Whether to call a feature map as a module, and not its affine part alone.
+
+    Hooks wait for it to run (those of accelerate, which fetch off-loaded weights, replace `forward`), or its class has
+    a `forward` of its own, as wrappers do.
+    """
     hooks = feature_map._forward_hooks or feature_map._forward_pre_hooks
     hooks = hooks or feature_map._backward_hooks or feature_map._backward_pre_hooks
     # by name: `trust_remote_code` brings a second class of that name

@@ -41,7 +41,7 @@ def unfuse(module: nn.Module) -> None:
 
 def check_fusible(name: str, module: Any) -> None:
     """Raises `UsageError` unless the three projections, and the feature map, are no more than their weights."""
-    parts = [(projection, _is_linear) for projection in PROJECTIONS]
+    parts: list[tuple[str, Any]] = [(projection, _is_linear) for projection in PROJECTIONS]
     if module.feature_map is not None and module.feature_map.learned:
         parts.append(("feature_map", _is_foldable))
     for part, is_ordinary in parts:

@@ -104,9 +104,7 @@ def linear_attention_reference(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The same as `linear_attention` from the explicit weights, O(N^2). Arguments and result are the same."""
-    return linear_attention(
-        query, key, value, feature_map, key_mask, eps, cu_seqlens=cu_seqlens, backend="reference"
-    )
+    return linear_attention(query, key, value, feature_map, key_mask, eps, cu_seqlens=cu_seqlens, backend="reference")
 
 
 def attention_weights(
@@ -316,8 +314,8 @@ def _checked_mask(key_mask: Tensor | None, key: Tensor) -> Tensor | None:
         return key_mask
     if key_mask.is_complex() or (_has_values(key_mask) and not ((key_mask == 0) | (key_mask == 1)).all()):
         raise UsageError(
-            f"key_mask in {key_mask.dtype} has other values than 1 for a token that counts and 0 for one that does not;"
-            " turn a bias of 0 and -inf into `bias == 0`."
+            f"key_mask in {key_mask.dtype} has other values than 1 for real tokens and 0 for padding; turn a bias of 0"
+            " and -inf into `bias == 0`."
         )
     return key_mask.to(torch.bool)
 
@@ -334,7 +332,8 @@ def _checked_bounds(cu_seqlens: Tensor | None, query: Tensor, key: Tensor) -> Te
         )
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise UsageError(
-            f"cu_seqlens in {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)} must be int32 or int64, (images + 1,)."
+            f"cu_seqlens in {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)} must be int32 or int64 and of shape"
+            " (images + 1,)."
         )
     if _has_values(cu_seqlens):
         bounds = cu_seqlens.tolist()

@@ -41,7 +41,7 @@ class AdaLAMixin:
     is no AdaLA configuration, and stay as they are.
     """
 
-    # here and not in `__init__`, whose arguments are those of the stock class: all call this when their modules are made
+    # here and not in `__init__`, whose arguments stay those of the stock class: all call it at the end
     def post_init(self):
         self.model_tags = ["linear-attention", "vit-adala", "distillation"]  # for the stock card of `push_to_hub`
         for layer, module in enumerate(_attention_modules(self)):
@@ -78,8 +78,8 @@ class AdaLAMixin:
         For inference: one product instead of five, and no feature map in float32 between them. The answers are the
         same but for rounding. Parameters, `state_dict` and what `save_pretrained` writes stay as they are; the fused
         weights are a copy. It is made anew at the next call after `train()` and `eval()`, and when PyTorch has counted
-        a change of the parameters (an optimizer step, `load_state_dict`, an operation in place). PyTorch does not count
-        a write through `parameter.data`, as some moving averages do it: call `eval()`, or this again, after one.
+        a change of the parameters (an optimizer step, `load_state_dict`, an operation in place). A write through
+        `parameter.data`, as some moving averages do it, is not counted: call `eval()`, or this again, after one.
 
         The projections run one by one, as ever, in training mode, while gradients are recorded, behind adapters that
         came later, and in softmax mode. A compiled or exported model cannot look: call this again after changing its

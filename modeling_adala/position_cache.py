@@ -1,7 +1,7 @@
 """Position embeddings that are interpolated once per image size, not once per call.
 
 Stock embeddings fit their grid of positions to the image at every forward pass. At a size that comes again and again
-that is the same result each time: 5 to 30 ms of a CPU, for nothing. A GPU does it in no time, and nothing is kept there.
+that is the same result each time: 5 to 30 ms of a CPU, for nothing. A GPU does it in no time: nothing is kept there.
 
 This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
 """
@@ -20,7 +20,7 @@ SIZES = 8
 
 
 def cache_positions(model: Any) -> None:
-    """Makes a model keep its interpolated positions on a CPU while no gradients are recorded, a stock or an AdaLA model.
+    """Makes a stock or an AdaLA model keep its interpolated positions, on a CPU, while no gradients are recorded.
 
     Results stay the same, bit by bit: positions are interpolated anew when any value of the parameter has changed
     (comparing takes a hundredth of the time). In training, under `torch.compile`, `torch.export` and `torch.jit.trace`

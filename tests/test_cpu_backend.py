@@ -1,22 +1,32 @@
 """The CPU backend, with compiled passes and with those in PyTorch: values, gradients, memory, and its choice."""
 
+import importlib
 import logging
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
 
 import pytest
 import torch
+from family_helpers import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_adala import AdaLAViTConfig, UsageError, backends, build_feature_map, cpu_backend, cpu_passes
+from modeling_adala import (
+    AdaLAViTConfig,
+    AdaLAViTModel,
+    UsageError,
+    backends,
+    build_feature_map,
+    cpu_backend,
+    cpu_passes,
+    linear_attention,
+)
 from modeling_adala.backends import choose_backend
 from modeling_adala.cpu_backend import linear_attention_cpu
 from modeling_adala.feature_maps import apply_nonlinearity
-from modeling_adala.linear_attention import linear_attention
-from modeling_adala.torch_backend import linear_attention_torch
 from vit_adala.benchmark.operators import operator_error, operator_inputs
+
+operator_module = importlib.import_module("modeling_adala.linear_attention")  # the package has a function of that name
 
 NONLINEARITIES = ["elu", "relu", "exp", "softmax_pair", "identity"]
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -332,14 +342,31 @@ def test_where_there_is_a_compiler_the_passes_were_built():
 
 
 @pytest.mark.usefixtures("fresh_choice")
-def test_the_environment_wins_over_the_configuration_and_that_over_the_fastest(monkeypatch, caplog):
+def test_what_is_asked_for_wins_over_the_environment_and_that_over_the_fastest(monkeypatch, caplog):
     fastest = "torch" if cpu_passes.load_library() is None else "cpu"
     assert choose_backend("cpu").name == fastest
-    assert choose_backend("cpu", "torch") == backends.Backend("torch", "asked for by the configuration")
-    backends._choose.cache_clear()
     monkeypatch.setenv("ADALA_BACKEND", "torch")
-    assert choose_backend("cpu", fastest) == backends.Backend("torch", "asked for by ADALA_BACKEND")
+    assert choose_backend("cpu").name == fastest  # the variable is read once
+    backends._choose.cache_clear()
+    assert choose_backend("cpu") == backends.Backend("torch", "asked for by ADALA_BACKEND")
+    reason = "asked for by the argument or the configuration"
+    assert choose_backend("cpu", "reference") == backends.Backend("reference", reason)
+    assert choose_backend("cpu", fastest) == backends.Backend(fastest, reason)
     assert caplog.messages == []
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_argument_configuration_and_environment_reach_the_operator_in_this_order(monkeypatch):
+    ran, attend = [], operator_module._attend
+    monkeypatch.setattr(operator_module, "_attend", lambda *args: ran.append(args[-1]) or attend(*args))
+    monkeypatch.setenv("ADALA_BACKEND", "reference")
+    query, key, value = fused_heads(1, 2, 9, 16, torch.float32)
+    linear_attention(query, key, value, "elu")
+    linear_attention(query, key, value, "elu", backend="torch")
+    for backend in (None, "torch"):
+        config = tiny_config(AdaLAViTConfig, backend=backend, num_hidden_layers=1)
+        AdaLAViTModel(config)(torch.randn(1, 3, 32, 32))
+    assert ran == ["reference", "torch", "reference", "torch"]
 
 
 @pytest.mark.usefixtures("fresh_choice")
@@ -348,16 +375,20 @@ def test_a_backend_that_cannot_run_here_gives_way_and_says_so_once(caplog):
         choices = {choose_backend("meta", "cpu") for _ in range(3)}
     assert [choice.name for choice in choices] == ["torch"]
     assert len(caplog.messages) == 1
-    assert "'cpu', asked for by the configuration, cannot run" in caplog.messages[0]
+    assert "'cpu', asked for by the argument or the configuration, cannot run" in caplog.messages[0]
 
 
 @pytest.mark.usefixtures("fresh_choice")
 def test_unknown_backends_are_refused_by_name(monkeypatch):
-    with pytest.raises(UsageError, match=r"backend='cuda' \(from the configuration\) is unknown.*torch, cpu, triton"):
+    with pytest.raises(
+        UsageError, match=r"backend='cuda' \(from the configuration\) is unknown.*torch, cpu, triton, reference"
+    ):
         AdaLAViTConfig(backend="cuda")
     monkeypatch.setenv("ADALA_BACKEND", "fast")
     with pytest.raises(UsageError, match=r"backend='fast' \(from ADALA_BACKEND\)"):
         choose_backend("cpu")
+    with pytest.raises(UsageError, match=r"backend='fastest' \(from the argument or the configuration\)"):
+        choose_backend("cpu", "fastest")
 
 
 def test_the_variable_reaches_the_operator_of_a_fresh_process():
@@ -382,28 +413,3 @@ def test_more_features_than_the_compiled_passes_take_are_left_to_pytorch(caplog)
     assert ["1040 features" in message for message in caplog.messages] == [True]
     expected = reference(query.double(), key.double(), value.double(), "elu", 1.0, None, 1e-6)
     assert relative_error(outputs[0], expected) < 1e-5
-
-
-def test_packed_images_attend_within_themselves():
-    sizes, feature_map = [5, 0, 40, 1], build_feature_map("hedgehog", 2, 16)
-    query, key, value = fused_heads(1, 2, sum(sizes), 16, torch.float64)
-    bounds = torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32)
-    mask = torch.rand(1, sum(sizes)) < 0.7
-    masked = linear_attention(query, key, value, feature_map.double(), mask, cu_seqlens=bounds)
-    output = linear_attention(query, key, value, feature_map, cu_seqlens=bounds)
-    for first, last in pairwise(bounds):
-        if last > first:
-            alone = [x[:, :, first:last] for x in (query, key, value)]
-            expected = linear_attention_torch(*alone, feature_map, None, 1e-6)
-            torch.testing.assert_close(output[:, :, first:last], expected, rtol=1e-10, atol=1e-10)
-            expected = linear_attention_torch(*alone, feature_map, mask[:, first:last], 1e-6)
-            torch.testing.assert_close(masked[:, :, first:last], expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize(
-    ("bounds", "message"), [([0, 5], "rise from 0 to the number of tokens, 9"), ([0, 6, 5, 9], "rise from 0")]
-)
-def test_bounds_that_do_not_fit_are_refused(bounds, message):
-    query, key, value = fused_heads(1, 2, 9, 16, torch.float32)
-    with pytest.raises(UsageError, match=message):
-        linear_attention(query, key, value, build_feature_map("elu", 2, 16), cu_seqlens=torch.tensor(bounds))

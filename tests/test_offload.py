@@ -51,7 +51,9 @@ def test_layers_on_disk_are_the_layers_in_memory(feature_map, backend, tmp_path)
 def test_feature_maps_on_meta_are_a_mistake_and_no_crash(feature_map, backend):
     model = tiny_model(feature_map, backend=backend)
     attention_modules(model)[1].feature_map.to("meta")
-    with pytest.raises(UsageError, match="feature_map has weights on meta and gets queries and keys on cpu; load") as e:
+    with pytest.raises(
+        UsageError, match="feature_map has weights on meta and gets queries and keys on cpu; load"
+    ) as e:
         run(model)
     assert "\n" not in str(e.value)
     with pytest.raises(UsageError, match=r"layers\.1\.attention\.feature_map"):

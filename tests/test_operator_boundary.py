@@ -79,8 +79,14 @@ REFUSED = {
     "mask as a list": ({"key_mask": [1, 1]}, "key_mask is a list; pass a strided tensor"),
     "negative eps": ({"eps": -1.0}, "eps=-1.0 must be a number from 0 on"),
     "NaN as eps": ({"eps": float("nan")}, "eps=nan"),
-    "other heads": ({"feature_map": build_feature_map("t2r", 2, 16)}, r"feature_map is for 2 heads of 16 .*has 3 of 16"),
-    "learned by name": ({"feature_map": "hedgehog"}, r"'hedgehog' has weights.*build_feature_map\('hedgehog', 3, 16\)"),
+    "other heads": (
+        {"feature_map": build_feature_map("t2r", 2, 16)},
+        r"feature_map is for 2 heads of 16 .*has 3 of 16",
+    ),
+    "learned by name": (
+        {"feature_map": "hedgehog"},
+        r"'hedgehog' has weights.*build_feature_map\('hedgehog', 3, 16\)",
+    ),
     "unknown name": ({"feature_map": "gelu"}, "feature_map='gelu' is unknown; choose one of elu"),
     "no feature map": ({"feature_map": torch.nn.Linear(16, 16)}, "feature_map is a Linear; pass a FeatureMap"),
     "weights on meta": ({"feature_map": build_feature_map("t2r", 3, 16).to("meta")}, "weights on meta.*on cpu; load"),
@@ -268,7 +274,9 @@ def test_forward_mode_derivatives_are_not_lost(backend):
     def operator(*leaves):
         return linear_attention(*leaves, "elu", backend=backend)
 
-    _, expected = torch.func.jvp(lambda *x: linear_attention_reference(*x, "elu"), (query, key, value), tuple(tangents))
+    _, expected = torch.func.jvp(
+        lambda *x: linear_attention_reference(*x, "elu"), (query, key, value), tuple(tangents)
+    )
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(x, t) for x, t in zip((query, key, value), tangents)]
         tangent = forward_ad.unpack_dual(operator(*duals)).tangent
@@ -327,5 +335,5 @@ class FirstImage(FeatureMap):
 
 
 def test_an_affine_part_that_changes_the_batch_does_not_reach_a_kernel():
-    with pytest.raises(UsageError, match="FirstImage turns query and key .* the last size alone"):
+    with pytest.raises(UsageError, match=r"FirstImage turns query and key .* the last size alone"):
         linear_attention(query, key, value, FirstImage(3, 16))

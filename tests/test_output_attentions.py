@@ -110,7 +110,7 @@ def test_softmax_mode_is_as_strict_as_the_stock_model(name):
         pytest.skip("stock models of two towers let each say for itself")
     model = tiny_model(name)
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="not supported.*sdpa"):
+    with pytest.raises(ValueError, match=r"not supported.*sdpa"):
         model.config.output_attentions = True
     model.set_attn_implementation("eager")
     model.config.output_attentions = True

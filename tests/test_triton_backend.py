@@ -54,30 +54,27 @@ def tensors(dtype=torch.float32, dim=64, value_dim=64, query_tokens=10) -> list[
 
 
 @pytest.mark.parametrize(
-    ("inputs", "phi", "options", "reason"),
+    ("inputs", "phi", "reason"),
     [
-        (tensors(torch.float64), "elu", {}, "query in torch.float64"),
-        (tensors(dim=257), "identity", {}, "query of width 257 (at most 256) with value in torch.float32"),
+        (tensors(torch.float64), "elu", "query in torch.float64"),
+        (tensors(dim=257), "identity", "query of width 257 (at most 256) with value in torch.float32"),
         (
             tensors(torch.bfloat16, value_dim=513),
             "elu",
-            {},
             "value of width 513 (at most 512) with value in torch.bfloat16",
         ),
-        (tensors(), "softmax_pair", {}, "the feature map 'softmax_pair'"),
-        (tensors(), "elu", {"key_mask": torch.ones(2, 10)}, "a key_mask in torch.float32"),
-        (tensors(), "elu", {"cu_seqlens": torch.tensor([0, 10])}, "cu_seqlens with a batch"),
+        (tensors(), "softmax_pair", "the feature map 'softmax_pair'"),
     ],
 )
-def test_what_is_not_supported_is_named(inputs, phi, options, reason):
-    answer = backend.unsupported(*inputs, phi, **{"key_mask": None, **options})
+def test_what_is_not_supported_is_named(inputs, phi, reason):
+    answer = backend.unsupported(*inputs, phi)
     assert answer is not None and answer.startswith(reason)
 
 
 @pytest.mark.parametrize("dtype", backend.DTYPES)
 @pytest.mark.parametrize("dim", [16, 64, 72, 80, 88, 96, 128, 256])
 def test_every_head_dim_of_16_to_256_is_supported(dtype, dim):
-    assert backend.unsupported(*tensors(dtype, dim, dim, query_tokens=3), "elu", None) is None
+    assert backend.unsupported(*tensors(dtype, dim, dim, query_tokens=3), "elu") is None
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from modeling_adala import build_feature_map, linear_attention_reference
+from modeling_adala import build_feature_map, linear_attention, linear_attention_reference
 from modeling_adala import triton_backend as backend
 from modeling_adala.feature_maps import FeatureMap
 from modeling_adala.triton_backend import PHI, linear_attention_triton
@@ -239,6 +239,51 @@ def test_packed_sequences_are_attended_to_one_by_one(phi, masked):
     expected = values_and_gradients(one_by_one, *(x.double() for x in inputs))
     actual = values_and_gradients(triton(feature_map, mask, cu_seqlens=cu_seqlens), *inputs)
     assert_close(actual, expected, 1e-6, 2e-5)
+
+
+# what the kernels leave to other code, and what they take through the operator: packed images must not notice
+PACKS = {
+    "kernels": {"masked": True},
+    "kernels, learned, int64 bounds with gaps": {"name": "hedgehog", "gaps": True},
+    "float64": {"dtype": torch.float64},
+    "wide heads": {"dim": 300, "masked": True},
+    "hooks": {"hooks": True},
+    "mean keys": {"center_keys": True, "masked": True},
+    "two reasons": {"dtype": torch.float64, "center_keys": True, "name": "t2r"},
+}
+
+
+@pytest.mark.parametrize("case", PACKS)
+def test_packed_images_are_attended_to_one_by_one_without_kernels_too(case):
+    options = {"name": "elu", "dim": 16, "dtype": torch.float32, "center_keys": False} | PACKS[case]
+    feature_map = build_feature_map(options["name"], 2, options["dim"], center_keys=options["center_keys"])
+    feature_map = feature_map.to(DEVICE, options["dtype"])
+    if "hooks" in options:
+        feature_map.register_forward_hook(lambda *args: None)
+    bounds = [0, 5, 5, 75, 76]
+    inputs = [x.to(options["dtype"]) for x in inputs_of("elu", 1, 2, 76, 76, options["dim"], 24)]
+    mask = random_mask(1, 76) if "masked" in options else None
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+    if "gaps" in options:
+        cu_seqlens = cu_seqlens.long().repeat_interleave(2)[::2]
+
+    def one_by_one(*leaves):
+        parts = []
+        for begin, end in pairwise(bounds):
+            if end > begin:
+                part = None if mask is None else mask[:, begin:end]
+                tensors = (x[:, :, begin:end] for x in leaves)
+                parts.append(linear_attention_reference(*tensors, feature_map, part))
+        return torch.cat(parts, dim=2)
+
+    def packed(*leaves):
+        numbers = None if mask is None else mask.long()
+        return linear_attention(*leaves, feature_map, numbers, cu_seqlens=cu_seqlens, backend="triton")
+
+    actual = values_and_gradients(packed, *inputs)
+    feature_map.double()
+    expected = values_and_gradients(one_by_one, *(x.double() for x in inputs))
+    assert_close(actual, expected, 1e-5, 2e-5)
 
 
 # --- memory, launches, order -----------------------------------------------------------------------------------------
