@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -74,7 +75,7 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
                 f"model {name_or_path!r} is not opened: it brings code of its own, which is never run here. Pass a"
                 " model of a family that Transformers has."
             ) from error
-        if os.path.exists(name_or_path):
+        if os.path.exists(name_or_path) or not isinstance(error, OSError | HFValidationError):
             raise CheckpointError(
                 f"model {name_or_path!r} could not be opened: {reason_of(error)} Pass a folder that save_pretrained"
                 " wrote."

@@ -438,6 +438,9 @@ def test_an_image_processor_that_the_hub_did_not_deliver_is_no_reason_to_do_with
     for file in ("preprocessor_config.json", "processor_config.json"):
         (repository / ".no_exist" / revision / file).touch()
     assert load_image_processor("org/vit") is None
+    (repository / "snapshots" / revision / "config.json").write_text('{"model_type": "vit", "hidden_size": "wide"}')
+    refused(lambda: load_config("org/vit"), "'org/vit'", "hidden_size")
+    shutil.copy(vit / "config.json", repository / "snapshots" / revision)
     change(repository / "snapshots" / revision, lambda t: {n: x.to(torch.int8) for n, x in t.items()})
     refused(lambda: load_teacher("org/vit"), "'org/vit'", "no floating-point numbers")
 

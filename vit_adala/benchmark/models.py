@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from hub_cards.records import read_manifest
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion import convert
 from modeling_adala.errors import AdaLAError, UsageError
@@ -82,11 +83,14 @@ def check_same_shape(config: PretrainedConfig, teacher: str) -> None:
 
 def known_teacher(config: PretrainedConfig) -> str | None:
     """The softmax checkpoint that an AdaLA model was converted from, if it is on this machine."""
-    name = getattr(vision_config(config), "teacher_name_or_path", None)
+    name, home = getattr(vision_config(config), "teacher_name_or_path", None), Path(config.name_or_path)
     if not name:
         return None
-    if (Path(name) / "config.json").is_file():
-        return name
+    # of a local path, config.json keeps the last part; a run has noted all of it
+    noted = read_manifest(home).get("teacher")
+    for place in (noted, name, home.parent / name):
+        if place and (Path(place) / "config.json").is_file():
+            return str(place)
     is_id = not os.path.isabs(name) and name.count("/") <= 1
     return name if is_id and isinstance(try_to_load_from_cache(name, "config.json"), str) else None
 
