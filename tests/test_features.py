@@ -164,6 +164,29 @@ def test_pictures_of_a_student_beside_its_teacher(capsys, places, tmp_path):
             assert len(picture.convert("RGB").getcolors(maxcolors=10**7)) > 100
 
 
+def test_pictures_that_are_there_are_not_replaced(capsys, places, tmp_path):
+    argv = ("@student", "@one.png", "@two.png", "--output-dir", str(tmp_path))
+    for name in ("features.png", "attention-2-two.png"):
+        (tmp_path / name).write_text("mine")
+        assert run(places, *argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(tmp_path) in line and name in line and "--output-dir" in line
+        assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run(places, *argv) == 0 and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["数字", "a$b_$\\frac", "emoji 😀"])
+def test_names_that_the_font_lacks_are_drawn_without_a_warning(places, tmp_path, name, recwarn):
+    picture = tmp_path / f"{name}.png"
+    Image.open(places["one.png"]).save(picture)
+    out = tmp_path / "out"
+    assert main(["features", places["student"], str(picture), "--output-dir", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {"features.png", f"attention-1-{name}.png"}
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_pictures_of_one_model_at_its_own_size(capsys, places, tmp_path, name):
     assert run(places, f"@{name}", "@one.png", "--output-dir", str(tmp_path / "new" / "folder")) == 0

@@ -233,7 +233,7 @@ def test_file_systems_of_the_kernel_are_refused_at_once(place):
     if not os.path.isdir(place):
         pytest.skip("not on this machine")
     start = time.perf_counter()
-    with pytest.raises(DataError, match="no folder of files"):
+    with pytest.raises(DataError, match="not a folder of files"):
         load_images(place)
     assert time.perf_counter() - start < 1
 
@@ -267,7 +267,7 @@ def test_large_folder_without_data_is_not_walked_to_its_end(tmp_path, monkeypatc
         ("a b/c d", ["'a b/c d'", "check the name"]),
         ("x" * 5000, ["too long"]),
         ("/" + "x" * 5000, ["too long"]),
-        ("/dev/null", ["'/dev/null'", "no folder of files"]),
+        ("/dev/null", ["'/dev/null'", "not a folder of files"]),
     ],
     ids=["newline", "null byte", "spaces", "long name", "long path", "device"],
 )

@@ -501,6 +501,56 @@ def test_mistake_is_refused_in_one_line_before_training(places, tmp_path, capsys
     assert all(word in captured.err for word in words), captured.err
 
 
+def test_class_names_are_shown_as_they_are(places, tmp_path, capsys):
+    """Neither rich's markup nor a terminal's own: a data set of others may name its classes as it likes."""
+    names = ["[/x]", "[link=file:///etc/passwd]b[/link]", "c\x1b]8;;http://x\x07"]
+    (tmp_path / "labels.json").write_text(json.dumps(names))
+    out = tmp_path / "out"
+    assert main(arguments(places, out, labels=tmp_path / "labels.json")) == 0
+    printed = capsys.readouterr().out
+    assert names[0] in printed and names[1] in printed and "\x1b" not in printed and "\x07" not in printed
+    assert list(AutoModelForSemanticSegmentation.from_pretrained(out).config.id2label.values()) == names
+
+
+@pytest.mark.parametrize("labels", [None, CLASSES])
+def test_16_bit_masks_of_no_class_numbers_are_refused_before_training(tmp_path, labels):
+    mask = stripes(0).astype(np.uint16)
+    mask[0, 0] = 3000
+    for train, validation in (([mask], [stripes(0)]), ([stripes(0)], [mask])):
+        splits = {"train": train, "validation": validation}
+        content = {
+            name: as_dataset([{"image": png(picture(stripes(0))), "label": png(one)} for one in masks])
+            for name, masks in splits.items()
+        }
+        config = DataConfig(dataset=datasets.DatasetDict(content), image_size="42x56")
+        with pytest.raises(DataError, match=r"row 0 holds label 3000, but the classes are 0 to (254|2) and 255"):
+            SegmentationData(config, SimpleNamespace(image_size=28, patch_size=7, num_channels=1), labels=labels)
+
+
+def test_more_classes_than_masks_can_hold_are_refused(places):
+    config = DataConfig(dataset=places["data"], image_size="42x56")
+    with pytest.raises(UsageError, match="256 classes"):
+        SegmentationData(
+            config,
+            SimpleNamespace(image_size=28, patch_size=7, num_channels=1),
+            labels=[str(number) for number in range(256)],
+        )
+
+
+def test_split_without_masks_is_passed_over(places, caplog):
+    features = datasets.Features(image=datasets.Image(), label=datasets.Image())
+    unlabeled = datasets.Dataset.from_dict(
+        {"image": [{"bytes": row["image"], "path": None} for row in rows(2)], "label": [None, None]}, features=features
+    )
+    content = {"train": as_dataset(rows(3)), "test": unlabeled, "validation": as_dataset(rows(2))}
+    model = SimpleNamespace(image_size=28, patch_size=7, num_channels=1)
+    config = DataConfig(dataset=datasets.DatasetDict(content), image_size="42x56")
+    assert SegmentationData(config, model).num_eval_images == 2 and "evaluating on 'validation'" in caplog.text
+    del content["validation"]
+    config = DataConfig(dataset=datasets.DatasetDict(content), image_size="42x56")
+    assert SegmentationData(config, model).raw_eval is None
+
+
 def test_classifier_is_fine_tuned_at_a_size_that_is_not_its_own(places, tmp_path, capsys):
     argv = ["finetune", places["teacher"], "--dataset", "mnist-digits", "--train-split", "train[:8]"]
     argv += ["--eval-split", "test[:8]", "--image-size", "35x28", "--max-steps", "1", "--bf16", "false"]

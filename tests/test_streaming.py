@@ -226,7 +226,7 @@ def test_summary_counts_what_was_seen(places):
 
 def test_label_without_a_class_in_a_stream_is_an_error(places):
     features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
-    for label, words in ((-1, "is -1 in row 0"), (7, "is 7 in row 0, which is none of the 4 classes")):
+    for label, words in ((-1, "is -1 in row 0"), (7, "is 7 in row 0, which is not one of the 4 classes")):
         rows = {"image": [{"bytes": png(0, 0), "path": None}], "label": [label]}
         raw = load_images(datasets.Dataset.from_dict(rows, features=features), streaming=True)
         stream = StreamingImageDataset(raw, ImageTransform(28, 0, 1), label_column="label", label_ids=[0, 1, 2, 3])

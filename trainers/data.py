@@ -114,8 +114,8 @@ class ImageReader:
             return label
         if label >= len(self.label_ids) or self.label_ids[label] < 0:
             raise RowError(
-                f"label_column={self.label_column!r} is {label} in {name}, which is none of the"
-                f" {len(self.label_ids)} classes: repair the row"
+                f"label_column={self.label_column!r} is {label} in {name}, which is not one of"
+                f" the {len(self.label_ids)} classes: repair the row"
             )
         return self.label_ids[label]
 

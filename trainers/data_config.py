@@ -123,8 +123,8 @@ class DataModule:
     Raises:
         UsageError: for a missing column or split, or an image size that does not fit the patch.
         DataError: for unreadable or empty data, and with `require_labels` for labels that are missing, negative, far
-            too large for their number, or of the evaluation split alone. All are read here, before any time is spent;
-            those of a stream as they come.
+            larger than the number of rows, or in the evaluation split only. All labels are read here, before any time
+            is spent; those of a stream are checked as they come.
     """
 
     def __init__(
@@ -215,10 +215,10 @@ class DataModule:
         limit = self.config.max_broken_fraction
         return {"image_column": self.config.image_column, "max_broken_fraction": limit, "files": self.files}
 
-    def _dataset(self, raw: HFDataset, transform: Any, label_ids: list[int] | None = None, **kwargs: Any) -> Any:
+    def _dataset(self, raw: HFDataset, transform: Any, **kwargs: Any) -> Any:
         kind = ImageDataset if isinstance(raw, datasets.Dataset) else StreamingImageDataset
-        column = None if label_ids is None else self.config.label_column
-        return kind(raw, transform, label_column=column, label_ids=label_ids, **self._reading, **kwargs)
+        column = None if kwargs.get("label_ids") is None else self.config.label_column
+        return kind(raw, transform, label_column=column, **self._reading, **kwargs)
 
     def _without_augmentation(self, raw: datasets.Dataset, limit: int | None, **kwargs: Any) -> Dataset:
         dataset = self._dataset(raw, self.eval_transform, **kwargs)
@@ -229,7 +229,8 @@ class DataModule:
         return Subset(dataset, chosen.tolist())
 
     def _load_eval(self, splits: dict[str, HFDataset], options: dict[str, Any]) -> datasets.Dataset | None:
-        source, chosen, unlabeled = self.config.dataset, self.config.eval_split, {}
+        source, chosen = self.config.dataset, self.config.eval_split
+        unlabeled: dict[str, HFDataset] = {}
         if chosen is not None:
             name = chosen.partition("[")[0]
             if name != chosen and name in splits:  # a stream cannot be sliced

@@ -241,7 +241,7 @@ class SegmentationData(DataModule):
     @property
     def labels(self) -> list[str]:
         """Class names."""
-        return self._labels
+        return self._labels or []
 
     def _splits(self) -> Iterator[HFDataset]:
         yield self.raw_train
@@ -285,8 +285,8 @@ class SegmentationData(DataModule):
 
     def _dataset(self, raw: HFDataset, transform: Any, **kwargs: Any) -> Any:
         kind = SegmentationDataset if isinstance(raw, datasets.Dataset) else StreamingSegmentationDataset
-        labels = {"num_labels": len(self.labels), "reduce_labels": self.reduce_labels}
-        return kind(raw, transform, label_column=self.config.label_column, **labels, **self._reading, **kwargs)
+        kwargs |= {"num_labels": len(self.labels), "reduce_labels": self.reduce_labels, **self._reading}
+        return kind(raw, transform, label_column=self.config.label_column, **kwargs)
 
     def _is_labeled(self, raw: HFDataset) -> bool:
         column = self.config.label_column

@@ -84,7 +84,7 @@ def _check_folder(path: Path) -> None:
     """Raises `DataError` for a folder without data, without walking through a whole file system."""
     real, reason = os.path.realpath(path), ""
     if not path.is_dir() or real == "/" or any(Path(real).is_relative_to(place) for place in _NO_DATA):
-        reason = "it is no folder of files"
+        reason = "it is not a folder of files"
     elif not any(name.lower().endswith(_data_extensions()) for name in _file_names(path)):
         reason = "no image and no table in it"
     if reason:

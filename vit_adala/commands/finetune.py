@@ -151,8 +151,8 @@ def _print_table(metrics: dict[str, float], labels: list[str]) -> None:
     table = Table("", "IoU")
     for label in labels:
         value = metrics.get(f"iou_{label}")
-        name = Text("".join(c if c.isprintable() else " " for c in label))  # no markup, no control characters
-        table.add_row(name, "" if value is None else f"{value:.4f}")
+        plain = Text("".join(c if c.isprintable() else " " for c in label))  # no markup, no control characters
+        table.add_row(plain, "" if value is None else f"{value:.4f}")
     table.add_section()
     for name in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
         table.add_row(name.replace("_", " ").replace("iou", "IoU"), f"{metrics[name]:.4f}")
