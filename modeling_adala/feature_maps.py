@@ -7,6 +7,7 @@ This file travels with the weights (`trust_remote_code`): torch, transformers an
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -205,6 +206,14 @@ FEATURE_MAPS: dict[str, type[FeatureMap]] = {
 }
 
 
+# of all the maps together: what a value must be, and whether it is
+OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "scale": ("a finite number above 0", lambda x: x is None or (type(x) in (int, float) and 0 < x < float("inf"))),
+    "center_keys": ("true or false", lambda x: isinstance(x, bool)),
+    "feature_dim": ("an integer from 1 to 4096", lambda x: x is None or (type(x) is int and 1 <= x <= 4096)),
+}
+
+
 def build_feature_map(name: str, num_heads: int, head_dim: int, **kwargs) -> FeatureMap:
     """Builds a registered feature map.
 
@@ -214,10 +223,14 @@ def build_feature_map(name: str, num_heads: int, head_dim: int, **kwargs) -> Fea
         kwargs: Options of that map, such as `scale`, `center_keys`, `feature_dim`.
 
     Raises:
-        UsageError: for an unknown name or option.
+        UsageError: for an unknown name or option, or a value that an option cannot have.
     """
     if name not in FEATURE_MAPS:
         raise UsageError(f"feature_map={name!r} is unknown; choose one of {', '.join(sorted(FEATURE_MAPS))}.")
+    for option, value in kwargs.items():
+        allowed, is_allowed = OPTIONS.get(option, ("", lambda value: True))
+        if not is_allowed(value):
+            raise UsageError(f"feature_map_kwargs: {option}={value!r} must be {allowed}.")
     try:
         return FEATURE_MAPS[name](num_heads, head_dim, **kwargs)
     except TypeError as error:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from accelerate.utils import DynamoBackend
 from transformers import SchedulerType, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.training_args import ParallelMode
 
 from modeling_adala.cpu_backend import cpu_multiplies_bfloat16
@@ -98,6 +98,7 @@ class AdaLATrainingArguments(TrainingArguments):
         **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"), _PUSH),
         **dict.fromkeys(("hub_always_push", "hub_revision"), _PUSH),
         **dict.fromkeys(("do_train", "do_eval", "do_predict"), _COMMAND),
+        "parallelism_config": "it takes an object of accelerate, which only a script can pass",
     }
 
     def __post_init__(self):
@@ -120,10 +121,14 @@ class AdaLATrainingArguments(TrainingArguments):
             raise UsageError("fsdp shards over several processes; start them with accelerate launch, or leave it out.")
         available = get_available_reporting_integrations()
         for name in self.report_to:
+            try:
+                get_reporting_integration_callbacks([name])
+            except ValueError as error:
+                raise UsageError(f"report_to={name!r}: {error}") from error
             if name not in available:
                 raise UsageError(
-                    f"report_to={name!r} is unknown or not installed (pip install {name}); choose from"
-                    f" {', '.join(['none', *available])}."
+                    f"report_to={name!r}: the package is not installed; choose from {', '.join(['none', *available])},"
+                    f" or install it."
                 )
 
     def check_evaluation(self, possible: bool) -> None:

@@ -66,7 +66,7 @@ def build(config_class: type[_Config], settings: Mapping[str, Any], where: str =
     for name in settings:
         if name not in known:
             hint = did_you_mean(str(name), known)
-            raise UsageError(f"{where}{name}: {config_class.__name__} has no such setting{hint or '; leave it out'}.")
+            raise UsageError(f"{where}{name}: {config_class.__name__} has no such setting{hint}; leave it out.")
     hints = get_type_hints(config_class)
     values = {name: fit_type(where + name, value, hints[name]) for name, value in settings.items()}
     try:
@@ -96,7 +96,8 @@ def check_settings(config: Any, ranges: Mapping[str, Interval]) -> None:
             setattr(config, item.name, value)
         choices = item.metadata.get("choices")
         if choices and value is not None and value not in choices:
-            raise UsageError(f"{item.name}={value!r} is unknown; choose one of {', '.join(map(str, choices))}.")
+            hint = did_you_mean(str(value), map(str, choices))
+            raise UsageError(f"{item.name}={value!r} is unknown{hint}; choose one of {', '.join(map(str, choices))}.")
         allowed = item.metadata.get("range") or ranges.get(item.name)
         if allowed is not None and isinstance(value, int | float) and not isinstance(value, bool):
             complaint = allowed.complaint(value)
@@ -131,7 +132,8 @@ def fit_type(name: str, value: Any, hint: Any) -> Any:
     if isinstance(value, list) and list in kinds:
         elements = get_args(allowed[kinds.index(list)])
         return [fit_type(name, element, elements[0]) for element in value] if elements else value
-    if type(value) in kinds:
+    is_mapping_in_text = dict in kinds and isinstance(value, str) and value.lstrip().startswith("{")
+    if type(value) in kinds and not is_mapping_in_text:
         return value
     with contextlib.suppress(ValueError, OverflowError):
         if isinstance(value, str):
@@ -139,20 +141,21 @@ def fit_type(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value) if float in kinds else _as_integer(value, kinds)
     expected = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)
-    raise UsageError(f"{name}={value!r} must be {expected}{'; put it in quotes' if str in kinds else ''}.")
+    remedy = "; put it in quotes" if str in kinds and not isinstance(value, str) else ""
+    raise UsageError(f"{name}={value!r} must be {expected}{remedy}.")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `"; did you mean ...?"` where one of the known names is close, else nothing."""
+    """Return `" (did you mean ...?)"` where one of the known names is close, else nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _choose(name: str, value: str, choices: type[Enum]) -> str:
     values = [str(member.value) for member in choices]
     if value not in values:
         hint = did_you_mean(value, values)
-        raise UsageError(f"{name}={value!r} is unknown{hint or '; choose one of ' + ', '.join(values)}.")
+        raise UsageError(f"{name}={value!r} is unknown{hint}; choose one of {', '.join(values)}.")
     return value
 
 
@@ -163,10 +166,8 @@ def _read_text(text: str, kinds: list[Any]) -> Any:
         return text.lower() in YES
     if float in kinds:
         return float(text)
-    if dict in kinds:
-        value = parse_yaml(text)
-        if isinstance(value, dict):
-            return value
+    if dict in kinds and isinstance(value := parse_yaml(text), dict):
+        return value
     return _as_integer(text, kinds)
 
 

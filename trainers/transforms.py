@@ -13,6 +13,8 @@ from PIL import Image
 
 from modeling_adala.errors import UsageError
 
+MAX_SIDE = 16_384  # a single image of this side is 3 GB of floats
+
 _TRIES = 10
 # Pillow may first shrink by whole factors, as long as what remains is at least this many times the output.
 _REDUCING_GAP = 2.0
@@ -66,6 +68,8 @@ def parse_size(name: str, value: Any) -> int | tuple[int, int]:
     sides = str(value).lower().split("x")
     if not all(side.isdecimal() for side in sides) or len(sides) > 2:
         raise UsageError(f"{name}={value!r} is no size: pass an integer such as 224, or HEIGHTxWIDTH such as 336x448")
+    if any(len(side) > 5 or int(side) > MAX_SIDE for side in sides):
+        raise UsageError(f"{name}={value!r} is more than {MAX_SIDE:,} pixels, which no memory holds: pass less")
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 

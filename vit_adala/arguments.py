@@ -168,6 +168,9 @@ class CommandParser(argparse.ArgumentParser):
         waiting, joined, flagged = list(arguments), [], None
         while waiting:
             word = waiting.pop(0)
+            if word == "--":
+                joined += [word, *waiting]
+                break
             if not _is_option(word):
                 joined.append(word)
                 continue
@@ -198,7 +201,7 @@ class CommandParser(argparse.ArgumentParser):
             if reason is not None:
                 raise UsageError(f"--{name} is not for commands and recipes: {reason}.")
         known = [f"--{other}" for other in self._styles]
-        self.error(f"unknown option {word.partition('=')[0]}{did_you_mean(f'--{name}', known)}")
+        self.error(f"unknown option {word.partition('=')[0]!r}{did_you_mean(f'--{name}', known)}")
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
