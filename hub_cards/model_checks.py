@@ -15,7 +15,6 @@ import torch
 from huggingface_hub import metadata_load
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_adala.checkpoint_safety import check_checkpoint, read_shapes
 from modeling_adala.configuration_adala import vision_config
@@ -25,6 +24,7 @@ from modeling_adala.families import attention_modules, forward_features, get_fam
 from modeling_adala.feature_maps import FeatureMap
 
 from .checks import Check, run_check
+from .upstream import get_relative_import_files
 
 CARD_FIELDS = ("license", "library_name", "pipeline_tag", "base_model", "tags")
 PROBE_SECONDS = 600

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .checkpoint_safety import check_checkpoint
@@ -74,7 +76,9 @@ def load_teacher(teacher: str | os.PathLike | PreTrainedModel, head: str | None 
         config = load_config(teacher, **{key: kwargs[key] for key in ("revision",) if key in kwargs})
         _check_is_stock(config, teacher)
         kwargs.setdefault("dtype", torch.float32)
-        teacher = _stock_class(config, head).from_pretrained(teacher, use_safetensors=True, **kwargs)
+        name, revision = teacher, kwargs.get("revision")
+        teacher = _stock_class(config, head).from_pretrained(name, use_safetensors=True, **kwargs)
+        teacher.config._commit_hash = commit_of(name, revision)
     else:
         _check_is_stock(teacher.config, type(teacher).__name__)
         if vision_tower(teacher).config._attn_implementation == "adala":
@@ -107,6 +111,19 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
             f"model {name_or_path!r} could not be opened: it is no local model folder, and the Hub did not deliver it"
             f" (offline, or no such id). Pass a folder with a config.json or a reachable Hub id."
         ) from error
+
+
+def commit_of(name_or_path: str, revision: str | None = None) -> str | None:
+    """Return the commit that a model of the Hub was just opened at, and `None` for a local folder.
+
+    A configuration of Transformers 5.23 or later no longer says it.
+    """
+    if os.path.exists(name_or_path):
+        return None
+    try:
+        return HfApi().resolve_revision(name_or_path, revision=revision, local_files_only=True).resolved
+    except (RevisionResolutionError, HFValidationError):
+        return None
 
 
 def load_teacher_config(teacher: str) -> PretrainedConfig:

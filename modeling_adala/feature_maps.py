@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import initialization as init
 
 from .errors import UsageError
+from .upstream import init
 
 
 def elu_plus_one(x: Tensor) -> Tensor:

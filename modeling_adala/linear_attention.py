@@ -15,7 +15,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backends import choose_backend, warn_unsupported
 from .cpu_backend import linear_attention_cpu
@@ -23,6 +22,7 @@ from .errors import UsageError
 from .feature_maps import FeatureMap, accumulation_dtype, softmax_pair
 from .torch_backend import linear_attention_torch, mask_keys
 from .triton_backend import linear_attention_triton, unsupported
+from .upstream import is_in_torch_dispatch_mode, is_transformed
 
 
 def linear_attention(
@@ -172,6 +172,6 @@ def _is_plain(*tensors: Tensor) -> bool:
     counter waits to see each operation."""
     return (
         all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transformed()
         and not is_in_torch_dispatch_mode()
     )

@@ -16,9 +16,8 @@ import torch
 from accelerate import AutocastKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import CONFIG_NAME
 
 from hub_cards import write_card
@@ -31,6 +30,7 @@ from .data import collate_images
 from .facts import record_stage
 from .monitoring import TrainingCost
 from .teacher import with_cast_weights
+from .upstream import TRAINER_STATE_NAME, TrainOutput, rotate_checkpoints
 
 logger = logging.getLogger(__name__)
 
