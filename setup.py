@@ -19,6 +19,7 @@ REQUIRED = [
     "accelerate>=1.15",
     "datasets>=5.2",
     "evaluate>=0.4.6",
+    "filelock>=3.16",
     "huggingface_hub>=2.4",
     "jinja2>=3.1",
     "matplotlib>=3.9",

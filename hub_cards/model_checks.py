@@ -15,7 +15,6 @@ import torch
 from huggingface_hub import metadata_load
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_adala
 from modeling_adala.checkpoint_safety import check_checkpoint
@@ -29,6 +28,7 @@ from modeling_adala.mixins import num_special_tokens
 from modeling_adala.stored_weights import nonfinite_tensors, read_tensors, weight_files
 
 from .checks import Check, run_check
+from .upstream import get_relative_import_files
 
 CARD_FIELDS = ("license", "library_name", "pipeline_tag", "base_model", "tags")
 PROBE_SECONDS = 600

@@ -25,8 +25,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
-from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_adala
 from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
@@ -36,6 +34,7 @@ from modeling_adala.stored_weights import INDEX, check_dtypes, nonfinite_tensors
 
 from .card import build_card, render_card
 from .card_data import AdaLACardData
+from .upstream import get_relative_import_files, git_hash, sha_fileobj
 
 CARD = "README.md"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.masking_utils import bidirectional_mask_function
 
 from .errors import UsageError
 from .feature_maps import EluFeatureMap, FeatureMap
 from .linear_attention import attention_weights, linear_attention
+from .upstream import bidirectional_mask_function, repeat_kv
 
 _PLAIN_FEATURE_MAP = EluFeatureMap(num_heads=1, head_dim=1)
 # bias, cap and sinks of the scores, windows, packing, selected keys: a linear form has no place for them

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from transformers import MODEL_MAPPING, AttentionInterface, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 
 from .attention_interface import feature_map_of
 from .configuration_adala import pair
 from .errors import UsageError
 from .families import eval_mode
+from .upstream import attention_functions
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class _Watch(TorchFunctionMode):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        interfaces = AttentionInterface._global_mapping  # what `register` writes to and all models read from
+        interfaces = attention_functions()
         originals = dict(interfaces)
         interfaces.update({name: partial(self._interface, name, f) for name, f in originals.items()})
         try:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .cpu_passes import CompiledPasses, TorchPasses, load_library
 from .feature_maps import accumulation_dtype, largest_key
+from .upstream import cpu_has_bfloat16_products
 
 # Numbers in the features of a block: they stay in the second-level caches of a few cores, far below the 32 MB from
 # which glibc gives memory back to the system at every free.
@@ -99,7 +100,7 @@ def product_dtype(value: Tensor) -> torch.dtype:
 @functools.cache
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware; without, it is slower at it than in float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return cpu_has_bfloat16_products()
 
 
 class _LinearAttention(torch.autograd.Function):

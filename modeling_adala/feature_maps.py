@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import initialization as init
 
 from .errors import UsageError
+from .upstream import init
 
 
 def elu_plus_one(x: Tensor) -> Tensor:

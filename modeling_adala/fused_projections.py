@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
 
 from .errors import UsageError
 from .feature_maps import FeatureMap, accumulation_dtype, must_run_whole
 from .surgery import Snapshot, is_plain, put_in_front, take_away
+from .upstream import ALL_ATTENTION_FUNCTIONS, apply_rotary_pos_emb
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 

@@ -4,13 +4,13 @@ This file travels with the weights (`trust_remote_code`): torch, transformers an
 """
 
 import functools
-import inspect
 import logging
 import os
 import re
 
 from transformers import PretrainedConfig
-from transformers.models.auto import modeling_auto
+
+from .upstream import auto_classes_of
 
 ADALA_VERSION = "0.1.0"
 """Version of this code, which checkpoints carry as `adala_version`. Equals `modeling_adala.__version__`."""
@@ -29,11 +29,7 @@ def auto_map(config_class: type[PretrainedConfig]) -> dict[str, str]:
     Returns:
         `dict[str, str]`: `{"AutoModel": "file.Class", ...}`.
     """
-    classes = {"AutoConfig": config_class}
-    for name, auto_class in inspect.getmembers(modeling_auto, inspect.isclass):
-        mapping = getattr(auto_class, "_model_mapping", None)
-        if name.startswith("Auto") and mapping is not None and config_class in mapping:
-            classes[name] = mapping[config_class]
+    classes = {"AutoConfig": config_class} | auto_classes_of(config_class)
     return {name: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for name, cls in classes.items()}
 
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backends import choose_backend, warn_unsupported
 from .cpu_backend import linear_attention_cpu
@@ -35,6 +34,7 @@ from .feature_maps import (
 )
 from .torch_backend import linear_attention_torch, mask_keys
 from .triton_backend import linear_attention_triton, unsupported
+from .upstream import is_in_torch_dispatch_mode, is_transformed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -225,7 +225,7 @@ def _is_in_memory(*tensors: Tensor | None) -> bool:
     derivatives, and no mode such as a FLOP counter waits to see each operation."""
     return (
         all(x is None or (type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu") for x in tensors)
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transformed()
         and not is_in_torch_dispatch_mode()
         and all(x is None or unpack_dual(x).tangent is None for x in tensors)
     )
@@ -363,4 +363,4 @@ def _has_values(x: Tensor) -> bool:
         return False
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return not (x.is_meta or torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode())
+    return not (x.is_meta or is_transformed() or is_in_torch_dispatch_mode())

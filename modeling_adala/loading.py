@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -94,6 +94,19 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
     return config
 
 
+def commit_of(name_or_path: str, revision: str | None = None) -> str | None:
+    """Return the commit that a model of the Hub was just opened at, and `None` for a local folder.
+
+    A configuration of Transformers 5.23 or later no longer says it.
+    """
+    if os.path.exists(name_or_path):
+        return None
+    try:
+        return HfApi().resolve_revision(name_or_path, revision=revision, local_files_only=True).resolved
+    except (RevisionResolutionError, HFValidationError):
+        return None
+
+
 def load_teacher_config(teacher: str) -> PretrainedConfig:
     """Return the configuration of a teacher, known to be one, before any time goes into its weights or the data.
 
@@ -151,6 +164,7 @@ def load_teacher(
         kwargs = {"attn_implementation": "sdpa"} | kwargs
         teacher_class = _stock_class(config, head)
         model = _open(teacher_class, teacher, config, "teacher", new_head=head is not None, finite=finite, **kwargs)
+        model.config._commit_hash = commit_of(teacher, kwargs.get("revision"))
     else:
         model = check_teacher(teacher, finite=finite)
     return model.eval().requires_grad_(False)

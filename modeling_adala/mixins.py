@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutput
-from transformers.utils import can_return_tuple
 
 from .attention_interface import note_output_attentions
 from .configuration_adala import pair, vision_config
@@ -20,6 +19,7 @@ from .feature_maps import FeatureMap, build_feature_map
 from .fused_projections import check_fusible, fuse, unfuse
 from .hub_code import ADALA_VERSION, auto_map
 from .position_cache import cache_positions
+from .upstream import can_return_tuple, filter_output_hidden_states
 
 LAST_LAYER_NORMS = ("layernorm", "norm", "post_layernorm")
 # what a base model has and a backbone has not

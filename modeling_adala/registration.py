@@ -18,14 +18,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.core_model_loading import WeightRenaming
 from transformers.utils import is_torchvision_available, is_vision_available
 
 from .attention_interface import adala_attention_forward, adala_attention_mask
+from .upstream import WeightRenaming, get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 AUTO_CLASSES = {
     "Model": AutoModel,

@@ -103,6 +103,20 @@ def test_converts_a_model_object_and_leaves_the_teacher_as_it_was(stock_class, s
     assert student.config.teacher_name_or_path is None  # a model that was never saved has no name
 
 
+@pytest.mark.parametrize(("revision", "commit"), [(None, "a" * 40), ("v1", "b" * 40), ("b" * 40, "b" * 40)])
+def test_a_teacher_of_the_hub_is_recorded_with_its_commit(revision, commit, tmp_path, monkeypatch):
+    repository = tmp_path / "models--org--vit"
+    for name, target in {"main": "a" * 40, "v1": "b" * 40}.items():
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / name).write_text(target)
+        make_teacher(ViTModel).save_pretrained(repository / "snapshots" / target)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    teacher = load_teacher("org/vit", **({} if revision is None else {"revision": revision}))
+    students = [convert(copy.deepcopy(teacher))[0], *([convert("org/vit")[0]] if revision is None else [])]
+    for student in students:
+        assert (student.config.teacher_name_or_path, student.config.teacher_revision) == ("org/vit", commit)
+
+
 @pytest.mark.parametrize(("stock_class", "student_class"), HEADS.items())
 def test_converts_a_saved_folder_with_its_own_head(stock_class, student_class, tmp_path):
     teacher = make_teacher(stock_class, hidden_dropout_prob=0.1)

@@ -103,7 +103,7 @@ def test_teacher_with_nan_is_the_culprit(tmp_path, stage):
     student = student_of(teacher)
     with torch.no_grad():
         teacher.vit.layers[0].attention.v_proj.weight[0, 0] = math.nan
-    with pytest.raises(AdaLAError, match="teacher .* holds non-finite weights in 1 of"):
+    with pytest.raises(AdaLAError, match=r"teacher .* holds non-finite weights in 1 of"):
         trainer_of(stage, tmp_path, student, teacher, max_steps=1).train()
 
 

@@ -18,9 +18,8 @@ from accelerate import AutocastKwargs
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import CONFIG_NAME
 
 from hub_cards import write_card
@@ -33,6 +32,7 @@ from .data import collate_images
 from .facts import record_stage
 from .monitoring import TrainingCost
 from .teacher import with_cast_weights
+from .upstream import TRAINER_STATE_NAME, TrainOutput
 
 logger = logging.getLogger(__name__)
 

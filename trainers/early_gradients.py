@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .upstream import multiply_all
+
 
 class EarlyGradients:
     """A sum of losses, each with parameters of its own.
@@ -66,4 +68,4 @@ class _Known(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if not gradients:
             return None, None, None
-        return None, None, None, *torch._foreach_mul(gradients, factor / ctx.seed)
+        return None, None, None, *multiply_all(gradients, factor / ctx.seed)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -20,6 +19,7 @@ from modeling_adala.errors import AdaLAError, DataError, UsageError
 from modeling_adala.families import forward_features, token_groups
 
 from .metric_functions import accuracy, cosine_similarities, knn_predict, root_ratio
+from .upstream import extract_model_from_parallel
 
 Batches = Iterable[dict[str, Any]]
 

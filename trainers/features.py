@@ -10,8 +10,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_adala.attention_interface import feature_map_of
 from modeling_adala.configuration_adala import vision_config
@@ -27,6 +25,8 @@ from modeling_adala.families import (
 )
 from modeling_adala.linear_attention import attention_weights
 from modeling_adala.mixins import patch_grid
+
+from .upstream import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
 
 HEADS_PER_ROW = 8
 # what lies outside these shares of the values is drawn like the border: a few outliers would take all the contrast

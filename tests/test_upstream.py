@@ -1,0 +1,469 @@
+"""What we use of other libraries without their promise is still there and still does what we need.
+
+A failure here is a sentence: what changed, what of ours needs it, and where to look. It comes first when a new release
+breaks us, so nothing of ours is imported before a test runs.
+"""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("modeling_adala", "trainers", "hub_cards", "vit_adala")
+UPSTREAM = [path for package in PACKAGES if (path := ROOT / package / "upstream.py").exists()]
+
+CHECKPOINTS = "trainers/base_trainer.py, to resume from whole checkpoints only"
+OLD_NAMES = "modeling_adala/registration.py, without which teachers load with random attention"
+# name: who needs it
+NAMES = {
+    "accelerate.utils.extract_model_from_parallel": "trainers/evaluation.py, to evaluate a model inside DDP or FSDP",
+    "accelerate.utils.get_int_from_env": "vit_adala/cli.py, to print once and not in every process",
+    "huggingface_hub.dataclasses.strict": "modeling_adala/configuration_adala.py, as the stock configurations do",
+    "huggingface_hub.utils.sha.git_hash": "hub_cards/push.py, to tell what a push would change",
+    "huggingface_hub.utils.sha.sha_fileobj": "hub_cards/push.py, to tell what a push would change",
+    "torch._C._are_functorch_transforms_active": "modeling_adala/linear_attention.py, to keep out of torch.func",
+    "torch._foreach_mul": "trainers/early_gradients.py, to scale all gradients at once",
+    "torch.cpu._is_amx_tile_supported": "modeling_adala/cpu_backend.py, to choose the dtype of products",
+    "torch.cpu._is_avx512_bf16_supported": "modeling_adala/cpu_backend.py, to choose the dtype of products",
+    "torch.utils._python_dispatch.is_in_torch_dispatch_mode": "modeling_adala/linear_attention.py, to be seen by modes",
+    "transformers.AttentionInterface._global_mapping": "modeling_adala/check_linear.py, to watch attention",
+    "transformers.AutoModel._model_mapping": "modeling_adala/hub_code.py and hub_cards/probe.py, to write auto_map",
+    "transformers.PreTrainedModel._can_set_attn_implementation": "modeling_adala/check_linear.py, to name the obstinate",
+    "transformers.PretrainedConfig._attn_implementation": "modeling_adala/configuration_adala.py, to be linear by default",
+    "transformers.PretrainedConfig.base_config_key": "modeling_adala/configuration_adala.py, to read CLIP's vision part",
+    "transformers.PretrainedConfig.get_config_dict": "modeling_adala/configuration_adala.py, to read stock checkpoints",
+    "transformers.PretrainedConfig.sub_configs_defaults": "modeling_adala/configuration_adala.py, for models of two towers",
+    "transformers.PreTrainedModel.initialize_weights": "modeling_adala/mixins.py, to start feature maps neutral",
+    "transformers.PreTrainedModel.is_remote_code": "modeling_adala/mixins.py, to save a checkpoint with its code",
+    "transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected": "modeling_adala/mixins.py, to drop poolers",
+    "transformers.backbone_utils.BackboneConfigMixin": "modeling_adala/configuration_adala.py, for backbones",
+    "transformers.backbone_utils.BackboneMixin": "modeling_adala/mixins.py, for backbones",
+    "transformers.backbone_utils.filter_output_hidden_states": "modeling_adala/mixins.py, for backbones",
+    "transformers.conversion_mapping.get_checkpoint_conversion_mapping": OLD_NAMES,
+    "transformers.conversion_mapping.register_checkpoint_conversion_mapping": OLD_NAMES,
+    "transformers.core_model_loading.WeightRenaming": OLD_NAMES,
+    "transformers.dynamic_module_utils.get_relative_import_files": "hub_cards/push.py, to push the code with the weights",
+    "transformers.initialization": "modeling_adala/feature_maps.py, to leave loaded weights alone",
+    "transformers.integrations.sdpa_attention.repeat_kv": "modeling_adala/attention_interface.py, for grouped queries",
+    "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS": "trainers/features.py, to picture attention",
+    "transformers.masking_utils.bidirectional_mask_function": "modeling_adala/attention_interface.py, to read masks",
+    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": "modeling_adala/fused_projections.py and trainers/features.py",
+    "transformers.models.auto.modeling_auto": "modeling_adala/hub_code.py, to write auto_map",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.apply_rotary_pos_emb": "modeling_adala/fused_projections.py",
+    "transformers.trainer.TRAINER_STATE_NAME": CHECKPOINTS,
+    "transformers.trainer_utils.TrainOutput": CHECKPOINTS,
+    "transformers.trainer_utils.rotate_checkpoints": CHECKPOINTS,
+    "transformers.utils.can_return_tuple": "modeling_adala/mixins.py, for return_dict=False",
+}
+# methods of `Trainer`: their arguments, and who overrides (or calls) them
+TRAINER = {
+    "_get_output_dir": (["trial"], "overrides"),
+    "_save_checkpoint": (["model", "trial"], "overrides"),
+    "_save": (["output_dir", "state_dict"], "overrides"),
+    "_push_from_checkpoint": (["checkpoint_folder"], "overrides"),
+    "_load_from_checkpoint": (["resume_from_checkpoint", "model"], "calls"),
+    "_load_best_model": ([], "calls"),
+    "_prepare_inputs": (["inputs"], "calls"),
+    "get_batch_samples": (["epoch_iterator", "num_batches", "device"], "overrides"),
+    "autocast_smart_context_manager": (["cache_enabled"], "overrides"),
+    "prediction_step": (["model", "inputs", "prediction_loss_only", "ignore_keys"], "overrides"),
+}
+# private attributes of public objects, used where they belong: (library, where it is tested below or by whom)
+ATTRIBUTES = {
+    "_attn_implementation",  # of a configuration: test_a_configuration_keeps_its_attention_in_one_property
+    "_attn_implementation_internal",
+    "_can_set_attn_implementation",  # of a model class, in NAMES
+    "_commit_hash",  # of a configuration from the Hub: test_a_configuration_knows_its_commit
+    "_data_dir_root",  # of an `evaluate.Metric`: test_a_metric_asks_for_its_folder
+    "_forward_hooks",  # of a module: test_hooks_of_a_module
+    "_forward_pre_hooks",
+    "_version",  # of a tensor: test_a_tensor_counts_changes_in_place
+    *(name for name in TRAINER if name.startswith("_")),
+    # of argparse, a module of Python itself
+    "_action_groups",
+    "_actions",
+    "_format_action_invocation",
+    "_group_actions",
+    "_replace",  # of any named tuple
+}
+
+
+@contextmanager
+def relied_on(library: str, what: str, user: str) -> Iterator[None]:
+    """Turns whatever goes wrong inside into a sentence."""
+    try:
+        yield
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        pytest.fail(f"{library} {version(library)} {what}; {user} needs it. ({why})", pytrace=False)
+
+
+def find(name: str) -> object:
+    """The object of a dotted name: the longest part that is a module, and attributes from there."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_where_it_was(name):
+    library, package = name.partition(".")[0], NAMES[name].partition("/")[0]
+    with relied_on(
+        library, f"has no {name} any more: find its new place and change {package}/upstream.py", NAMES[name]
+    ):
+        find(name)
+
+
+# --- what it does ----------------------------------------------------------------------------------------------------
+
+
+def test_names_on_disk_are_registered_by_class_name():
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+    from transformers.core_model_loading import WeightRenaming
+
+    with relied_on("transformers", "registers the names of weights on disk in another way", OLD_NAMES):
+        for name in ("ViTModel", "Dinov2Model", "CLIPVisionModel", "Siglip2VisionModel"):
+            assert get_checkpoint_conversion_mapping(name), name
+        renaming = WeightRenaming(r"old\.", "new.")
+        register_checkpoint_conversion_mapping("AdaLANoSuchModel", [renaming], overwrite=True)
+        (found,) = get_checkpoint_conversion_mapping("AdaLANoSuchModel")
+        assert found.source_patterns == renaming.source_patterns
+
+
+def test_a_configuration_keeps_its_attention_in_one_property():
+    from transformers import CLIPConfig, CLIPVisionConfig, PretrainedConfig, ViTConfig
+
+    with relied_on(
+        "transformers",
+        "keeps attn_implementation in another way",
+        NAMES[f"{'transformers.'}PretrainedConfig._attn_implementation"],
+    ):
+        assert isinstance(PretrainedConfig._attn_implementation, property)
+        config = ViTConfig()
+        PretrainedConfig._attn_implementation.fset(config, "sdpa")
+        assert config._attn_implementation == config._attn_implementation_internal == "sdpa"
+        both = CLIPConfig()
+        both._attn_implementation = {"vision_config": "adala"}
+        assert both.vision_config._attn_implementation == "adala" != both.text_config._attn_implementation
+        assert CLIPVisionConfig.base_config_key == "vision_config"
+        assert both.sub_configs["vision_config"] is both.sub_configs_defaults["vision_config"] is CLIPVisionConfig
+
+
+def test_a_configuration_knows_its_commit():
+    from transformers import ViTConfig
+
+    with relied_on("transformers", "keeps a configuration's commit elsewhere", "modeling_adala/conversion.py"):
+        assert ViTConfig(_commit_hash="abc")._commit_hash == "abc"
+
+
+def test_a_configuration_is_read_as_a_dictionary(tmp_path):
+    from transformers import ViTConfig
+
+    ViTConfig(hidden_size=24, num_attention_heads=2).save_pretrained(tmp_path)
+    with relied_on("transformers", "reads configurations in another way", "modeling_adala/configuration_adala.py"):
+        values, rest = ViTConfig.get_config_dict(tmp_path, revision=None)
+        assert values["hidden_size"] == 24
+        assert isinstance(rest, dict)
+
+
+def test_models_look_up_attention_and_mask_by_name_in_open_registries():
+    from transformers import AttentionInterface, AttentionMaskInterface, ViTConfig
+    from transformers.masking_utils import (
+        ALL_MASK_ATTENTION_FUNCTIONS,
+        bidirectional_mask_function,
+        create_bidirectional_mask,
+    )
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attend(*args, **kwargs): ...
+
+    seen = []
+
+    def mask(*args, **kwargs):
+        seen.append(kwargs)
+
+    AttentionInterface.register("adala_test", attend)
+    AttentionMaskInterface.register("adala_test", mask)
+    try:
+        with relied_on(
+            "transformers",
+            "keeps attention functions in another way",
+            "modeling_adala/{check_linear,attention_interface}.py",
+        ):
+            assert AttentionInterface._global_mapping["adala_test"] is attend
+            assert ALL_ATTENTION_FUNCTIONS["adala_test"] is attend
+            assert ALL_MASK_ATTENTION_FUNCTIONS["adala_test"] is mask
+            config, padding = ViTConfig(attn_implementation="adala_test"), torch.tensor([[1, 1, 0]])
+            create_bidirectional_mask(config, torch.zeros(1, 3, 8), padding)
+            assert seen[0]["mask_function"] is bidirectional_mask_function
+            assert seen[0]["attention_mask"].tolist() == [[True, True, False]]
+    finally:
+        AttentionInterface._global_mapping.pop("adala_test", None)
+        AttentionMaskInterface._global_mapping.pop("adala_test", None)
+
+
+def test_keys_of_grouped_queries_are_repeated_one_by_one():
+    from transformers.integrations.sdpa_attention import repeat_kv
+
+    keys = torch.randn(2, 3, 4, 5)
+    with relied_on(
+        "transformers", "repeats keys in another order", NAMES["transformers.integrations.sdpa_attention.repeat_kv"]
+    ):
+        assert torch.equal(repeat_kv(keys, 2), keys.repeat_interleave(2, dim=1))
+
+
+def test_rotation_leaves_the_tokens_before_the_patches_alone():
+    from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
+
+    query, key, angles = torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8), torch.randn(4, 8)
+    with relied_on("transformers", "rotates DINOv3's tokens in another way", "modeling_adala/fused_projections.py"):
+        rotated = apply_rotary_pos_emb(query, key, angles.cos(), angles.sin())
+        for before, after in zip((query, key), rotated, strict=True):
+            assert torch.equal(before[:, :, :3], after[:, :, :3])
+            assert not torch.equal(before[:, :, 3:], after[:, :, 3:])
+
+
+def test_initial_values_leave_loaded_weights_alone():
+    from transformers import initialization
+
+    loaded, new = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    loaded._is_hf_initialized = True
+    with relied_on("transformers", "initializes in another way", NAMES["transformers.initialization"]):
+        for parameter in (loaded, new):
+            initialization.zeros_(parameter)
+        initialization.copy_(loaded, torch.full((2,), 3.0))
+        assert (loaded.tolist(), new.tolist()) == ([1, 1], [0, 0])
+
+
+def test_auto_classes_map_configurations_to_models():
+    from transformers import AutoModel, ViTConfig, ViTModel
+
+    with relied_on(
+        "transformers",
+        "keeps the models of an Auto class in another way",
+        NAMES["transformers.AutoModel._model_mapping"],
+    ):
+        assert ViTConfig in AutoModel._model_mapping
+        assert AutoModel._model_mapping[ViTConfig] is ViTModel
+
+
+def test_code_files_and_what_they_need_are_found(tmp_path):
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    (tmp_path / "first.py").write_text("from .second import x\nimport torch\n")
+    (tmp_path / "second.py").write_text("from . import third\n")
+    with relied_on("transformers", "collects code files in another way", "hub_cards/push.py"):
+        found = {Path(file).name for file in get_relative_import_files(tmp_path / "first.py")}
+        assert "second.py" in found
+        assert "first.py" not in found
+
+
+def test_files_have_the_identity_that_the_hub_gives_them(tmp_path):
+    from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
+    (tmp_path / "file").write_bytes(b"hello\n")
+    with relied_on("huggingface-hub", "hashes files in another way", NAMES["huggingface_hub.utils.sha.git_hash"]):
+        assert git_hash(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+        with (tmp_path / "file").open("rb") as file:
+            assert sha_fileobj(file).hex() == "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
+
+
+@pytest.mark.parametrize("name", TRAINER)
+def test_trainer_calls_the_methods_that_we_override_and_has_those_that_we_call(name):
+    from transformers import Trainer
+
+    arguments, use = TRAINER[name]
+    with relied_on("transformers", f"changed Trainer.{name}", f"trainers/base_trainer.py, which {use} it"):
+        assert list(inspect.signature(getattr(Trainer, name)).parameters) == ["self", *arguments]
+        assert f"self.{name}(" in inspect.getsource(Trainer), "Trainer does not call it"
+
+
+def test_checkpoints_are_rotated_by_a_function():
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+
+    with relied_on("transformers", "keeps its checkpoints in another way", CHECKPOINTS):
+        names = {"output_dir", "save_total_limit", "best_model_checkpoint"}
+        assert names <= {*inspect.signature(rotate_checkpoints).parameters}
+        assert TrainOutput._fields == ("global_step", "training_loss", "metrics")
+        assert TRAINER_STATE_NAME == "trainer_state.json"
+
+
+def test_a_metric_asks_for_its_folder():
+    import evaluate
+
+    with relied_on("evaluate", "makes the cache folder of a metric in another way", "trainers/metrics.py"):
+        assert "self._build_data_dir()" in inspect.getsource(evaluate.Metric.__init__)
+        assert "self._data_dir_root" in inspect.getsource(evaluate.Metric._build_data_dir)
+
+
+def test_a_model_comes_out_of_its_wrapper():
+    from accelerate.utils import extract_model_from_parallel
+
+    model = nn.Linear(2, 2)
+    with relied_on(
+        "accelerate", "unwraps models in another way", NAMES["accelerate.utils.extract_model_from_parallel"]
+    ):
+        assert extract_model_from_parallel(torch.compile(model), keep_torch_compile=False) is model
+
+
+# --- PyTorch ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_counts_changes_in_place():
+    with relied_on(
+        "torch", "counts changes of tensors in another way", "modeling_adala/surgery.py, to see new weights"
+    ):
+        x = torch.ones(2)
+        before = x._version
+        x.add_(1)
+        assert x._version > before
+
+
+def test_hooks_of_a_module():
+    with relied_on("torch", "keeps hooks in another way", "modeling_adala/linear_attention.py, to let them run"):
+        module = nn.Identity()
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        module.register_forward_hook(print)
+        module.register_forward_pre_hook(print)
+        assert module._forward_hooks
+        assert module._forward_pre_hooks
+
+
+def test_torch_func_and_dispatch_modes_can_be_noticed():
+    from torch._C import _are_functorch_transforms_active
+    from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    seen = []
+    with relied_on("torch", "tells of torch.func and of modes in another way", "modeling_adala/linear_attention.py"):
+        torch.func.vmap(lambda x: (seen.append(_are_functorch_transforms_active()), x)[1])(torch.ones(2))
+        with FlopCounterMode(display=False):
+            seen.append(is_in_torch_dispatch_mode())
+        assert seen == [True, True]
+        assert not _are_functorch_transforms_active()
+        assert not is_in_torch_dispatch_mode()
+
+
+def test_what_a_processor_can_do_is_known():
+    with relied_on("torch", "tells of a processor in another way", NAMES["torch.cpu._is_avx512_bf16_supported"]):
+        assert isinstance(torch.cpu._is_avx512_bf16_supported(), bool)
+        assert isinstance(torch.cpu._is_amx_tile_supported(), bool)
+
+
+def test_many_tensors_are_multiplied_by_one():
+    with relied_on("torch", "multiplies lists of tensors in another way", NAMES["torch._foreach_mul"]):
+        products = torch._foreach_mul([torch.ones(2), torch.ones(3)], torch.tensor(2.0))
+        assert [x.tolist() for x in products] == [[2, 2], [2, 2, 2]]
+
+
+# --- names inside the stock models -----------------------------------------------------------------------------------
+
+STOCK = {
+    "ViTModel": ("layernorm", "o_proj"),
+    "DeiTModel": ("layernorm", "o_proj"),
+    "IJepaModel": ("layernorm", "o_proj"),
+    "Dinov2Model": ("layernorm", "o_proj"),
+    "Dinov2WithRegistersModel": ("layernorm", "o_proj"),
+    "DINOv3ViTModel": ("norm", "o_proj"),
+    "CLIPVisionModel": ("post_layernorm", "out_proj"),
+    "SiglipVisionModel": ("post_layernorm", "out_proj"),
+    "Siglip2VisionModel": ("post_layernorm", "out_proj"),
+}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_modules_of_a_stock_model_have_their_names(name):
+    """By the class and its source alone: a model is only built once these hold, by the tests of the families."""
+    import transformers
+
+    model_class = getattr(transformers, name)
+    last_norm, output = STOCK[name]
+    with relied_on("transformers", f"renamed modules of {name}", "modeling_adala/{mixins,families,position_cache}.py"):
+        source = inspect.getsource(importlib.import_module(model_class.__module__))
+        for module in ("q_proj", "k_proj", "v_proj", output):
+            assert f"self.{module} = nn.Linear(" in source, module
+        assert f"self.{last_norm} = " in source, last_norm
+        assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in source, "attention is not looked up"
+        if name == "DINOv3ViTModel":
+            return
+        method = "resize_positional_embeddings" if name == "Siglip2VisionModel" else "interpolate_pos_encoding"
+        assert f"def {method}(" in source, method
+        assert f"self.{method}(" in source, f"{method} is not called"
+        assert "self.position_embedding" in source, "position_embedding(s)"
+
+
+# --- one place -------------------------------------------------------------------------------------------------------
+
+
+def third_party(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all that a file imports from elsewhere."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def is_private(name: str) -> bool:
+    return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
+
+
+def test_every_name_of_the_upstream_files_is_looked_at_here():
+    public = {"inspect", "torch", "typing.Any", "collections.abc.Callable"}
+    public |= {"transformers.AttentionInterface", "transformers.PretrainedConfig"}
+    found = {name for path in UPSTREAM for name in third_party(ast.parse(path.read_text()))}
+    assert len(found) > 20
+    assert not found - public - NAMES.keys()
+
+
+def test_private_names_are_used_in_the_upstream_files_alone():
+    files = {path: ast.parse(path.read_text()) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    nodes = [(path, node) for path, tree in files.items() for node in ast.walk(tree)]
+    ours = {"_fields", "__version__"}
+    for _, node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            ours.add(node.name)
+        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
+            ours.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    used = [
+        (path, node.attr)
+        for path, node in nodes
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in ours | ATTRIBUTES
+    ]
+    own = (*PACKAGES, "__future__")
+    used += [
+        (path, name)
+        for path, tree in files.items()
+        for name in third_party(tree)
+        if is_private(name) and not name.startswith(own)
+    ]
+    moved = {name for name in NAMES if "transformers.PretrainedConfig" not in name and "Backbone" not in name}
+    public = {"vit_adala/cli.py", "modeling_adala/configuration_adala.py"}  # one name each, in NAMES
+    used += [
+        (path, name)
+        for path, tree in files.items()
+        for name in third_party(tree)
+        if name in moved and str(path.relative_to(ROOT)) not in public
+    ]
+    outside = {f"{path.relative_to(ROOT)}: {name}" for path, name in used if path.name != "upstream.py"}
+    assert not outside, f"private API of other libraries belongs into upstream.py of its package: {sorted(outside)}"
