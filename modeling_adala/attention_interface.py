@@ -59,6 +59,8 @@ def adala_attention_forward(
     key_mask = _key_padding_mask(module, attention_mask, key.shape[2])
     key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
     feature_map = kwargs.get("feature_map") or feature_map_of(module)
+    if query.shape[0] != key.shape[0] and query.shape[0] == 1:  # learned queries, which the batch shares
+        query = query.expand(key.shape[0], -1, -1, -1)
     config = getattr(module, "config", None)
     want_weights = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
     # the first is how `attention_map` asks, the second is what `note_output_attentions` notes
