@@ -162,9 +162,9 @@ def position_grid(subject: Subject) -> Check:
 
 
 def image_processor(subject: Subject) -> Check:
-    """The folder says how images become pixel values, and in numbers that can be used."""
+    """The folder says how images become pixel values, in valid numbers."""
     if load_image_processor(str(subject.directory)) is not None:
-        return Check("image processor", "PASS", "there, with a mean and a standard deviation that can be used")
+        return Check("image processor", "PASS", "found, with a valid mean and standard deviation")
     remedy = "Save the teacher's image processor into the folder."
     return Check("image processor", "WARN", "none: users have to guess the normalization", remedy)
 
@@ -205,13 +205,15 @@ def code_files(subject: Subject) -> Check:
     version = getattr(vision_config(subject.config), "adala_version", None)
     if version != ADALA_VERSION:
         remedy = f"Install vit-adala {version} to compare them." if version else "Read them before you let them run."
-        message = f"{len(files)} of vit-adala {version or 'of no known version'}, not compared with {ADALA_VERSION}"
+        message = f"written by vit-adala {version or '(unknown version)'}; this is {ADALA_VERSION}, so not compared"
         return Check("code files", "WARN", message, remedy)
     package = Path(modeling_adala.__file__).parent
     altered = [file.name for file in files if not _is_same_file(file, package / file.name)]
     if altered:
         remedy = "Do not let them run; save or push the model again with this version."
-        return Check("code files", "FAIL", f"not those of vit-adala {version}: {', '.join(altered)}", remedy)
+        return Check(
+            "code files", "FAIL", f"different from those of vit-adala {version}: {', '.join(altered)}", remedy
+        )
     return Check("code files", "PASS", f"all {len(files)} are those of vit-adala {version}")
 
 

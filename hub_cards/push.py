@@ -193,7 +193,7 @@ def _collect(directory: Path, repo_id: str) -> tuple[dict[str, Path | bytes], st
     config = load_config(str(directory))
     if not config.model_type.startswith("adala_"):
         raise UsageError(
-            f"directory={str(directory)!r} holds a {config.model_type!r}, no AdaLA model; push it with"
+            f"directory={str(directory)!r} holds a {config.model_type!r}, not an AdaLA model; push it with"
             " `model.push_to_hub`, or convert it first."
         )
     data, notes = AdaLACardData.from_checkpoint(directory, repo_id), []
@@ -349,7 +349,7 @@ def _explain(error: BaseException, repo_id: str, api: HfApi) -> str | None:
             return f"{repo_id} has lost the branch meanwhile. Run the same command again to create it. Hub: {said}"
         return f"{api.endpoint} refused with status {status}: {said}"
     if isinstance(error, json.JSONDecodeError):  # a hotel's login page, a proxy
-        return f"{api.endpoint} did not answer as a Hub does (no JSON). {again} once a browser here reaches it."
+        return f"{api.endpoint} answered with something other than JSON, such as a login page. {again} without it."
     if isinstance(error, HTTPError | ConnectionError | TimeoutError):
         reason = str(error) or type(error).__name__
         return f"the connection to {api.endpoint} broke: {reason}. {again}."

@@ -62,7 +62,7 @@ def check_checkpoint(directory: str | os.PathLike) -> None:
 
     Raises:
         CheckpointError: for a link that leads out of the folder, weights that are pickled or outside of it, adapters,
-            a safetensors file that is truncated or corrupt, and a config.json that is no configuration: wrong types,
+            a safetensors file that is truncated or corrupt, and a config.json that is not valid: wrong types,
             sizes below 1 or beyond any model, more parameters than the weights could ever fill, or an attention
             implementation from elsewhere.
     """
@@ -103,11 +103,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        _refuse(directory, f"config.json is no JSON ({str(error).splitlines()[0]})")
+        _refuse(directory, f"config.json is not valid JSON ({str(error).splitlines()[0]})")
     if not isinstance(values, dict) or not isinstance(values.setdefault("model_type", ""), str):
-        _refuse(directory, "config.json is no configuration: it must be an object whose model_type is a text")
+        _refuse(directory, "config.json is not a valid configuration: it must be an object, its model_type a string")
     if not isinstance(values.get("auto_map", {}), dict):
-        _refuse(directory, "config.json sets an auto_map that is no object")
+        _refuse(directory, "config.json sets an auto_map that is not an object")
     if values.get("transformers_weights") is not None:
         remedy = "Name the file model.safetensors and remove the line"
         _refuse(directory, f"config.json sets transformers_weights={values['transformers_weights']!r}", remedy)
@@ -115,23 +115,24 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _check_values(directory: Path, values: dict[str, Any]) -> None:
-    """What could exhaust the memory, or run code, while the configuration and its model are built."""
+    """Refuse values that could exhaust the memory, or run code, while the configuration and its model are built."""
     for path, value in _flat({key: values[key] for key in values if key not in ("id2label", "label2id")}):
         name = path.rsplit(".", 1)[-1]
         if _ATTENTION_FIELDS & set(path.split(".")) and value is not None and value not in ATTENTIONS:
-            _refuse(directory, f"config.json sets {path}={value!r}, code from elsewhere", "Remove it from config.json")
+            reason = f"config.json sets {path}={value!r}, which would run code from elsewhere"
+            _refuse(directory, reason, "Remove it from config.json")
         if isinstance(value, int | float) and not isinstance(value, bool):
             # by its end: some models have a `decoder_hidden_size`, too
             is_size, is_depth = name.endswith(tuple(_SIZES)), name.endswith(tuple(_LAYERS))
             limit = MAX_LAYERS if is_depth else MAX_SIZE if is_size else sys.float_info.max
             if not abs(value) <= limit:  # nor is nan
-                _refuse(directory, f"config.json sets {path}={str(value)[:20]}, which no model has")
+                _refuse(directory, f"config.json sets {path}={str(value)[:20]}, which is out of range")
             if value < 1 and name in _AT_LEAST_ONE and not (name == "mlp_ratio" and value > 0):
                 _refuse(directory, f"config.json sets {path}={value}, which must be positive")
 
 
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """All values of a JSON object under their dotted names; those of a list have the name of the list."""
+    """Yield all values of a JSON object under their dotted names; those of a list have the name of the list."""
     waiting: list[tuple[str, Any]] = list(values.items())
     while waiting:
         name, value = waiting.pop()
@@ -150,12 +151,12 @@ def _check_config(directory: Path, values: dict[str, Any], shapes: dict[str, lis
         expected = sum(_fewest_parameters(part, shapes) for part in parts)
     except Exception as error:  # values of any wrong type raise errors of any type
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        _refuse(directory, f"config.json is no configuration ({reason})")
+        _refuse(directory, f"config.json is not a valid configuration ({reason})")
     for part in parts:
         if part.hidden_size % part.num_attention_heads:
             _refuse(
                 directory,
-                f"config.json sets hidden_size={part.hidden_size}, which is no multiple of"
+                f"config.json sets hidden_size={part.hidden_size}, which is not a multiple of"
                 f" num_attention_heads={part.num_attention_heads}",
             )
     stored = sum(math.prod(shape) for shape in shapes.values())
@@ -170,7 +171,7 @@ def _is_vit(config: PretrainedConfig) -> bool:
 
 
 def _fewest_parameters(config: PretrainedConfig, shapes: dict[str, list[int]]) -> int:
-    """What every ViT of this configuration has at least, and the heads and tables that could be made huge."""
+    """Count what every ViT of this configuration has at least, and the heads and tables that could be made huge."""
     width, layers = config.hidden_size, config.num_hidden_layers
     mlp = getattr(config, "intermediate_size", None) or int(width * getattr(config, "mlp_ratio", 0))
     feature_dim = getattr(config, "feature_map_kwargs", {}).get("feature_dim") or 0

@@ -149,8 +149,8 @@ def parity_report(teacher: PreTrainedModel, student: PreTrainedModel) -> ParityR
             if not expected.isfinite().all():
                 raise CheckpointError(
                     f"teacher {teacher.config.name_or_path or type(teacher).__name__!r} gives non-finite features for"
-                    f" random images of {height}x{width} pixels: its weights are damaged. Get it again from where it"
-                    " comes from."
+                    f" random images of {height}x{width} pixels: its weights are damaged. Get a fresh copy from its"
+                    " source."
                 )
             differences[f"{height}x{width}"] = (expected - found.to(expected.device)).abs().max().item()
     return ParityReport(differences)

@@ -55,7 +55,7 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
 
     Raises:
         DataError: if nothing is there, or the Hub cannot be reached.
-        CheckpointError: for a local folder that `check_checkpoint` refuses, and a configuration that is none.
+        CheckpointError: for a local folder that `check_checkpoint` refuses, and a configuration that is not valid.
     """
     is_folder = os.path.isdir(name_or_path)
     if is_folder and not os.path.isfile(os.path.join(name_or_path, "config.json")):
@@ -72,7 +72,7 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
     except Exception as error:  # values of any wrong type raise errors of any type
         if "trust_remote_code" in str(error):
             raise CheckpointError(
-                f"model {name_or_path!r} is not opened: it brings code of its own, which is never run here. Pass a"
+                f"model {name_or_path!r} is not opened: it needs code of its own, which is never run here. Pass a"
                 " model of a family that Transformers has."
             ) from error
         if os.path.exists(name_or_path) or not isinstance(error, OSError | HFValidationError):
@@ -81,8 +81,8 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
                 " wrote."
             ) from error
         raise DataError(
-            f"model {name_or_path!r} could not be opened: it is no local model folder, and the Hub did not deliver it"
-            " (offline, or no such id). Pass a folder with a config.json or a reachable Hub id."
+            f"model {name_or_path!r} could not be opened: it is not a local model folder, and the Hub did not deliver"
+            " it (offline, or no such id). Pass a folder with a config.json or a reachable Hub id."
         ) from error
     for part in (config, *_sub_configs(config)):
         attention = part._attn_implementation
@@ -197,12 +197,12 @@ def load_student(name_or_path: str, *, finite: bool = True) -> PreTrainedModel:
         DataError: if nothing is there.
         CheckpointError: for a local folder that `check_checkpoint` refuses, and weights that are missing, do not fit,
             or are not finite.
-        UsageError: if it is no AdaLA checkpoint.
+        UsageError: if it is not an AdaLA checkpoint.
     """
     config = load_config(name_or_path)
     if not config.model_type.startswith("adala_"):
         raise UsageError(
-            f"model {name_or_path!r} is of type {config.model_type!r}, no AdaLA checkpoint; convert it first."
+            f"model {name_or_path!r} is of type {config.model_type!r}, not an AdaLA checkpoint; convert it first."
         )
     classes = {cls.__name__: cls for cls in get_family(config.model_type).classes.values()}
     architecture = (config.architectures or [next(iter(classes))])[0]
@@ -265,8 +265,7 @@ def load_image_processor(name_or_path: str) -> BaseImageProcessor | None:
     """Return a checkpoint's image processor, or `None`, with a warning, where it is known to have none.
 
     Raises:
-        CheckpointError: for one that is damaged or would not normalize: no JSON object, a mean, a standard deviation
-            or a factor that is missing, not finite or not positive.
+        CheckpointError: for one that is damaged or would not normalize, see `check_image_processor`.
         DataError: if the Hub cannot be reached and nothing is known of the image processor.
     """
     try:
@@ -307,7 +306,7 @@ def _open(
     finite: bool = True,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """`from_pretrained` of a model class or an Auto class, with all in place that the checkpoint should bring.
+    """Open a model class or an Auto class, with all in place that the checkpoint should bring.
 
     `config` is as `load_config` returned it, `role` how messages call the model; for the options see `check_complete`.
     """
@@ -380,7 +379,7 @@ def _stock_class(config: PretrainedConfig, head: str | None) -> type[PreTrainedM
 
 
 def _label_names(config: PretrainedConfig, labels: list[str]) -> dict[str, Any]:
-    """What `from_pretrained` needs to give a model these classes, nothing if it has them."""
+    """Return the arguments of `from_pretrained` that give a model these classes; none if it has them."""
     if [config.id2label.get(index) for index in range(len(config.id2label))] == labels:
         return {}
     return {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}

@@ -1,4 +1,4 @@
-"""What is checked of a model or an image processor that has been opened, before anyone computes with it."""
+"""Checks of a model or an image processor that has been opened, before anyone computes with it."""
 
 import logging
 import math
@@ -45,7 +45,8 @@ def check_complete(
     if is_new:
         missing = {key for key in missing if key in inside and not key.endswith("mask_token")}
     sizes = {key: shapes for key, *shapes in info["mismatched_keys"] if key in inside or not (is_new or new_labels)}
-    unexpected = set(info["unexpected_keys"])
+    # no feature depends on a mask token: only masked images see it
+    unexpected = {key for key in info["unexpected_keys"] if not key.endswith("mask_token")}
     if unexpected:
         unexpected -= _keys_left_out(model, config, unexpected)
     found = []
@@ -53,7 +54,7 @@ def check_complete(
         found.append(f"missing weights: {len(missing)} of {len(model.state_dict())}, such as {min(missing)!r}")
     if unexpected:
         found.append(
-            f"weights without a place in {type(model).__name__}: {len(unexpected)}, such as {min(unexpected)!r}"
+            f"weights that {type(model).__name__} does not have: {len(unexpected)}, such as {min(unexpected)!r}"
         )
     if sizes:
         key = min(sizes)
@@ -61,13 +62,13 @@ def check_complete(
         found.append(f"weights of another size: {len(sizes)}, such as {key!r} ({stored} stored, {wanted} expected)")
     if found:
         raise CheckpointError(
-            f"{what} does not fit its config.json: {'; '.join(found)}. Undo what was changed in either."
+            f"{what} does not fit its config.json: {'; '.join(found)}. Undo the change in either of them."
             f" {replace_it(config.name_or_path)}."
         )
 
 
 def _keys_inside(model: PreTrainedModel) -> set[str]:
-    """Names of the weights that are not part of a head: those of the vision tower, and of the text tower beside it."""
+    """Return the names of the weights that are not part of a head: those of the vision and the text tower."""
     texts = [module for name, module in model.named_modules() if name.split(".")[-1] == "text_model"]
     towers = [vision_tower(model), *texts]
     ours = {id(tensor) for tower in towers for tensor in tower.state_dict(keep_vars=True).values()}
@@ -75,7 +76,7 @@ def _keys_inside(model: PreTrainedModel) -> set[str]:
 
 
 def _keys_left_out(model: PreTrainedModel, config: PretrainedConfig, unexpected: Iterable[str]) -> set[str]:
-    """Those of the unexpected keys that belong to the class that the checkpoint was saved as, such as a pooler."""
+    """Return those of the unexpected keys that belong to the class the checkpoint was saved as, such as a pooler."""
     classes = {cls.__name__: cls for cls in get_family(config.model_type).classes.values()}
     saved_class: Any = classes.get(saved_as(config)) or getattr(transformers, saved_as(config), None)
     if getattr(saved_class, "config_class", None) is not type(config):
@@ -115,26 +116,26 @@ def check_image_processor(name: str, values: Any) -> None:
 
     Raises:
         CheckpointError: for a mean, a standard deviation or a factor that is missing, not finite or not positive, and
-            for flags and filters that are none.
+            for flags and filters that are not valid.
     """
     if not isinstance(values, dict):
-        refuse_image_processor(name, "it is no JSON object")
+        refuse_image_processor(name, "its configuration must be a JSON object")
     for key in ("do_rescale", "do_normalize"):
         if not isinstance(values.get(key, True), bool | None):
-            refuse_image_processor(name, f"{key}={values[key]!r} is neither true nor false")
+            refuse_image_processor(name, f"{key}={values[key]!r} must be true or false")
     factor = values.get("rescale_factor")
     if factor is not None and not (_is_number(factor) and factor > 0):
-        refuse_image_processor(name, f"rescale_factor={factor!r} is no positive number")
+        refuse_image_processor(name, f"rescale_factor={factor!r} must be a positive number")
     resample = values.get("resample")
     if resample is not None and resample not in range(6):
-        refuse_image_processor(name, f"resample={resample!r} is none of Pillow's filters, 0 to 5")
+        refuse_image_processor(name, f"resample={resample!r} must be one of Pillow's filters, 0 to 5")
     if values.get("do_normalize") is False:
         return
     for key in ("image_mean", "image_std"):
         found = values.get(key)
         numbers = found if isinstance(found, list) else [found]
         if len(numbers) not in (1, 3) or not all(_is_number(number) for number in numbers):
-            refuse_image_processor(name, f"{key}={found!r} must be a number, or one for each of the three channels")
+            refuse_image_processor(name, f"{key}={found!r} must be one finite number, or three (one per channel)")
         if key == "image_std" and min(numbers) <= 0:
             refuse_image_processor(name, f"image_std={found!r} must be positive")
 
@@ -146,8 +147,8 @@ def _is_number(value: Any) -> bool:
 def refuse_image_processor(name: str, reason: str, cause: BaseException | None = None) -> NoReturn:
     """Raise the one line about an image processor that is not used."""
     raise CheckpointError(
-        f"the image processor of {name!r} is not used: {reason}. Get its preprocessor_config.json again from where it"
-        " comes from."
+        f"the image processor of {name!r} is not used: {reason}. Get a fresh copy of"
+        " preprocessor_config.json from its source."
     ) from cause
 
 

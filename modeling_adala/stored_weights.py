@@ -1,4 +1,4 @@
-"""What is stored in the safetensors files of a checkpoint: names, headers, and whether all numbers are finite."""
+"""The safetensors files of a checkpoint: their names, their headers, and whether all numbers are finite."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _COUNTERS = ("position_ids", "num_batches_tracked")
 
 
 class StoredTensor(NamedTuple):
-    """What the header of a safetensors file says of a tensor; `dtype` by safetensors' name, such as `"F32"`."""
+    """Header of a tensor in a safetensors file; `dtype` by safetensors' name, such as `"F32"`."""
 
     dtype: str
     shape: list[int]
@@ -30,7 +30,7 @@ def weight_files(directory: str | os.PathLike) -> list[Path]:
     """Return the safetensors files of a checkpoint folder, those that `from_pretrained` reads; none if it has none.
 
     Raises:
-        CheckpointError: for an index of shards that is none, or names a file that is not in the folder.
+        CheckpointError: for an index of shards that is not valid, or names a file that is not in the folder.
     """
     directory = Path(directory)
     if (directory / "model.safetensors").is_file():
@@ -41,13 +41,13 @@ def weight_files(directory: str | os.PathLike) -> list[Path]:
         names = sorted({str(name) for name in json.loads((directory / INDEX).read_bytes())["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(
-            f"{str(directory)!r} is not opened: {INDEX} is no index of weights. {replace_it(directory)}."
+            f"{str(directory)!r} is not opened: {INDEX} is not a valid index of weights. {replace_it(directory)}."
         ) from None
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors") or not (directory / name).is_file():
             raise CheckpointError(
-                f"{str(directory)!r} is not opened: {name!r} is named as a file of weights, but is none of its"
-                f" safetensors files. {replace_it(directory)}."
+                f"{str(directory)!r} is not opened: {INDEX} names {name!r}, which is not a safetensors file in"
+                f" this folder. {replace_it(directory)}."
             )
     return [directory / name for name in names]
 
@@ -77,8 +77,8 @@ def check_dtypes(what: str, files: Iterable[Path]) -> None:
     cast = [name for name, tensor in tensors.items() if tensor.dtype not in _FLOATS and not name.endswith(_COUNTERS)]
     if cast:
         raise CheckpointError(
-            f"{what} is not opened: {len(cast)} of {len(tensors)} stored weights are no floating-point numbers of 16"
-            f" bits or more, such as {cast[0]!r} ({tensors[cast[0]].dtype}). Save it in float32 or bfloat16."
+            f"{what} is not opened: {len(cast)} of {len(tensors)} weights are not stored as floating point of"
+            f" 16 bits or more, such as {cast[0]!r} ({tensors[cast[0]].dtype}). Save the model in float32 or bfloat16."
         )
 
 
@@ -96,7 +96,7 @@ def nonfinite_tensors(files: Iterable[Path]) -> list[str]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite, mostly without a mask of the tensor's size."""
+    """Return whether no element is NaN or infinite, mostly without a mask of the tensor's size."""
     return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
@@ -109,7 +109,7 @@ def stage_remedy(path: str | os.PathLike) -> str | None:
 
 def replace_it(path: str | os.PathLike) -> str:
     """Return how to replace a damaged checkpoint."""
-    return stage_remedy(path) or "Get it again from where it comes from"
+    return stage_remedy(path) or "Get a fresh copy from its source"
 
 
 @contextmanager

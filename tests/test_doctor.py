@@ -110,7 +110,12 @@ def test_normalizer_is_the_denominator_of_linear_attention(healthy):
         (model.position_grid, lambda f: set_config(f, image_size=56), "FAIL", "8x8 patches (56x56 pixels)"),
         (model.position_grid, lambda f: set_config(f, image_size=[21, 28]), "FAIL", "3x4 patches"),
         (model.image_processor, lambda f: (f / "preprocessor_config.json").unlink(), "WARN", "none"),
-        (model.image_processor, lambda f: (f / "preprocessor_config.json").write_text("[]"), "FAIL", "no JSON object"),
+        (
+            model.image_processor,
+            lambda f: (f / "preprocessor_config.json").write_text("[]"),
+            "FAIL",
+            "must be a JSON object",
+        ),
         (model.card, lambda f: (f / "README.md").unlink(), "WARN", "no README.md"),
         (model.card, lambda f: (f / "README.md").write_text("# A model\n"), "WARN", "license, library_name"),
         (model.finite_weights, lambda f: change_weights(f, classifier=all_nan), "FAIL", "'classifier."),

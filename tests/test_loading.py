@@ -111,7 +111,7 @@ DAMAGE = {
     "no second layer": (lambda tensors: {n: t for n, t in tensors.items() if ".1." not in n}, "missing"),
     "no bias": (lambda tensors: {n: t for n, t in tensors.items() if n != in_attention(tensors)}, "missing"),
     "one shape": (lambda tensors: tensors | {in_attention(tensors): torch.zeros(7)}, "another size"),
-    "one too many": (lambda t: t | {in_attention(t).replace(".1.", ".2."): torch.zeros(32)}, "without a place"),
+    "one too many": (lambda t: t | {in_attention(t).replace(".1.", ".2."): torch.zeros(32)}, "does not have"),
 }
 
 
@@ -176,7 +176,7 @@ def test_a_layer_that_config_json_leaves_out_is_not_dropped_in_silence(copy_of):
         for kind, load in (("teacher", load_teacher), ("student", load_student)):
             folder = copy_of(name, "Model", kind)
             set_json(folder, **part, **({"out_features": None, "out_indices": None} if kind == "student" else {}))
-            refused(lambda load=load, folder=folder: load(str(folder)), "weights without a place in ", ".1.")
+            refused(lambda load=load, folder=folder: load(str(folder)), "does not have: ", ".1.")
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
@@ -264,7 +264,7 @@ def test_a_sum_that_overflows_is_no_infinity():
 def test_weights_that_were_cast_are_refused(dtype, copy_of):
     for folder, load in ((copy_of("vit"), load_teacher), (copy_of("vit", "Model", "student"), load_student)):
         change(folder, lambda tensors: tensors | {in_attention(tensors): tensors[in_attention(tensors)].to(dtype)})
-        refused(lambda load=load, folder=folder: load(str(folder)), "1 of", "no floating-point numbers", "bfloat16")
+        refused(lambda load=load, folder=folder: load(str(folder)), "1 of", "not stored as floating point", "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -286,7 +286,7 @@ def test_all_floating_point_numbers_of_16_bits_and_more_open_as_float32(dtype, c
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, ("quantized",)),
         ({"image_size": 35}, ("'vit.embeddings.position_embeddings'", "another size")),
         ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}, ("'classifier.bias'", "(2,) expected")),
-        ({"architectures": ["ViTModel"]}, ("without a place in ViTModel", "'classifier.bias'")),
+        ({"architectures": ["ViTModel"]}, ("weights that ViTModel does not have", "'classifier.bias'")),
         ({"num_channels": 3}, ("patch_embeddings.projection.weight", "another size")),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -374,8 +374,8 @@ def test_code_in_a_folder_is_neither_run_nor_asked_about(folder, monkeypatch):
 PROCESSORS = {
     "no JSON": ("{", "not a valid JSON"),
     "empty file": ("", "not a valid JSON"),
-    "a list": ("[]", "no JSON object"),
-    "a text": ('"ViT"', "no JSON object"),
+    "a list": ("[]", "must be a JSON object"),
+    "a text": ('"ViT"', "must be a JSON object"),
     "binary": (b"\xff\xfe\x00", "image processor"),
     "nothing in it": ({}, "image_mean=None"),
     "no deviation": ({"image_std": None}, "image_std=None"),
@@ -442,7 +442,7 @@ def test_an_image_processor_that_the_hub_did_not_deliver_is_no_reason_to_do_with
     refused(lambda: load_config("org/vit"), "'org/vit'", "hidden_size")
     shutil.copy(vit / "config.json", repository / "snapshots" / revision)
     change(repository / "snapshots" / revision, lambda t: {n: x.to(torch.int8) for n, x in t.items()})
-    refused(lambda: load_teacher("org/vit"), "'org/vit'", "no floating-point numbers")
+    refused(lambda: load_teacher("org/vit"), "'org/vit'", "not stored as floating point")
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused_before_the_hub_is_asked(hub, 
     shutil.copytree(trained, tmp_path / "stock")
     config = json.loads((trained / "config.json").read_text())
     (tmp_path / "stock" / "config.json").write_text(json.dumps(config | {"model_type": "dinov2"}))
-    with pytest.raises(UsageError, match="'dinov2', no AdaLA model"):
+    with pytest.raises(UsageError, match="'dinov2', not an AdaLA model"):
         plan_push(tmp_path / "stock", REPO)
     shutil.copytree(trained, tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").unlink()
@@ -215,11 +215,11 @@ FAULTS = {
     "no write access": ("POST .*/preupload/", 403, "may not write to org/model"),
     "token expired": ("GET /api/whoami", 401, "does not accept the token"),
     "too many requests": ("POST .*/commit/", 429, "status 429"),
-    "login page instead of the branches": ("GET /api/models/.*/refs", 200, "did not answer as a Hub does"),
-    "login page instead of the files": ("GET /api/models/.*/tree/", 200, "did not answer as a Hub does"),
-    "login page instead of the user": ("GET /api/whoami", 200, "did not answer as a Hub does"),
-    "login page instead of the upload": ("POST .*/preupload/", 200, "did not answer as a Hub does"),
-    "login page instead of the commit": ("POST .*/commit/", 200, "did not answer as a Hub does"),
+    "login page instead of the branches": ("GET /api/models/.*/refs", 200, "something other than JSON"),
+    "login page instead of the files": ("GET /api/models/.*/tree/", 200, "something other than JSON"),
+    "login page instead of the user": ("GET /api/whoami", 200, "something other than JSON"),
+    "login page instead of the upload": ("POST .*/preupload/", 200, "something other than JSON"),
+    "login page instead of the commit": ("POST .*/commit/", 200, "something other than JSON"),
 }
 
 

@@ -144,13 +144,13 @@ DAMAGE = {
     "infinite ratio": (configured(layer_norm_eps=float("inf")), ("layer_norm_eps=inf",)),
     "not a number": (configured(layer_norm_eps=float("nan")), ("layer_norm_eps=nan",)),
     "integer of 4,000 digits": (configured(hidden_size=10**4000), ("hidden_size=1000",)),
-    "labels that are no table": (configured(id2label=5), ("no configuration",)),
+    "labels that are no table": (configured(id2label=5), ("not a valid configuration",)),
     "heads that do not divide the width": (configured(num_attention_heads=5), ("num_attention_heads=5",)),
     "model type that is a number": (configured(model_type=5), ("model_type",)),
     "code map that is none": (configured(auto_map=None), ("auto_map",)),
     "configuration that is a list": (write_config("[]"), ("config.json",)),
-    "configuration that is no JSON": (write_config("{"), ("config.json", "no JSON")),
-    "configuration without a bottom": (write_config("[" * 10**6), ("config.json", "no JSON")),
+    "configuration that is no JSON": (write_config("{"), ("config.json", "not valid JSON")),
+    "configuration without a bottom": (write_config("[" * 10**6), ("config.json", "not valid JSON")),
     "configuration of 20 MB": (write_config(" " * 20_000_000), ("config.json", "20,000,000 bytes")),
 }
 
