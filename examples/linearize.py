@@ -79,7 +79,7 @@ def main() -> None:
         processing_class=processor,
     )
     trainer.train()
-    bank_loader = data.loader(data.bank_dataset(args.knn_images)) if data.labels else None
+    bank_loader = data.loader(data.bank_dataset(args.knn_images)) if data.has_training_labels else None
     after = evaluate_pair(teacher, student, bank_loader, eval_loader, probe=False)
 
     trainer.save_model()
