@@ -7,7 +7,7 @@ from modeling_adala.configuration_adala import pair
 from modeling_adala.errors import UsageError
 
 from .base_config import LEARNING_RATE, AdaLATrainingArguments
-from .transforms import check_image_size, parse_size
+from .transforms import parse_size
 
 
 @dataclass
@@ -59,7 +59,9 @@ class SupervisedConfig(AdaLATrainingArguments):
             if self.stride is not None:
                 raise UsageError(f"stride={self.stride!r} needs a window: pass window too")
             return None
-        height, width = check_image_size(parse_size("window", self.window), 1)
+        height, width = pair(parse_size("window", self.window))
+        if min(height, width) < 1:
+            raise UsageError(f"window={self.window!r} must be 1 pixel or more.")
         if self.stride is None:
             return (height, width), (max(1, height // 2), max(1, width // 2))
         down, right = pair(parse_size("stride", self.stride))
