@@ -87,7 +87,8 @@ test-newest:
 
 test-oldest: .venv-tools/.installed
 	$(call venv,.venv-oldest)
-	@$(UV) pip compile $(LOCK) --resolution lowest-direct --python .venv-oldest -o .venv-oldest/constraints.txt
+	@$(UV) pip compile $(LOCK) --resolution lowest-direct --upgrade --python .venv-oldest \
+	    -o .venv-oldest/constraints.txt
 	$(call install,.venv-oldest,-c .venv-oldest/constraints.txt)
 	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest $(TESTS)
 

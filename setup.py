@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent
 
 # A lower bound without a comment is a recent release, not a known limit: older ones may work, nobody has looked.
 REQUIRED = [
-    # The first whose torch.load is safe by default; Trainer refuses to resume a run below it.
-    "torch>=2.6",
+    # Before 2.8, models do not export with dynamic sizes ("Constraints violated"), before 2.7 they do not compile whole.
+    "torch>=2.8",
     # 5.23 is the layout of attention modules and of the weight conversion registry that the model classes rest on.
     # Both are younger than any promise of stability, so a new major release needs a look first.
     "transformers>=5.23,<6",
@@ -47,7 +47,7 @@ EXTRAS = {
         "ruff>=0.15",
         "mypy>=1.15",
         "types-PyYAML",
-        "triton>=3.2; sys_platform == 'linux'",  # its kernels run in an interpreter where there is no GPU
+        "triton>=3.4; sys_platform == 'linux'",  # its kernels run in an interpreter where there is no GPU
     ],
 }
 
