@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent
 
 # A lower bound without a comment is a recent release, not a known limit: older ones may work, nobody has looked.
 REQUIRED = [
-    # Before 2.8, models do not export with dynamic sizes ("Constraints violated"), before 2.7 they do not compile whole.
+    # Before 2.8 models do not export with dynamic sizes ("Constraints violated"), before 2.7 they do not compile.
     "torch>=2.8",
     # 5.23 is the layout of attention modules and of the weight conversion registry that the model classes rest on.
     # Both are younger than any promise of stability, so a new major release needs a look first.

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutpu
 
 from .attention_interface import note_output_attentions
 from .configuration_adala import pair, vision_config
-from .errors import UsageError
+from .errors import CheckpointError, UsageError
 from .feature_maps import FeatureMap, build_feature_map
 from .fused_projections import check_fusible, fuse, unfuse
 from .hub_code import ADALA_VERSION, auto_map
@@ -58,6 +58,27 @@ class AdaLAMixin:
                 )
         cache_positions(self)
         super().post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """Open a checkpoint as `PreTrainedModel.from_pretrained` does, and refuse one whose blocks would stay random.
+
+        Transformers only reports weights that it does not find, and a student of random weights looks like any other.
+
+        Raises:
+            CheckpointError: If weights of a block are missing, those of new feature maps aside.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        modules = set(_attention_modules(model))
+        blocks = tuple(f"{name.rpartition('.')[0]}." for name, module in model.named_modules() if module in modules)
+        missing = [key for key in info["missing_keys"] if key.startswith(blocks) and ".feature_map." not in key]
+        if missing:
+            raise CheckpointError(
+                f"{str(args[0] if args else cls.__name__)!r} does not load as {cls.__name__}: {len(missing)} weights of"
+                f" its blocks are missing, such as {min(missing)!r}. Open it as the class that it was saved as, or get"
+                " it again from where it comes from."
+            )
+        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
