@@ -274,7 +274,7 @@ def test_large_folder_without_data_is_not_walked_to_its_end(tmp_path, monkeypatc
 @pytest.mark.parametrize("streaming", [False, True])
 def test_names_that_are_none_are_told_in_one_line(name, words, streaming):
     with pytest.raises(DataError) as error:
-        load_images(name, streaming=streaming)
+        DataModule(DataConfig(dataset=name, streaming=streaming), MODEL)
     message = str(error.value)
     assert message.startswith("source=") and "\n" not in message and "\0" not in message
     assert all(word in message for word in words), message

@@ -138,8 +138,8 @@ class DataModule:
         size = native_size(model_config) if config.image_size is None else parse_size("image_size", config.image_size)
         self.image_size = check_image_size(size, model_config.patch_size)
         self.columns: dict[str, Any] = {"image_column": config.image_column, "label_column": config.label_column}
-        self.files = image_files(config.dataset, config.allow_external_images)
         splits = open_splits(config.dataset, config.streaming)
+        self.files = image_files(config.dataset, config.allow_external_images)
         options = {"require_labels": require_labels, **self.columns}
         self.raw_train = load_images(splits, config.train_split, streaming=config.streaming, **options)
         self.require_labels = require_labels
