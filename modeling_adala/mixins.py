@@ -74,8 +74,8 @@ class AdaLAMixin:
         missing = [key for key in info["missing_keys"] if key.startswith(blocks) and ".feature_map." not in key]
         if missing:
             raise CheckpointError(
-                f"{str(args[0] if args else cls.__name__)!r} does not load as {cls.__name__}: {len(missing)} weights of"
-                f" its blocks are missing, such as {min(missing)!r}. Open it as the class that it was saved as, or get"
+                f"{str(args[0] if args else cls.__name__)!r} does not load as {cls.__name__}: {len(missing)} weights"
+                f" of its blocks are missing, such as {min(missing)!r}. Open it as the class that it was saved as, or get"
                 " it again from where it comes from."
             )
         return (model, info) if output_loading_info else model

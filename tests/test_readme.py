@@ -9,12 +9,16 @@ from transformers import AutoImageProcessor
 
 from modeling_adala import convert
 from trainers.digits import DIGITS_TEACHER
+from vit_adala.arguments import CommandParser
 from vit_adala.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-COMMAND_LINES = sorted(set(re.findall(r"^vit-adala .*$|(?<=`)vit-adala [^`]+", README, flags=re.MULTILINE)))
+PAGES = "\n".join([README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))])
+LINES = re.findall(r"^vit-adala .*$|(?<=`)vit-adala [^`]+", PAGES.replace("\\\n", " "), flags=re.MULTILINE)
+READ = CommandParser.read
+COMMAND_LINES = sorted({line for line in LINES if re.match(r"vit-adala \w", line)})
 
 
 def test_using_the_model_of_the_quickstart(tmp_path, monkeypatch, capsys):
@@ -27,13 +31,41 @@ def test_using_the_model_of_the_quickstart(tmp_path, monkeypatch, capsys):
     assert re.search(r"tensor\(\[\d, \d, \d, \d\]\)", capsys.readouterr().out)
 
 
+class Parsed(Exception):
+    """Raised in the place of what a command would do."""
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """Runs a command line as far as its arguments are read; the options that it was given."""
+
+    def read_and_stop(parser, arguments):
+        raise Parsed(READ(parser, arguments))
+
+    monkeypatch.setattr(CommandParser, "read", read_and_stop)
+
+    def run(line: str) -> dict:
+        with pytest.raises(Parsed) as stopped:
+            main([*shlex.split(line)[1:], "--debug"])
+        return stopped.value.args[0]
+
+    return run
+
+
 @pytest.mark.parametrize("line", COMMAND_LINES)
-def test_commands_and_options_exist(line, capsys):
-    _, command, *arguments = shlex.split(re.sub(r"\[.*?\]|\.\.\.", "", line))
-    if command.startswith("--"):
-        return
-    assert command in COMMANDS
-    with pytest.raises(SystemExit):
-        main([command, "--help-all"])
-    known = capsys.readouterr().out
-    assert all(option in known for option in arguments if option.startswith("--"))
+def test_command_lines_of_the_pages_are_understood(parsed, line):
+    command, *rest = line.split()[1:]
+    if rest:  # not where a command is merely named
+        given = parsed(re.sub(r"\[(.*?)\]|\.\.\.", r"\1", line).replace("$D", "--dataset data"))
+        assert given and command in COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_example_in_the_help_of_a_command_is_understood(parsed, capsys, monkeypatch, command):
+    with monkeypatch.context() as patch:
+        patch.setattr(CommandParser, "read", READ)
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    example = text.partition("example: ")[2]
+    assert example.startswith(f"vit-adala {command} ") and parsed(example)

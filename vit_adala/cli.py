@@ -86,7 +86,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.filename is None and _abandon_stdout():
         return f"the output could not be written: {error.strerror}; check where standard output goes.", 1
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{text}; check the path, its permissions and the disk. --debug shows the traceback.", 1
+        reason = f"{error.strerror or type(error).__name__}: {error.filename!r}"
+        return f"{reason}; check the path, its permissions and the disk. --debug shows the traceback.", 1
     if isinstance(error, ImportError):
         return f"{first_line}; a package is missing or broken: run vit-adala doctor. --debug shows the traceback.", 1
     return f"unexpected {type(error).__name__}: {first_line}; --debug shows the traceback, please report it.", 1
