@@ -75,8 +75,8 @@ class AdaLAMixin:
         if missing:
             raise CheckpointError(
                 f"{str(args[0] if args else cls.__name__)!r} does not load as {cls.__name__}: {len(missing)} weights"
-                f" of its blocks are missing, such as {min(missing)!r}. Open it as the class that it was saved as, or get"
-                " it again from where it comes from."
+                f" of its blocks are missing, such as {min(missing)!r}. Open it as the class that it was saved as, or"
+                " get it again from where it comes from."
             )
         return (model, info) if output_loading_info else model
 

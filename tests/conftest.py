@@ -6,6 +6,7 @@ That is what `make test` runs. No test needs the network, an accelerator or a fi
 """
 
 import os
+from collections import Counter
 
 # Read once, when the libraries are imported, hence before any import below.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,3 +30,14 @@ torch.set_num_threads(1)
 def fixed_seed() -> None:
     """Same numbers whichever tests ran before."""
     torch.manual_seed(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # of pytest-xdist: files with many tests first, however short they are
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that what is left for the end is short and all processes end at once."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (-slow[item.path], -tests[item.path]))
