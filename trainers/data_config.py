@@ -98,7 +98,10 @@ class DataConfig:
             raise UsageError(f"horizontal_flip={self.horizontal_flip} is no probability; pass 0 to 1.")
         if not 0 <= self.max_broken_fraction <= 1:
             raise UsageError(f"max_broken_fraction={self.max_broken_fraction} must be between 0 and 1.")
-        check_counts(eval_batch_size=self.eval_batch_size, shuffle_buffer=self.shuffle_buffer)
+        for name in ("eval_batch_size", "shuffle_buffer"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}={value}: pass 1 or more.")
 
 
 def check_counts(**counts: int | None) -> None:
@@ -106,12 +109,6 @@ def check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise UsageError(f"{name}={count}: pass 1 or more.")
-
-
-def check_streaming(config: DataConfig, max_steps: int) -> None:
-    """Raises `UsageError` for a stream without `max_steps`: it has no length that epochs could be counted in."""
-    if config.streaming and max_steps < 1:
-        raise UsageError(f"max_steps={max_steps} with streaming=True: a stream has no epochs; pass max_steps.")
 
 
 class DataModule:
@@ -280,3 +277,9 @@ class DataModule:
             return None
         self._labels = classes
         return ids
+
+
+def check_streaming(config: DataConfig, max_steps: int) -> None:
+    """Raises `UsageError` for a stream without `max_steps`: it has no length that epochs could be counted in."""
+    if config.streaming and max_steps < 1:
+        raise UsageError(f"max_steps={max_steps} with streaming=True: a stream has no epochs; pass max_steps.")
