@@ -245,6 +245,7 @@ def test_head_with_other_classes_gets_no_figure(classifier, caplog):
     student, _ = convert(classifier, check_parity=False)
     results = comparison(student)
     assert "head_accuracy" not in results and "student_knn_accuracy" in results
+    assert len(caplog.messages) == 1  # told once
 
 
 def test_unlabeled_images_give_features_and_no_accuracy_of_anything(classifier, caplog):

@@ -10,7 +10,7 @@ from training_helpers import one_thread  # noqa: F401
 import trainers.report as report
 from modeling_adala import convert
 from modeling_adala.families import FAMILIES, forward_features
-from trainers.report import _is_speed, measure_speed
+from trainers.report import _is_speed, measure_speed, summary_table
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -51,3 +51,17 @@ def test_damaged_record_of_the_speed_is_no_record(damage):
     whole = {"machine": "m", "batch_size": 1, "dtype": "float32", "rows": [row]}
     assert _is_speed(whole)
     assert not _is_speed(whole | damage if damage else {})
+
+
+def test_teacher_without_a_head_for_the_data_has_no_accuracy():
+    evaluations = {
+        "teacher": {},
+        "swapped": {"num_eval_images": 5, "teacher_knn_accuracy": 0.9, "student_knn_accuracy": 0.5},
+        "supervised": {"num_eval_images": 5, "head_accuracy": 0.8},
+    }
+    heading, teacher, _, supervised = summary_table(evaluations, {"stages": {}})
+    assert teacher[heading.index("accuracy")] == "" and supervised[heading.index("accuracy")] == "80.0%"
+    assert teacher[heading.index("k-NN")] == "90.0%"
+    evaluations["teacher"]["head_accuracy"] = 0.7
+    heading, teacher, *_ = summary_table(evaluations, {"stages": {}})
+    assert teacher[heading.index("accuracy")] == "70.0%"

@@ -42,7 +42,7 @@ class Comparison:
         disable_progress: bool | None = None,
     ):
         self.teacher, self.probe, self.disable_progress = teacher, probe, disable_progress
-        self.labels = data.labels
+        self.labels, self._told = data.labels, False
         self.eval_loader = data.loader(data.eval_dataset(eval_images))
         images = min(eval_images or data.num_eval_images, data.num_eval_images)
         self.quick_loader = data.loader(data.eval_dataset(min(images, max(500, images // 10))))
@@ -83,12 +83,14 @@ class Comparison:
         if not hasattr(model, "classifier") or self.eval_loader is None or self.labels is None:
             return None
         ids = head_ids(model.config.id2label, self.labels)
-        if ids is None:
+        if ids is None and not self._told:
+            self._told = True
             logger.warning(
                 "no head accuracy: the classes of the data (%s) are not all among those of the model's id2label (%s)",
                 _shortened(self.labels),
                 _shortened(list(model.config.id2label.values())),
             )
+        if ids is None:
             return None
         predictions, labels = [], []
         model.eval()

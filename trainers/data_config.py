@@ -39,7 +39,7 @@ class DataConfig:
         label_column (`str`, *optional*, defaults to `"label"`): Used where it exists; stage 3 requires it.
         streaming (`bool`, *optional*, defaults to `False`): Read while training, over and over until `max_steps`,
             which must be set. A killed run skips what it has seen by reading it again, and ends with the weights of
-            an uninterrupted one.
+            an uninterrupted one. There is no k-NN and no linear probe, which learn from a sample of all images.
         shuffle_buffer (`int`, *optional*, defaults to 1000): Streaming: files that each worker holds in memory to draw
             the next image from. Shards (parquet files, their row groups) come in random order, several at a time; a
             data set that is sorted by class in few shards needs a buffer as large as a few classes.
@@ -276,3 +276,9 @@ class DataModule:
             return None
         self._labels = classes
         return ids
+
+
+def check_streaming(config: DataConfig, max_steps: int) -> None:
+    """Raises `UsageError` for a stream without `max_steps`: it has no length that epochs could be counted in."""
+    if config.streaming and max_steps < 1:
+        raise UsageError(f"max_steps={max_steps} with streaming=True: a stream has no epochs; pass max_steps.")

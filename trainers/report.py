@@ -40,7 +40,7 @@ ROWS = {
 }
 # heading, key of the student's figure, key of the teacher's, format
 COLUMNS = (
-    ("accuracy", "head_accuracy", "head_accuracy", "{:.1%}"),
+    ("accuracy", "head_accuracy", None, "{:.1%}"),
     ("k-NN", "student_knn_accuracy", "teacher_knn_accuracy", "{:.1%}"),
     ("probe", "student_linear_probe_accuracy", "teacher_linear_probe_accuracy", "{:.1%}"),
     ("cos CLS", "cls_cosine", None, "{:.4f}"),
@@ -97,7 +97,7 @@ def summary_table(evaluations: dict[str, dict], manifest: dict[str, Any]) -> lis
             found = evaluations[row].get(key)
             if row == "teacher":
                 others = [line[teacher_key] for line in evaluations.values() if teacher_key in line]
-                found = evaluations[row].get(key, others[-1] if others else None) if teacher_key else None
+                found = others[-1] if others else found
             values.append("" if found is None else form.format(found))
         if any(values):
             columns.append([heading, *values])
