@@ -276,9 +276,3 @@ class DataModule:
             return None
         self._labels = classes
         return ids
-
-
-def check_streaming(config: DataConfig, max_steps: int) -> None:
-    """Raises `UsageError` for a stream without `max_steps`: it has no length that epochs could be counted in."""
-    if config.streaming and max_steps < 1:
-        raise UsageError(f"max_steps={max_steps} with streaming=True: a stream has no epochs; pass max_steps.")
