@@ -132,7 +132,8 @@ def _attend(
     cu_seqlens: Tensor | None,
     name: str,
 ) -> Tensor:
-    whole = name == "reference" or must_run_whole(feature_map)
+    # kernels have one derivative, and a feature map that something waits for must run
+    whole = name == "reference" or must_run_whole(feature_map) or _is_transformed(query, key, value)
     # the mean key of a pack is that of no image in it
     if name == "triton" and not whole and not (cu_seqlens is not None and feature_map.center_keys):
         output = _by_triton(query, key, value, feature_map, key_mask, eps, cu_seqlens)
@@ -146,7 +147,8 @@ def _attend(
     # compilers fuse what they can see; a CPU that is not compiled for is served best in blocks
     if not whole and not torch.compiler.is_compiling() and _is_in_memory(query, key, value, key_mask):
         mapped_query, mapped_key, scale = _affine(query, key, feature_map, key_mask)
-        if _is_in_memory(mapped_query, mapped_key):  # the weights of a map may be sharded or quantized
+        # the weights of a map may be sharded, quantized, or have derivatives of their own
+        if _is_in_memory(mapped_query, mapped_key) and not _is_transformed(mapped_query, mapped_key):
             options = feature_map.nonlinearity, scale, key_mask, eps, name == "cpu"
             return linear_attention_cpu(mapped_query, mapped_key, value, *options)
     return linear_attention_torch(query, key, value, feature_map, key_mask, eps)
@@ -221,14 +223,18 @@ def _affine(
 
 
 def _is_in_memory(*tensors: Tensor | None) -> bool:
-    """Whether these are numbers in the memory of a CPU, no stand-ins of a tracer, of `torch.func` or of forward-mode
-    derivatives, and no mode such as a FLOP counter waits to see each operation."""
-    return (
-        all(x is None or (type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu") for x in tensors)
-        and not is_transformed()
-        and not is_in_torch_dispatch_mode()
-        and all(x is None or unpack_dual(x).tangent is None for x in tensors)
-    )
+    """Whether these are numbers in the memory of a CPU, no stand-ins of a tracer, and no mode such as a FLOP counter
+    waits to see each operation."""
+    plain = (Tensor, torch.nn.Parameter)
+    in_memory = all(x is None or (type(x) in plain and x.device.type == "cpu") for x in tensors)
+    return in_memory and not is_in_torch_dispatch_mode()
+
+
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Whether `torch.func` or forward-mode derivatives need to see each operation."""
+    if torch.compiler.is_compiling():
+        return False
+    return is_transformed() or any(unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:

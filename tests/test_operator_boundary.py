@@ -6,6 +6,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -325,6 +326,23 @@ def test_a_forward_of_its_own_is_what_runs(backend):
     expected = linear_attention_reference(query, key, value, feature_map)
     assert (expected - linear_attention_reference(query, key, value, "relu")).abs().max() > 1e-2
     torch.testing.assert_close(linear_attention(query, key, value, feature_map, backend=backend), expected)
+
+
+@every_backend
+def test_feature_maps_that_peft_trains_run_as_peft_says(backend):
+    module = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(16, 16), "feature_map": build_feature_map("t2r", 3, 16)})
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["feature_map"])
+    model = peft.PeftModel(module, config)
+    wrapper = model.base_model.model["feature_map"]
+    before = linear_attention(query, key, value, wrapper, backend=backend)
+    with torch.no_grad():
+        trained = wrapper.modules_to_save["default"]
+        trained.weight_q.mul_(torch.linspace(0, 2, 16))
+    expected = linear_attention_reference(query, key, value, trained)
+    assert (expected - before).abs().max() > 1e-2
+    torch.testing.assert_close(linear_attention(query, key, value, wrapper, backend=backend), expected)
+    with model.disable_adapter():
+        torch.testing.assert_close(linear_attention(query, key, value, wrapper, backend=backend), before)
 
 
 class FirstImage(FeatureMap):

@@ -10,12 +10,14 @@ that errors in 16 bits are about twice as large in it.
 import importlib.util
 import sys
 import warnings
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 
 from modeling_adala import build_feature_map, linear_attention, linear_attention_reference
 from modeling_adala import triton_backend as backend
@@ -407,6 +409,18 @@ def test_autocast_changes_nothing():
     for a, b in zip(inside, outside, strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, b)
+
+
+def test_forward_mode_derivatives_are_left_to_pytorch():
+    """The kernels have none, and would give zero without a word."""
+    inputs = inputs_of("elu", 1, 1, 5, 5, 16, 16)
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    operator, oracle = (partial(linear_attention, feature_map="elu", backend=b) for b in ("triton", "reference"))
+    _, expected = torch.func.jvp(oracle, tuple(inputs), tangents)
+    torch.testing.assert_close(torch.func.jvp(operator, tuple(inputs), tangents)[1], expected, rtol=1e-4, atol=1e-5)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(operator(*map(forward_ad.make_dual, inputs, tangents))).tangent
+    torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_second_derivative_is_refused():
