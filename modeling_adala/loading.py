@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import _CACHED_NO_EXIST, HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from transformers import (
     AutoConfig,
@@ -37,6 +37,7 @@ from .loading_checks import (
     saved_as,
 )
 from .stored_weights import check_dtypes, replace_it, stage_remedy, weight_files
+from .upstream import CACHED_NO_EXIST
 
 logger = logging.getLogger(__name__)
 
@@ -289,7 +290,7 @@ def load_image_processor(name_or_path: str) -> BaseImageProcessor | None:
 def _has_no_processor(name_or_path: str) -> bool:
     if os.path.isdir(name_or_path):
         return not any(os.path.isfile(os.path.join(name_or_path, file)) for file in PROCESSOR_FILES)
-    return all(try_to_load_from_cache(name_or_path, file) is _CACHED_NO_EXIST for file in PROCESSOR_FILES)
+    return all(try_to_load_from_cache(name_or_path, file) is CACHED_NO_EXIST for file in PROCESSOR_FILES)
 
 
 # --- what arrived ----------------------------------------------------------------------------------------------------
@@ -325,6 +326,8 @@ def _open(
             f"{what} has no weights: there is no model.safetensors."
             f" {stage_remedy(name) or 'Save the model as safetensors, or pass the folder that holds them'}."
         )
+    if kwargs.get("attn_implementation") == "sdpa" and _wants_attentions(config):
+        kwargs["attn_implementation"] = "eager"  # PyTorch's fused softmax has no weights to return
     try:
         model, info = model_class.from_pretrained(
             name,
@@ -334,7 +337,7 @@ def _open(
             ignore_mismatched_sizes=True,  # told below, in one line
             **{"dtype": torch.float32} | kwargs,
         )
-    except UsageError:
+    except (CheckpointError, UsageError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and not os.path.isdir(name):
@@ -350,6 +353,10 @@ def _open(
     if finite:
         check_finite(model, what)
     return model
+
+
+def _wants_attentions(config: PretrainedConfig) -> bool:
+    return any(getattr(part, "output_attentions", False) for part in (config, *_sub_configs(config)))
 
 
 def _weights_of(name: str, config: PretrainedConfig) -> list[Path]:

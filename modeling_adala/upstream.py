@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+# The cache's answer that the Hub has no such file: loading.py.
+from huggingface_hub import _CACHED_NO_EXIST as CACHED_NO_EXIST
+
 # Whether `torch.func` is at work, whose tensors are no numbers in memory: linear_attention.py.
 from torch._C import _are_functorch_transforms_active as is_transformed
 
@@ -48,6 +51,7 @@ from transformers.utils import can_return_tuple
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
+    "CACHED_NO_EXIST",
     "WeightRenaming",
     "apply_rotary_pos_emb",
     "attention_functions",

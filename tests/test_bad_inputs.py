@@ -102,12 +102,6 @@ SECTIONS["recipes"] = [(f"run {name}.yaml", 2, parts.split("; ")) for name, (_, 
 ROWS = [row for rows in SECTIONS.values() for row in rows]
 # refused before any model or image is looked at
 CHEAP = {line for section in ("settings", "grammar", "recipes") for line, *_ in SECTIONS[section]}
-# rows that are right once a branch is merged, and its name
-PENDING = {
-    line: branch
-    for section, branch in {"damaged": "load", "labels": "data", "folders": "main"}.items()
-    for line, *_ in SECTIONS[section]
-}
 STEPS = ["--max-steps", "1"]
 QUICK = {"align": STEPS, "distill": STEPS, "finetune": STEPS}
 QUICK["run"] = ["--set", "attention_alignment.max_steps=1", "--set", "feature_alignment.max_steps=1"]
@@ -205,8 +199,6 @@ def listing(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(("line", "code", "parts"), ROWS, ids=[line for line, *_ in ROWS])
 def test_bad_input_ends_in_one_line_and_writes_nothing(places, monkeypatch, capsys, caplog, line, code, parts):
-    if line in PENDING:
-        pytest.skip(f"waits for the branch {PENDING[line]}")
     monkeypatch.chdir(places)
     if line in CHEAP:
         monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
@@ -230,7 +222,6 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(places, monkeypatch, caps
 def test_the_table_is_as_large_as_it_says_and_has_every_command():
     assert len({line for line, *_ in ROWS}) == len(ROWS) >= 200
     assert {line.split()[0] for line, *_ in ROWS} == set(COMMANDS)
-    assert set(PENDING) <= {line for line, *_ in ROWS}
 
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=list(STAGES))

@@ -217,7 +217,7 @@ def teacher(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize(("options", "code"), [((), 1), (("--max-broken-fraction", "0.2"), 0)])
 def test_share_of_broken_images_is_a_flag(tmp_path, capsys, teacher, options, code):
-    argv = ["align", "--teacher", teacher, "--dataset", broken_folder(tmp_path / "data"), "--max-steps", "3"]
+    argv = ["align", teacher, "--dataset", broken_folder(tmp_path / "data"), "--max-steps", "3"]
     argv += ["--per-device-train-batch-size", "4", "--calibration-images", "10", "--bf16", "false"]
     argv += ["--use-cpu", "true", "--disable-tqdm", "true", "--output-dir", str(tmp_path / "out"), *options]
     assert main(argv) == code
@@ -292,7 +292,7 @@ def test_sources_in_one_text():
 def test_teacher_feature_cache_that_is_a_file_is_refused_before_training(tmp_path, capsys, teacher):
     (tmp_path / "file").write_text("x")
     for cache in ("file", "file/cache"):
-        argv = ["distill", "--teacher", teacher, "--dataset", "mnist-digits", "--crop-scale", "1"]
+        argv = ["distill", teacher, "--dataset", "mnist-digits", "--crop-scale", "1"]
         argv += ["--horizontal-flip", "0", "--teacher-feature-cache", str(tmp_path / cache), "--max-steps", "1"]
         argv += ["--bf16", "false", "--use-cpu", "true", "--output-dir", str(tmp_path / "out")]
         assert main(argv) == 2

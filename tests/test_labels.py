@@ -285,7 +285,7 @@ def places(tmp_path_factory) -> dict[str, str]:
 
 
 def finetune(places: dict[str, str], name: str, out: Path) -> int:
-    argv = ["finetune", "--model", places["student"], "--dataset", places[name], "--output-dir", str(out)]
+    argv = ["finetune", places["student"], "--dataset", places[name], "--output-dir", str(out)]
     argv += ["--max-steps", "1", "--per-device-train-batch-size", "4", "--bf16", "false", "--use-cpu", "true"]
     return main([*argv, "--disable-tqdm", "true"])
 
@@ -307,7 +307,7 @@ def test_finetune_on_an_unlabeled_test_split_trains_and_reports_no_accuracy(plac
 def test_evaluate_reports_no_accuracy_of_a_head_with_other_classes(places, capsys, caplog):
     caplog.set_level(logging.WARNING)
     for name, has_accuracy in (("good", True), ("animals", False)):
-        argv = ["--teacher", places["teacher"], "--model", places["student"], "--dataset", places[name]]
+        argv = [places["student"], "--teacher", places["teacher"], "--dataset", places[name]]
         assert main(["evaluate", *argv, "--knn-images", "10", "--json"]) == 0
         assert bool(re.search(r'"(teacher_)?head_accuracy"', capsys.readouterr().out)) == has_accuracy
         assert ("no head accuracy" in caplog.text) != has_accuracy

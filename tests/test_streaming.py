@@ -150,8 +150,11 @@ def test_other_buffers_are_refused(places, buffer):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def command(name: str, places: dict[str, str], out: Path, *more: str, source: str = "folder", steps: int = 3) -> int:
-    argv = [name, "--dataset", places[source], "--streaming", "true", "--output-dir", str(out)]
+def command(
+    name: str, places: dict[str, str], out: Path | str, *more: str, source: str = "folder", steps: int = 3
+) -> int:
+    model, *more = more  # what the command works on comes first
+    argv = [name, model, "--dataset", places[source], "--streaming", "true", "--output-dir", str(out)]
     argv += ["--max-steps", str(steps), "--per-device-train-batch-size", "4", "--bf16", "false", "--use-cpu", "true"]
     return main([*argv, "--disable-tqdm", "true", *more])
 
@@ -160,10 +163,10 @@ def command(name: str, places: dict[str, str], out: Path, *more: str, source: st
 def test_all_three_stages_train_on_a_stream(places, tmp_path, capsys, source, workers):
     more = ("--dataloader-num-workers", str(workers))
     teacher, one, two, three = (places["teacher"], *(str(tmp_path / stage.directory) for stage in STAGES.values()))
-    align = ("--teacher", teacher, "--calibration-images", "8")
-    assert command("align", places, one, *align, *more, source=source) == 0
-    assert command("distill", places, two, *align, "--model", one, *more, source=source) == 0
-    assert command("finetune", places, three, "--model", two, *more, source=source) == 0
+    calibrated = ("--calibration-images", "8", *more)
+    assert command("align", places, one, teacher, *calibrated, source=source) == 0
+    assert command("distill", places, two, one, "--teacher", teacher, *calibrated, source=source) == 0
+    assert command("finetune", places, three, two, *more, source=source) == 0
     printed = capsys.readouterr().out
     assert printed.count("3 steps") == 3
     assert ("accuracy" in printed) == (source == "folder")  # the other has no split to evaluate on
@@ -172,8 +175,7 @@ def test_all_three_stages_train_on_a_stream(places, tmp_path, capsys, source, wo
 @pytest.mark.parametrize("name", ["align", "distill", "finetune"])
 def test_stream_without_max_steps_is_refused_before_anything_is_opened(tmp_path, capsys, name):
     nowhere = {"teacher": "no-teacher", "folder": "no-data"}
-    model = ("--model", "no-model") if name == "finetune" else ("--teacher", "no-teacher")
-    assert command(name, nowhere, tmp_path / "out", *model, steps=-1) == 2
+    assert command(name, nowhere, tmp_path / "out", "no-model", steps=-1) == 2
     captured = capsys.readouterr()
     assert "max_steps=-1" in captured.err and "streaming" in captured.err and len(captured.err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
@@ -185,7 +187,7 @@ def test_recipe_with_a_stream_and_epochs_is_refused():
 
 
 def test_stream_of_numbers_without_names_is_refused_for_labels(places, tmp_path, capsys):
-    assert command("finetune", places, tmp_path / "out", "--model", places["student"], source="numbered") == 2
+    assert command("finetune", places, tmp_path / "out", places["student"], source="numbered") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "label_column='label'" in line and "streaming" in line and not (tmp_path / "out").exists()
 

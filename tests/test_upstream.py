@@ -29,6 +29,7 @@ NOTICE = "modeling_adala/linear_attention.py, to let PyTorch see each operation 
 NAMES = {
     "accelerate.utils.extract_model_from_parallel": "trainers/evaluation.py, to evaluate a model inside DDP or FSDP",
     "accelerate.utils.get_int_from_env": "vit_adala/cli.py, to print once and not in every process",
+    "huggingface_hub._CACHED_NO_EXIST": "modeling_adala/loading.py, to tell no file from no network",
     "huggingface_hub.dataclasses.strict": f"{CONFIGURATION}, as the stock configurations do",
     "huggingface_hub.utils.sha.git_hash": PUSH,
     "huggingface_hub.utils.sha.sha_fileobj": PUSH,
@@ -74,6 +75,8 @@ TRAINER = {
     "_push_from_checkpoint": (["checkpoint_folder"], "overrides"),
     "_load_from_checkpoint": (["resume_from_checkpoint", "model"], "calls"),
     "_load_best_model": ([], "calls"),
+    "_clip_grad_norm": (["model"], "overrides"),
+    "_get_grad_norm": (["model", "grad_norm"], "overrides"),
     "_prepare_inputs": (["inputs"], "calls"),
     "get_batch_samples": (["epoch_iterator", "num_batches", "device"], "overrides"),
     "autocast_smart_context_manager": (["cache_enabled"], "overrides"),
@@ -87,6 +90,9 @@ ATTRIBUTES = {
     "_data_dir_root",  # of an `evaluate.Metric`: test_a_metric_asks_for_its_folder
     "_forward_hooks",  # of a module: test_hooks_of_a_module
     "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_exit",  # of os, a module of Python itself
     "_version",  # of a tensor: test_a_tensor_counts_changes_in_place
     *(name for name in TRAINER if name.startswith("_")),
     # of argparse, a module of Python itself
@@ -331,10 +337,16 @@ def test_hooks_of_a_module():
         module = nn.Identity()
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
+        assert not module._backward_hooks
+        assert not module._backward_pre_hooks
         module.register_forward_hook(print)
         module.register_forward_pre_hook(print)
+        module.register_full_backward_hook(print)
+        module.register_full_backward_pre_hook(print)
         assert module._forward_hooks
         assert module._forward_pre_hooks
+        assert module._backward_hooks
+        assert module._backward_pre_hooks
 
 
 def test_torch_func_and_dispatch_modes_can_be_noticed():
