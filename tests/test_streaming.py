@@ -22,9 +22,10 @@ from training_helpers import (  # noqa: F401
 )
 
 from modeling_adala import DataError, UsageError, convert
+from modeling_adala.loading import load_classifier
 from trainers import DataConfig, DataModule, RecipeConfig, StreamingImageDataset, load_images
 from trainers.data import BrokenImagesError, collate_images
-from trainers.stages import STAGES, load_classifier, run_stage
+from trainers.stages import STAGES, run_stage
 from trainers.transforms import ImageTransform
 from vit_adala.cli import main
 

@@ -360,7 +360,7 @@ def test_cost_of_a_stage_is_in_its_last_line_and_its_manifest(tmp_path, stage):
     teacher = tiny_vit()
     args = STAGES[stage].config_class(output_dir=str(tmp_path / "1"), max_steps=4, logging_steps=1, **QUIET)
     result = run_stage(STAGES[stage], student_of(teacher), args, teacher_model=teacher, train_dataset=NoiseImages(8))
-    last = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "train_runtime" in line][-1]
+    last = [line for line in read_metrics(tmp_path / "1" / "metrics.jsonl") if "train_runtime" in line][-1]
     facts = json.loads((tmp_path / "1" / "manifest.json").read_text())["stages"][stage]
     for name in ("data_wait_share", "peak_memory_mib"):
         assert facts[name] == last[name] == result.metrics[name]

@@ -192,9 +192,13 @@ class OutputFolder:
     def _locked(self) -> Iterator[None]:
         lock = FileLock(self.path / LOCK, blocking=False)
         with writing(self.path, cleanup=self.path / STAGING):
-            Path(os.path.realpath(self.path)).mkdir(parents=True, exist_ok=True)
             try:
+                Path(os.path.realpath(self.path)).mkdir(parents=True, exist_ok=True)
                 lock.acquire()
+            except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+                raise UsageError(
+                    f"output_dir={str(self.path)!r} cannot be created ({error.strerror}); pass another folder."
+                ) from error
             except Timeout as error:
                 raise UsageError(
                     f"output_dir={str(self.path)!r} is in use by another process; wait for it, or pass another folder."
