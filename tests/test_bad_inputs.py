@@ -207,7 +207,7 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(places, monkeypatch, caps
     before = listing(places)
     argv = shlex.split(line.replace("$D", "--dataset digits"))
     if line not in CHEAP:  # or a row that goes wrong would train for minutes
-        argv += QUICK.get(argv[0], [])
+        argv[1:1] = QUICK.get(argv[0], [])
     assert main(argv) == code
     captured = capsys.readouterr()
     assert captured.out == ""

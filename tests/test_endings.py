@@ -121,6 +121,7 @@ def test_interrupt_during_the_imports_of_a_program_in_a_terminal():
     assert said.decode().splitlines() == ["vit-adala align: loading ...", "vit-adala align: interrupted."]
 
 
+@pytest.mark.slow
 def test_terminated_run_says_that_it_resumes(tmp_path):
     teacher, out = save_teacher(tmp_path / "teacher"), tmp_path / "out"
     settings = {"max_steps": 100_000, "save_steps": 1, "bf16": "false", "use_cpu": "true", "calibration_images": 2}

@@ -175,6 +175,7 @@ class _Run:
             if source is not None:
                 student = load_classifier(source, self.data.labels or [])
             kwargs["eval_dataset"] = self.data.eval_dataset(self.config.eval_images)
+            args.check_evaluation(kwargs["eval_dataset"] is not None)
         else:
             kwargs["teacher_model"] = self.teacher
         result = run_stage(

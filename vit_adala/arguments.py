@@ -174,7 +174,7 @@ class CommandParser(argparse.ArgumentParser):
             if not _is_option(word):
                 joined.append(word)
                 continue
-            name, equals, value = word.lstrip("-").partition("=")
+            name, equals, value = word.removeprefix("--").partition("=")
             name = name.replace("_", "-")
             style = self._styles.get(name)
             if style is None:
