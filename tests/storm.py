@@ -260,11 +260,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as root:
         storm = Storm(Path(root), args.teacher, args.steps, args.seed)
         print(f"an undisturbed run takes {storm.seconds:.1f} s", flush=True)
-        while sum(count for name, count in storm.counts.items() if name.startswith("kills")) < args.kills:
-            storm.kill()
-        storm.finish()
-        for _ in range(args.damages):
-            storm.damage()
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C shows what there is
+            while sum(count for name, count in storm.counts.items() if name.startswith("kills")) < args.kills:
+                storm.kill()
+            storm.finish()
+            for _ in range(args.damages):
+                storm.damage()
     for name, count in sorted(storm.counts.items()):
         print(f"{count:4} {name}")
     for failure in storm.failures:
