@@ -131,7 +131,7 @@ def test_terminated_run_says_that_it_resumes(tmp_path):
     program = subprocess.Popen(
         [sys.executable, "-m", "vit_adala", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
     )
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not list(out.glob("checkpoints/*/checkpoint-*/trainer_state.json")) and time.monotonic() < end:
         time.sleep(0.1)
     program.terminate()

@@ -454,7 +454,7 @@ def test_a_command_ends_in_one_line_before_anything_is_written(damage, folder, t
         change(folder, lambda tensors: {f"zzz.{name}": tensor for name, tensor in tensors.items()})
     else:
         (folder / "preprocessor_config.json").write_text("[]")
-    argv = ["align", "--teacher", str(folder), "--dataset", "mnist-digits", "--output-dir", str(tmp_path / "out")]
+    argv = ["align", str(folder), "--dataset", "mnist-digits", "--output-dir", str(tmp_path / "out")]
     assert main([*argv, "--max-steps", "1"]) == 1
     captured = capsys.readouterr()
     assert (captured.out, len(captured.err.splitlines())) == ("", 1)
