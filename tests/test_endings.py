@@ -18,6 +18,7 @@ from training_helpers import one_thread, save_teacher  # noqa: F401
 
 from modeling_adala import UsageError
 from modeling_adala.errors import CheckpointError
+from trainers.checkpoints import CHECKSUMS
 from vit_adala.cli import main
 from vit_adala.commands import inspect
 from vit_adala.interruption import Terminated, writes_to
@@ -75,7 +76,8 @@ def test_interruption_promises_to_resume_only_where_there_is_something_to_resume
     fail_with(KeyboardInterrupt(), monkeypatch)
     writes_to(tmp_path)
     for file, resumes in (("checkpoints/checkpoint-2/model.safetensors", False), ("metrics.jsonl", False),
-                          ("checkpoints/checkpoint-2/trainer_state.json", True)):  # fmt: skip
+                          ("checkpoints/checkpoint-2/trainer_state.json", False),
+                          (f"checkpoints/checkpoint-2/{CHECKSUMS}", True)):  # fmt: skip
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
         assert main(["inspect"]) == 130
@@ -132,7 +134,7 @@ def test_terminated_run_says_that_it_resumes(tmp_path):
         [sys.executable, "-m", "vit_adala", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
     )
     end = time.monotonic() + 300
-    while not list(out.glob("checkpoints/*/checkpoint-*/trainer_state.json")) and time.monotonic() < end:
+    while not list(out.glob(f"checkpoints/*/checkpoint-*/{CHECKSUMS}")) and time.monotonic() < end:
         time.sleep(0.1)
     program.terminate()
     printed, said = program.communicate(timeout=60)

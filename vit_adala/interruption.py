@@ -22,7 +22,8 @@ def writes_to(folder: str | Path) -> None:
 
 def in_words(stop: KeyboardInterrupt | None = None) -> str:
     """Return what to say of an interruption."""
-    patterns = ("checkpoints/**/trainer_state.json", "[123]-*/config.json")
+    # `trainers.checkpoints` seals what was written to the end; importing its name for that file would take seconds
+    patterns = ("checkpoints/**/checksums.json", "[123]-*/config.json")
     resumes = any(any(folder.glob(pattern)) for folder in _folders for pattern in patterns)
     word = "terminated" if isinstance(stop, Terminated) else "interrupted"
     return word + ("; the same command resumes from the last checkpoint" if resumes else "")
