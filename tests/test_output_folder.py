@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -20,9 +19,9 @@ from training_helpers import (  # noqa: F401
     assert_same_tensors,
     one_thread,
     save_teacher,
+    short_speed_measurement,
 )
 
-import trainers.report
 import trainers.stages
 from modeling_adala import CheckpointError, convert
 from trainers.checkpoints import intact_checkpoint, list_checkpoints
@@ -30,18 +29,12 @@ from trainers.digits import load_digits
 from trainers.output_folder import OutputFolder, is_finished, read_record
 from trainers.recipe import run_recipe
 from trainers.recipe_config import RecipeConfig
+from trainers.sources import describe
 from vit_adala.cli import main
 
 COMMANDS = ("run", "align", "distill", "finetune")
 STAGE_COMMANDS = COMMANDS[1:]
 TRAINING = {"max-steps": 6, "save-steps": 2, "per-device-train-batch-size": 8, "bf16": "false", "use-cpu": "true"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_speed_measurement():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainers.report, "measure_speed", partial(trainers.report.measure_speed, budget=0.0))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -473,5 +466,5 @@ def test_recipe_takes_a_dataset_in_memory(places, tmp_path):
     settings = {"teacher": str(places["teacher"]), "output_dir": str(tmp_path / "out"), "knn_images": 8}
     config = RecipeConfig(dataset=data, stages=["attention-alignment"], eval_images=8, **settings, **sections)
     assert run_recipe(config).is_file()
-    assert "DatasetDict in memory" in (tmp_path / "out" / "config.yaml").read_text()
+    assert f"dataset: {describe(data)}\n" in (tmp_path / "out" / "config.yaml").read_text()
     assert run_recipe(config).is_file()  # and goes on from there

@@ -1,6 +1,5 @@
 """A whole run in one YAML: teacher, data, the linear student, the settings of each stage."""
 
-import copy
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from .base_config import COUNT, RANGES, AdaLATrainingArguments
 from .data_config import DataConfig, check_streaming
 from .plain_yaml import dump_yaml, read_yaml
 from .settings import build, check_settings, did_you_mean, fit_type
+from .sources import describe
 from .stages import STAGES, Stage
 
 FEATURE_MAP_HELP = f"phi: {', '.join(sorted(FEATURE_MAPS))}. Default: {DEFAULT_FEATURE_MAP}"
@@ -117,22 +117,16 @@ class RecipeConfig(StudentConfig, DataConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values; a dataset object is described by its type and fingerprint."""
-        settings = {
-            item.name: copy.deepcopy(getattr(self, item.name)) for item in fields(self) if item.name != "dataset"
-        }
-        dataset: Any = self.dataset
-        if not isinstance(dataset, str):
-            dataset = f"{type(dataset).__name__} in memory"
-        elif os.path.exists(dataset):
-            dataset = os.path.realpath(dataset)
-        teacher = os.path.realpath(self.teacher) if os.path.exists(self.teacher) else self.teacher
-        return {**settings, "teacher": teacher, "dataset": dataset}
+        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        for name in ("teacher", "dataset"):
+            text = describe(settings[name])
+            settings[name] = os.path.realpath(text) if os.path.exists(text) else text
+        return settings
 
     def to_yaml(self) -> str:
         """Return a recipe that `from_yaml` reads again; one in memory names its dataset, but cannot hold it."""
         settings = {item.name: getattr(self, item.name) for item in fields(self)}
-        if not isinstance(self.dataset, str):
-            settings["dataset"] = self.to_dict()["dataset"]
+        settings["dataset"] = describe(self.dataset)
         return dump_yaml(settings)
 
     @classmethod
