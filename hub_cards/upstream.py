@@ -1,4 +1,4 @@
-"""What this package takes from Transformers and huggingface_hub without their promise to keep it.
+"""Private API of Transformers and huggingface_hub that this package relies on.
 
 A release may move or change any of these names; `tests/test_upstream.py` then says in a sentence which one, and what
 needs it.

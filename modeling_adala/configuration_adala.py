@@ -91,7 +91,7 @@ class AdaLAConfigMixin:
     def to_dict(self):
         return super().to_dict() | {"teacher_name_or_path": shared_name(self.teacher_name_or_path)}
 
-    # Linear attention returns its weights, of which stock configurations think "eager" alone capable.
+    # Linear attention can return its weights; stock configurations allow that for "eager" only.
     @property
     def output_attentions(self):
         return self._output_attentions

@@ -39,7 +39,7 @@ def unfuse(module: nn.Module) -> None:
 
 
 def check_fusible(name: str, module: Any) -> None:
-    """Raises `UsageError` unless the three projections, and the feature map, are no more than their weights."""
+    """Raise `UsageError` if a projection or the feature map computes anything that its weights do not tell."""
     parts: list[tuple[str, Any]] = [(projection, _is_linear) for projection in PROJECTIONS]
     if module.feature_map is not None and module.feature_map.learned:
         parts.append(("feature_map", _is_foldable))

@@ -1,4 +1,4 @@
-"""What a checkpoint takes with it: its `auto_map`, the version of the code that wrote it, and no path of this machine.
+"""Contents of a checkpoint besides its weights: its `auto_map` and code version, but no local paths.
 
 This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
 """
@@ -52,8 +52,8 @@ def warn_if_newer(version: str | None) -> None:
 def shared_name(name_or_path: str | None) -> str | None:
     """Return the name of a model as it may be read by anyone: a Hub id as it is, of a local path its last part.
 
-    A configuration goes wherever its weights go, by `push_to_hub`, by `Trainer`, or by an upload of the folder; the
-    folders above a model on this machine are nobody's business.
+    A configuration goes wherever its weights go, by `push_to_hub`, by `Trainer`, or by an upload of the folder;
+    parent folders may be private.
     """
     if not name_or_path:
         return name_or_path

@@ -210,7 +210,7 @@ def _one_by_one(
 def _affine(
     query: Tensor, key: Tensor, feature_map: FeatureMap, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, float]:
-    """What a backend with nonlinearities of its own starts from: shapes that it can trust."""
+    """Apply the affine part of a feature map and check the shapes that it returns."""
     mapped_query, mapped_key, scale = feature_map.affine(query, key, key_mask)
     shapes = [x.shape[:-1] for x in (mapped_query, mapped_key)]
     if shapes != [x.shape[:-1] for x in (query, key)] or mapped_query.shape[-1] != mapped_key.shape[-1]:

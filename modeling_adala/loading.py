@@ -150,7 +150,7 @@ def load_teacher(
             (`"ForSemanticSegmentation"`) opens the base model.
         finite (`bool`, *optional*, defaults to `True`): Refuse weights that are NaN or infinite.
         kwargs: Passed to `from_pretrained`, such as `revision`, `dtype` (default: float32) or `attn_implementation`
-            (default: `"sdpa"`, whatever config.json says).
+            (default: `"sdpa"`, regardless of config.json).
 
     Raises:
         UsageError: for an unsupported family, or a student given as a teacher.

@@ -1,4 +1,4 @@
-"""What this package takes from Transformers and PyTorch without their promise to keep it.
+"""Private API of Transformers and PyTorch that this package relies on.
 
 A release may move or change any of these names; `tests/test_upstream.py` then says in a sentence which one, and what
 needs it. Private attributes of public objects (`config._attn_implementation`, `tensor._version`, ...) are used where

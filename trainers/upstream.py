@@ -1,4 +1,4 @@
-"""What this package takes from Transformers, accelerate and PyTorch without their promise to keep it.
+"""Private API of Transformers, accelerate and PyTorch that this package relies on.
 
 A release may move or change any of these names; `tests/test_upstream.py` then says in a sentence which one, and what
 needs it. The private methods of `Trainer` that base_trainer.py overrides or calls are listed in the same test.
