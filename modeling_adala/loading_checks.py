@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .errors import CheckpointError
 from .families import get_family, vision_tower
-from .stored_weights import is_finite, replace_it
+from .stored_weights import nonfinite_names, replace_it
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def check_finite(model: PreTrainedModel, what: str) -> None:
         CheckpointError: with their number and the first of them.
     """
     tensors: dict[str, Tensor] = model.state_dict()
-    bad = [name for name, tensor in tensors.items() if not tensor.is_meta and not is_finite(tensor)]
+    bad = nonfinite_names(tensors)
     if bad:
         raise CheckpointError(
             f"{what} holds non-finite weights in {len(bad)} of {len(tensors)} tensors (first: {bad[0]!r}). Pass an"

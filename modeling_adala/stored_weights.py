@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
         CheckpointError: if the file is not one, or its length does not fit its header.
     """
     with _opened(path) as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a dict
         return {name: StoredTensor(part.get_dtype(), part.get_shape()) for name, part in parts.items()}
 
 
@@ -91,13 +91,18 @@ def nonfinite_tensors(files: Iterable[Path]) -> list[str]:
     bad = []
     for path in files:
         with _opened(path) as file:
-            bad += [name for name in file.keys() if not is_finite(file.get_tensor(name))]  # noqa: SIM118, it is no dict
+            bad += [name for name in file.keys() if not is_finite(file.get_tensor(name))]  # noqa: SIM118, not a dict
     return bad
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether no element is NaN or infinite, mostly without a mask of the tensor's size."""
     return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def nonfinite_names(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold NaN or infinity; those on meta have no values."""
+    return [name for name, tensor in tensors.items() if not tensor.is_meta and not is_finite(tensor)]
 
 
 def stage_remedy(path: str | os.PathLike) -> str | None:

@@ -6,16 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_helpers import assert_same_tensors, moved, one_thread, save_teacher  # noqa: F401
+from training_helpers import assert_same_tensors, moved, one_thread, save_teacher, short_speed_measurement  # noqa: F401
 
-import trainers.report
 from modeling_adala.loading import load_student
 from trainers.callbacks import read_metrics
 from trainers.checkpoints import is_sealed, list_checkpoints
@@ -49,13 +47,6 @@ def arguments(teacher: str, out: Path, **changes) -> list[str]:
         *(part for name, value in flags.items() for part in (f"--{name}", str(value))),
         *(part for name, value in settings.items() for part in ("--set", f"{name}={value}")),
     ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_speed_measurement():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainers.report, "measure_speed", partial(trainers.report.measure_speed, budget=0.0))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from hub_cards import write_card
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.errors import AdaLAError, CheckpointError, DataError, UsageError
 from modeling_adala.loading import load_teacher
+from modeling_adala.stored_weights import nonfinite_names
 
 from .checkpoints import find_damage, intact_checkpoint, is_sealed, seal, unseal, writing
 from .data import collate_images
@@ -153,11 +154,12 @@ class AdaLATrainer(Trainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def _check_gradients(self, model: nn.Module) -> None:
+        if self.accelerator.scaler is not None:
+            return  # a gradient scaler skips the steps whose float16 gradients overflow
         # before they are clipped: one that is not finite would then be in all of them
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         norm = nn.utils.get_total_norm(gradients.values())
-        # a gradient scaler skips the steps whose float16 gradients overflow
-        if self.accelerator.scaler is None and not torch.isfinite(norm):
+        if not torch.isfinite(norm):
             bad = (name for name, gradient in gradients.items() if not gradient.isfinite().all())
             self._stop(f"the gradient norm is {norm.item()}, first in {next(bad, 'no parameter by itself')!r}")
 
@@ -342,7 +344,7 @@ def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise `AdaLAError` if a floating-point tensor holds NaN or infinity, naming the first."""
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    bad = nonfinite_names(tensors)
     if bad:
         raise AdaLAError(
             f"{what} are not finite in {len(bad)} of {len(tensors)} tensors, first in {bad[0]!r}, and were not saved;"

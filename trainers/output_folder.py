@@ -78,7 +78,7 @@ class OutputFolder:
     @property
     def finished(self) -> bool:
         """Whether the command has finished here before."""
-        return self.record.get("status") == "finished"
+        return is_finished(self.path)
 
     def foreign(self) -> list[str]:
         """Return the names in the folder that no command of ours has left there."""

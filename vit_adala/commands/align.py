@@ -8,12 +8,10 @@ from transformers import set_seed
 from modeling_adala.conversion import convert, student_config
 from modeling_adala.loading import load_teacher_config
 from trainers.attention_alignment_config import AttentionAlignmentConfig
-from trainers.data_config import DataConfig, check_streaming
+from trainers.data_config import DataConfig
 from trainers.recipe_config import StudentConfig
 
 from ..arguments import CommandParser
-from ..environment_checks import check_cache
-from ..interruption import writes_to
 from .common import finished_before, load_data, open_folder, run_and_report
 
 
@@ -34,16 +32,13 @@ def main(arguments: Sequence[str]) -> None:
         AttentionAlignmentConfig,
     )
     model_args, student_args, data_args, args = parser.parse(arguments)
-    check_streaming(data_args, args.max_steps)
     options, teacher = student_args.feature_options, model_args.teacher
     folder = open_folder("attention-alignment", args, data_args, [teacher], teacher=teacher, **asdict(student_args))
-    writes_to(args.output_dir)
-    check_cache()
-    student_config(load_teacher_config(model_args.teacher), **options)  # before any time is spent
+    student_config(load_teacher_config(teacher), **options)  # before any time is spent
     if finished_before(folder):
         return
     set_seed(args.seed)
-    data, processor = load_data(data_args, model_args.teacher)
+    data, processor = load_data(data_args, teacher)
     args.check_evaluation(data.raw_eval is not None)
-    student, _ = convert(model_args.teacher, **options)
-    run_and_report(folder, student, args, data, processor, teacher_model=model_args.teacher)
+    student, _ = convert(teacher, **options)
+    run_and_report(folder, student, args, data, processor, teacher_model=teacher)

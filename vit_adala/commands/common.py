@@ -15,12 +15,15 @@ from modeling_adala.loading import load_config, load_image_processor
 from trainers.base_config import AdaLATrainingArguments
 from trainers.base_trainer import is_student
 from trainers.checkpoints import whole_file
-from trainers.data_config import DataConfig, DataModule
+from trainers.data_config import DataConfig, DataModule, check_streaming
 from trainers.facts import data_facts, training_settings
 from trainers.monitoring import cost_in_words
 from trainers.output_folder import EVALUATION, OutputFolder
 from trainers.sources import fingerprint
 from trainers.stages import STAGES, StageResult, run_stage
+
+from ..environment_checks import check_cache
+from ..interruption import writes_to
 
 
 def load_data(config: DataConfig, model: str, require_labels: bool = False) -> tuple[DataModule, Any]:
@@ -31,23 +34,27 @@ def load_data(config: DataConfig, model: str, require_labels: bool = False) -> t
 def open_folder(
     name: str, args: AdaLATrainingArguments, data: DataConfig, models: Sequence[str | None], **settings: Any
 ) -> OutputFolder:
-    """Check the output folder of a stage command before any time is spent, and write nothing.
+    """Check what a stage command can know before any time is spent, its output folder first of all.
 
     Args:
         name (`str`): Name of the stage.
         args (`AdaLATrainingArguments`): Its settings, `output_dir` among them.
         data (`DataConfig`): Where the images come from.
         models (`Sequence[str]`): What is read besides, teacher and model; names on the Hub or folders.
-        settings: Whatever else decides the result.
+        settings: All else that decides the result.
 
     Raises:
-        UsageError: See `OutputFolder`.
+        UsageError: See `OutputFolder`, `check_streaming` and `check_cache`.
     """
+    check_streaming(data, args.max_steps)
     of_data = {key: value for key, value in asdict(data).items() if not key.startswith("eval_")}
     named = {"dataset": data.dataset} | {key: value for key, value in settings.items() if isinstance(value, str)}
     places = {key: os.path.realpath(value) for key, value in named.items() if value and os.path.exists(value)}
     inputs = [*models, data.dataset]
-    return OutputFolder(args.output_dir, name, of_data | settings | places | training_settings(args), inputs)
+    folder = OutputFolder(args.output_dir, name, of_data | settings | places | training_settings(args), inputs)
+    writes_to(args.output_dir)
+    check_cache()
+    return folder
 
 
 def finished_before(folder: OutputFolder) -> bool:

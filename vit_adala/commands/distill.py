@@ -12,14 +12,12 @@ from modeling_adala.errors import UsageError
 from modeling_adala.families import transformer_blocks
 from modeling_adala.loading import check_stage_directory, load_config, load_student, load_teacher_config
 from trainers.base_config import COUNT
-from trainers.data_config import DataConfig, check_streaming
+from trainers.data_config import DataConfig
 from trainers.feature_alignment_config import FeatureAlignmentConfig
 from trainers.recipe_config import StudentConfig
 from trainers.settings import check_settings
 
 from ..arguments import CommandParser
-from ..environment_checks import check_cache
-from ..interruption import writes_to
 from .common import finished_before, load_data, open_folder, run_and_report
 
 
@@ -57,23 +55,21 @@ def main(arguments: Sequence[str]) -> None:
         FeatureAlignmentConfig,
     )
     model_args, student_args, data_args, args = parser.parse(arguments)
-    check_streaming(data_args, args.max_steps)
     models = [model_args.teacher, model_args.model]
     settings = asdict(model_args) | asdict(student_args)
     folder = open_folder("feature-alignment", args, data_args, models, **settings)
-    writes_to(args.output_dir)
-    check_cache()
     is_student = load_config(model_args.model).model_type.startswith("adala_")
     options = student_args.feature_options
     _check_teacher(model_args, is_student, options)
     teacher = model_args.teacher if is_student else model_args.model
-    width = vision_config(load_teacher_config(teacher)).hidden_size
+    teacher_config = load_teacher_config(teacher)
+    width = vision_config(teacher_config).hidden_size
     if model_args.lora_r is not None and model_args.lora_r > width:
         raise UsageError(f"lora_r={model_args.lora_r} is more than the {width} channels of the model; 16 is usual.")
     if is_student:
         check_stage_directory(model_args.model, ("attention-alignment", "converted", "feature-alignment"), "stage 2")
     else:
-        student_config(load_teacher_config(teacher), **options)  # before any time is spent
+        student_config(teacher_config, **options)  # before any time is spent
     if finished_before(folder):
         return
     set_seed(args.seed)

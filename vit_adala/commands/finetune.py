@@ -21,15 +21,13 @@ from modeling_adala.loading import (
 )
 from trainers.callbacks import append_metrics
 from trainers.comparison import Comparison
-from trainers.data_config import DataConfig, check_streaming
+from trainers.data_config import DataConfig
 from trainers.output_folder import EVALUATION, METRICS, OutputFolder
 from trainers.segmentation import evaluate_segmentation, segmentation_processor
 from trainers.segmentation_data import SegmentationData, read_labels
 from trainers.supervised_config import SupervisedConfig
 
 from ..arguments import CommandParser
-from ..environment_checks import check_cache
-from ..interruption import writes_to
 from .common import finished_before, load_data, open_folder, record_evaluation, run_and_report
 
 
@@ -65,13 +63,10 @@ def main(arguments: Sequence[str]) -> None:
         SupervisedConfig,
     )
     model_args, data_args, args = parser.parse(arguments)
-    check_streaming(data_args, args.max_steps)
     if model_args.task not in TASKS:
         raise UsageError(f"task={model_args.task!r} is not supported; choose from {', '.join(TASKS)}.")
     _check_metric(args.metric_for_best_model, model_args.task)
     folder = open_folder("supervised", args, data_args, [model_args.model], **asdict(model_args))
-    writes_to(args.output_dir)
-    check_cache()
     config = load_config(model_args.model)
     get_family(config.model_type)
     if config.model_type.startswith("adala_"):
