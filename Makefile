@@ -23,7 +23,7 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do \
 TORCH_INDEX ?=
 # The release that `make lock` pins: the one that the tests and the figures in docs/performance.md were made with.
 TORCH ?= torch==2.13.0
-# Arguments of pytest:  make test-oldest TESTS="tests/test_families.py -k vit"
+# Arguments of pytest:  make test-oldest TESTS="tests/modeling_adala/test_families.py -k vit"
 TESTS ?=
 
 # Always `python -m`: the first line of an installed script breaks when the folder moves.

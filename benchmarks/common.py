@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trainers.checkpoints import whole_file
+from trainers.runs.checkpoints import whole_file
 from vit_adala.benchmark.facts import run_facts
 from vit_adala.benchmark.floor import Floor
 from vit_adala.benchmark.timing import Timing

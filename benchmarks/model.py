@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel, ViTConfig, ViTMode
 
 from modeling_adala.configuration_adala import AdaLAViTConfig
 from modeling_adala.errors import AdaLAError
-from modeling_adala.flops import count_tokens, image_cost
+from modeling_adala.inspection.flops import count_tokens, image_cost
 from modeling_adala.modeling_adala import AdaLAViTModel
 from vit_adala.benchmark.floor import DEFINITION, measure_floor
 from vit_adala.benchmark.models import TOLERANCES, check_features, expected_features, forward_of, reference_of

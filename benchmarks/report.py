@@ -9,7 +9,7 @@ from typing import Any
 
 from hub_cards.card import Markdown, code, plain, table
 from modeling_adala.errors import DataError
-from trainers.checkpoints import whole_file
+from trainers.runs.checkpoints import whole_file
 from vit_adala.benchmark.floor import DEFINITION
 from vit_adala.benchmark.models import TOLERANCES
 from vit_adala.benchmark.operators import BOUNDS

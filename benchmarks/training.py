@@ -14,12 +14,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from modeling_adala.conversion import student_config
+from modeling_adala.conversion.convert import student_config
+from modeling_adala.conversion.loading import load_teacher_config
 from modeling_adala.errors import AdaLAError
-from modeling_adala.flops import count_tokens, image_cost, linear_config
-from modeling_adala.loading import load_teacher_config
+from modeling_adala.inspection.flops import count_tokens, image_cost, linear_config
 from trainers.base_config import has_fast_bf16
-from trainers.digits import DIGITS_TEACHER
+from trainers.data.digits import DIGITS_TEACHER
 from vit_adala.benchmark.memory import peak_of
 from vit_adala.benchmark.timing import Timing, time_in_turns
 

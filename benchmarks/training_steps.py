@@ -21,16 +21,16 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion import convert
-from modeling_adala.families import attention_modules, forward_tower
-from modeling_adala.loading import load_config, load_teacher
+from modeling_adala.conversion.convert import convert
+from modeling_adala.conversion.loading import load_config, load_teacher
+from modeling_adala.inspection.towers import attention_modules, forward_tower
 from trainers.attention_alignment_trainer import AttentionAlignmentTrainer
 from trainers.base_config import has_fast_bf16
 from trainers.base_trainer import AlignmentTrainer, freeze_all_but
-from trainers.data import ImageDataset
+from trainers.data.image_dataset import ImageDataset
+from trainers.data.transforms import ImageTransform
 from trainers.feature_alignment_trainer import FeatureAlignmentTrainer
-from trainers.stages import STAGES
-from trainers.transforms import ImageTransform
+from trainers.runs.stages import STAGES
 
 TEACHER, STUDENT, STAGE_1, STAGE_2 = "teacher forward", "student forward", "stage 1", "stage 2"
 HOOKS = "hooks on everything"

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from modeling_adala import convert
-from modeling_adala.families import native_size
+from modeling_adala.inspection.towers import native_size
 from trainers import (
     AttentionAlignmentConfig,
     AttentionAlignmentTrainer,
@@ -29,7 +29,7 @@ from trainers import (
     SupervisedConfig,
     SupervisedTrainer,
 )
-from trainers.digits import DIGITS_TEACHER, load_digits
+from trainers.data.digits import DIGITS_TEACHER, load_digits
 
 
 def zeros_and_ones(split: str) -> datasets.Dataset:

@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import AutoImageProcessor, HfArgumentParser, set_seed
 
 from modeling_adala import UsageError, convert
-from modeling_adala.loading import load_teacher
+from modeling_adala.conversion.loading import load_teacher
 from trainers import (
     AttentionAlignmentConfig,
     AttentionAlignmentTrainer,
@@ -26,8 +26,8 @@ from trainers import (
     FeatureAlignmentConfig,
     FeatureAlignmentTrainer,
 )
-from trainers.digits import DIGITS_TEACHER
-from trainers.evaluation import compare_features, evaluate_pair
+from trainers.data.digits import DIGITS_TEACHER
+from trainers.evaluation.probes import compare_features, evaluate_pair
 
 
 @dataclass

@@ -20,9 +20,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, set_seed
 
 from modeling_adala import convert
-from modeling_adala.families import native_size
+from modeling_adala.inspection.towers import native_size
 from trainers import SegmentationDataset, SegmentationTransform, SupervisedConfig, SupervisedTrainer
-from trainers.digits import DIGITS_TEACHER, load_digits
+from trainers.data.digits import DIGITS_TEACHER, load_digits
 
 LABELS = ["background", *(f"digit {digit}" for digit in range(10))]
 

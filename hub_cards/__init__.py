@@ -2,7 +2,6 @@
 
 from .card import build_card, write_card
 from .card_data import AdaLACardData
-from .checks import check_checkpoint
 from .push import PushPlan, plan_push, push
 
-__all__ = ["AdaLACardData", "PushPlan", "build_card", "check_checkpoint", "plan_push", "push", "write_card"]
+__all__ = ["AdaLACardData", "PushPlan", "build_card", "plan_push", "push", "write_card"]

@@ -9,9 +9,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PretrainedConfig
 
 from modeling_adala.configuration_adala import vision_config
+from modeling_adala.conversion.loading import load_config
 from modeling_adala.errors import CheckpointError
-from modeling_adala.families import get_family
-from modeling_adala.loading import load_config
+from modeling_adala.inspection.towers import get_family
 
 from .records import (
     find_license,

@@ -27,10 +27,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 import modeling_adala
+from modeling_adala.conversion.loading import load_config
+from modeling_adala.conversion.stored_weights import INDEX, check_dtypes, nonfinite_tensors, weight_files
 from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
 from modeling_adala.hub_code import auto_map, shared_name
-from modeling_adala.loading import load_config
-from modeling_adala.stored_weights import INDEX, check_dtypes, nonfinite_tensors, weight_files
 
 from .card import build_card, render_card
 from .card_data import AdaLACardData

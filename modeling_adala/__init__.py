@@ -3,11 +3,11 @@
 __version__ = "0.1.0"
 
 from . import configuration_adala, modeling_adala
-from .check_linear import LinearReport, check_linear
 from .configuration_adala import *  # noqa: F403
-from .conversion import ParityReport, convert
+from .conversion.convert import ParityReport, convert
 from .errors import AdaLAError, CheckpointError, DataError, UsageError
 from .feature_maps import FEATURE_MAPS, build_feature_map
+from .inspection.check_linear import LinearReport, check_linear
 from .linear_attention import attention_weights, linear_attention, linear_attention_reference
 from .mixins import attention_map
 from .modeling_adala import *  # noqa: F403

@@ -12,7 +12,7 @@ import torch
 
 from .cpu_backend import unavailable as cpu_unavailable
 from .errors import UsageError
-from .triton_backend import unavailable as triton_unavailable
+from .kernels.triton_backend import unavailable as triton_unavailable
 
 BACKENDS = ("torch", "cpu", "triton", "reference")
 VARIABLE = "ADALA_BACKEND"

@@ -32,8 +32,8 @@ from .feature_maps import (
     must_run_whole,
     softmax_pair,
 )
+from .kernels.triton_backend import linear_attention_triton, unsupported
 from .torch_backend import linear_attention_torch, mask_keys
-from .triton_backend import linear_attention_triton, unsupported
 from .upstream import is_in_torch_dispatch_mode, is_transformed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from modeling_adala.families import FAMILIES, Family, vision_tower
+from modeling_adala.inspection.towers import FAMILIES, Family, vision_tower
 from modeling_adala.mixins import image_inputs, num_special_tokens
 
 # A configuration takes what it has a field for. A family that needs another field gets it here, in one line.

@@ -161,7 +161,7 @@ class Storm:
         self.reset()
 
     def _sealed(self, stage: str) -> list[Path]:
-        from trainers.checkpoints import is_sealed, list_checkpoints
+        from trainers.runs.checkpoints import is_sealed, list_checkpoints
 
         (folder,) = sorted((self.out / "checkpoints").glob(f"*-{stage}")) or [self.out / "none"]
         return [path for path in list_checkpoints(folder) if is_sealed(path)]
@@ -197,7 +197,7 @@ class Storm:
 def _save_digits(path: Path) -> None:
     import datasets
 
-    from trainers.digits import load_digits
+    from trainers.data.digits import load_digits
 
     splits = {"train": load_digits("train").select(range(40)), "test": load_digits("test").select(range(0, 1000, 100))}
     datasets.DatasetDict(splits).save_to_disk(path)
@@ -206,16 +206,16 @@ def _save_digits(path: Path) -> None:
 def _run(arguments: list[str]) -> int:
     import torch
 
-    import trainers.report
+    import trainers.report.report
     from vit_adala.cli import main
 
     torch.set_num_threads(1)
-    measure = trainers.report.measure_speed
-    trainers.report.measure_speed = partial(measure, budget=0.0)  # the smallest size is enough
+    measure = trainers.report.report.measure_speed
+    trainers.report.report.measure_speed = partial(measure, budget=0.0)  # the smallest size is enough
     try:
         return main(arguments)
     finally:
-        trainers.report.measure_speed = measure
+        trainers.report.report.measure_speed = measure
 
 
 def _run_child(arguments: list[str], log: Path) -> None:

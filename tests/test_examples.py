@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from modeling_adala import AdaLAViTForImageClassification, AdaLAViTForSemanticSegmentation
-from trainers.digits import load_digits
+from trainers.data.digits import load_digits
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))

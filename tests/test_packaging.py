@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from trainers.digits import DIGITS_TEACHER, find_teacher
+from trainers.data.digits import DIGITS_TEACHER, find_teacher
 from vit_adala.recipes import find_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoImageProcessor
 
 from modeling_adala import convert
-from trainers.digits import DIGITS_TEACHER
+from trainers.data.digits import DIGITS_TEACHER
 from vit_adala.arguments import CommandParser
 from vit_adala.cli import COMMANDS, main
 

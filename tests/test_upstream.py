@@ -27,9 +27,9 @@ PUSH = "hub_cards/push.py, to tell what a push would change"
 NOTICE = "modeling_adala/linear_attention.py, to let PyTorch see each operation where it waits for them"
 # where it is and what it is called: who needs it
 NAMES = {
-    "accelerate.utils.extract_model_from_parallel": "trainers/evaluation.py, to evaluate a model inside DDP or FSDP",
+    "accelerate.utils.extract_model_from_parallel": "trainers/evaluation/probes.py, to see through DDP and FSDP",
     "accelerate.utils.get_int_from_env": "vit_adala/cli.py, to print once and not in every process",
-    "huggingface_hub._CACHED_NO_EXIST": "modeling_adala/loading.py, to tell no file from no network",
+    "huggingface_hub._CACHED_NO_EXIST": "modeling_adala/conversion/loading.py, to tell no file from no network",
     "huggingface_hub.dataclasses.strict": f"{CONFIGURATION}, as the stock configurations do",
     "huggingface_hub.utils.sha.git_hash": PUSH,
     "huggingface_hub.utils.sha.sha_fileobj": PUSH,
@@ -38,9 +38,9 @@ NAMES = {
     "torch.cpu._is_amx_tile_supported": "modeling_adala/cpu_backend.py, to choose the dtype of products",
     "torch.cpu._is_avx512_bf16_supported": "modeling_adala/cpu_backend.py, to choose the dtype of products",
     "torch.utils._python_dispatch.is_in_torch_dispatch_mode": NOTICE,
-    "transformers.AttentionInterface._global_mapping": "modeling_adala/check_linear.py, to watch attention",
-    "transformers.AutoModel._model_mapping": "modeling_adala/hub_code.py and hub_cards/probe.py, to know auto_map",
-    "transformers.PreTrainedModel._can_set_attn_implementation": "modeling_adala/check_linear.py, to say why",
+    "transformers.AttentionInterface._global_mapping": "modeling_adala/inspection/check_linear.py, to watch attention",
+    "transformers.AutoModel._model_mapping": "hub_code.py and vit_adala/doctor/probe.py, to know auto_map",
+    "transformers.PreTrainedModel._can_set_attn_implementation": "inspection/check_linear.py, to say why",
     "transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected": "modeling_adala/mixins.py, to drop poolers",
     "transformers.PreTrainedModel.initialize_weights": "modeling_adala/mixins.py, to start feature maps neutral",
     "transformers.PreTrainedModel.is_remote_code": "modeling_adala/mixins.py, to save a checkpoint with its code",
@@ -57,9 +57,9 @@ NAMES = {
     "transformers.dynamic_module_utils.get_relative_import_files": "hub_cards/push.py, to push code with weights",
     "transformers.initialization": "modeling_adala/feature_maps.py, to leave loaded weights alone",
     "transformers.integrations.sdpa_attention.repeat_kv": "modeling_adala/attention_interface.py, for grouped queries",
-    "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS": "trainers/features.py, to picture attention",
+    "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS": "trainers/report/pictures.py, to picture attention",
     "transformers.masking_utils.bidirectional_mask_function": "modeling_adala/attention_interface.py, to read masks",
-    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": "modeling_adala/fused_projections.py, trainers/features.py",
+    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": "fused_projections.py, trainers/report/pictures.py",
     "transformers.models.auto.modeling_auto": "modeling_adala/hub_code.py, to write auto_map",
     "transformers.models.dinov3_vit.modeling_dinov3_vit.apply_rotary_pos_emb": "modeling_adala/fused_projections.py",
     "transformers.trainer.TRAINER_STATE_NAME": CHECKPOINTS,
@@ -308,7 +308,7 @@ def test_checkpoints_are_rotated_by_a_function():
 def test_a_metric_asks_for_its_folder():
     import evaluate
 
-    with relied_on("evaluate", "makes the cache folder of a metric in another way", "trainers/metrics.py"):
+    with relied_on("evaluate", "makes the cache folder of a metric in another way", "trainers/evaluation/metrics.py"):
         assert "self._build_data_dir()" in inspect.getsource(evaluate.Metric.__init__)
         assert "self._data_dir_root" in inspect.getsource(evaluate.Metric._build_data_dir)
 
@@ -317,7 +317,7 @@ def test_a_model_comes_out_of_its_wrapper():
     from accelerate.utils import extract_model_from_parallel
 
     model = nn.Linear(2, 2)
-    with relied_on("accelerate", "unwraps models in another way", "trainers/evaluation.py"):
+    with relied_on("accelerate", "unwraps models in another way", "trainers/evaluation/probes.py"):
         assert extract_model_from_parallel(torch.compile(model), keep_torch_compile=False) is model
 
 

@@ -10,7 +10,7 @@ from family_helpers import inputs_of, randomize, tensors, tiny_config
 from training_helpers import one_thread  # noqa: F401
 
 from modeling_adala import AdaLAViTConfig, AdaLAViTForImageClassification
-from modeling_adala.families import FAMILIES
+from modeling_adala.inspection.towers import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "speed.md").read_text()

@@ -143,8 +143,10 @@ def one_thread():
 @pytest.fixture(autouse=True, scope="module")
 def short_speed_measurement():
     """Reports measure the smallest image size alone. To be imported by name, as `one_thread` is."""
-    import trainers.report
+    import trainers.report.report
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainers.report, "measure_speed", partial(trainers.report.measure_speed, budget=0.0))
+        patch.setattr(
+            trainers.report.report, "measure_speed", partial(trainers.report.report.measure_speed, budget=0.0)
+        )
         yield

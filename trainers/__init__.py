@@ -9,38 +9,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention_alignment_config import AttentionAlignmentConfig
     from .attention_alignment_trainer import AttentionAlignmentTrainer
-    from .data import ImageDataset, StreamingImageDataset, collate_images
-    from .data_config import DataConfig, DataModule
+    from .data.data_config import DataConfig, DataModule
+    from .data.image_dataset import ImageDataset, StreamingImageDataset, collate_images
+    from .data.segmentation_data import SegmentationData, SegmentationDataset
+    from .data.sources import load_images
+    from .data.transforms import ImageTransform, SegmentationTransform
+    from .evaluation.metrics import Accuracy, FeatureCosine, FeatureRelativeError, KNNAccuracy, MeanIoU
+    from .evaluation.segmentation import evaluate_segmentation
     from .feature_alignment_config import FeatureAlignmentConfig
     from .feature_alignment_trainer import FeatureAlignmentTrainer
     from .losses import attention_alignment_loss, feature_alignment_loss
-    from .metrics import Accuracy, FeatureCosine, FeatureRelativeError, KNNAccuracy, MeanIoU
-    from .recipe import run_recipe
-    from .recipe_config import RecipeConfig
-    from .segmentation import evaluate_segmentation
-    from .segmentation_data import SegmentationData, SegmentationDataset
-    from .sources import load_images
+    from .runs.recipe import run_recipe
+    from .runs.recipe_config import RecipeConfig
     from .supervised_config import SupervisedConfig
     from .supervised_trainer import SupervisedTrainer
-    from .transforms import ImageTransform, SegmentationTransform
 
 _MODULES = {
     "attention_alignment_config": ["AttentionAlignmentConfig"],
     "attention_alignment_trainer": ["AttentionAlignmentTrainer"],
-    "data": ["ImageDataset", "StreamingImageDataset", "collate_images"],
-    "data_config": ["DataConfig", "DataModule"],
+    "data.image_dataset": ["ImageDataset", "StreamingImageDataset", "collate_images"],
+    "data.data_config": ["DataConfig", "DataModule"],
     "feature_alignment_config": ["FeatureAlignmentConfig"],
     "feature_alignment_trainer": ["FeatureAlignmentTrainer"],
     "losses": ["attention_alignment_loss", "feature_alignment_loss"],
-    "metrics": ["Accuracy", "FeatureCosine", "FeatureRelativeError", "KNNAccuracy", "MeanIoU"],
-    "recipe": ["run_recipe"],
-    "recipe_config": ["RecipeConfig"],
-    "segmentation": ["evaluate_segmentation"],
-    "segmentation_data": ["SegmentationData", "SegmentationDataset"],
-    "sources": ["load_images"],
+    "evaluation.metrics": ["Accuracy", "FeatureCosine", "FeatureRelativeError", "KNNAccuracy", "MeanIoU"],
+    "runs.recipe": ["run_recipe"],
+    "runs.recipe_config": ["RecipeConfig"],
+    "evaluation.segmentation": ["evaluate_segmentation"],
+    "data.segmentation_data": ["SegmentationData", "SegmentationDataset"],
+    "data.sources": ["load_images"],
     "supervised_config": ["SupervisedConfig"],
     "supervised_trainer": ["SupervisedTrainer"],
-    "transforms": ["ImageTransform", "SegmentationTransform"],
+    "data.transforms": ["ImageTransform", "SegmentationTransform"],
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.errors import UsageError
-from modeling_adala.families import attention_modules
+from modeling_adala.inspection.towers import attention_modules
 
 from .attention_alignment_config import AttentionAlignmentConfig
 from .base_trainer import AlignmentTrainer, freeze_all_but

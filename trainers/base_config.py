@@ -15,7 +15,7 @@ from transformers.training_args import ParallelMode
 from modeling_adala.cpu_backend import cpu_multiplies_bfloat16
 from modeling_adala.errors import UsageError
 
-from .settings import Interval, build, check_settings
+from .runs.settings import Interval, build, check_settings
 
 COUNT, LEARNING_RATE = Interval(1), Interval(0, 10)
 # of every number that `TrainingArguments` takes; those of our own are in the metadata of their fields

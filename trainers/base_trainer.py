@@ -24,14 +24,14 @@ from transformers.utils import CONFIG_NAME
 
 from hub_cards import write_card
 from modeling_adala.configuration_adala import vision_config
+from modeling_adala.conversion.loading import load_teacher
+from modeling_adala.conversion.stored_weights import nonfinite_names
 from modeling_adala.errors import AdaLAError, CheckpointError, DataError, UsageError
-from modeling_adala.loading import load_teacher
-from modeling_adala.stored_weights import nonfinite_names
 
-from .checkpoints import find_damage, intact_checkpoint, is_sealed, seal, unseal, writing
-from .data import collate_images
-from .facts import record_stage
-from .monitoring import TrainingCost
+from .data.image_dataset import collate_images
+from .runs.checkpoints import find_damage, intact_checkpoint, is_sealed, seal, unseal, writing
+from .runs.facts import record_stage
+from .runs.monitoring import TrainingCost
 from .teacher import with_cast_weights
 from .upstream import TRAINER_STATE_NAME, TrainOutput
 
@@ -248,7 +248,7 @@ class AlignmentTrainer(AdaLATrainer):
         if kwargs.get("compute_metrics") is not None:
             raise UsageError(
                 "compute_metrics: stages 1 and 2 predict nothing to compute them from; evaluate the student with"
-                " `trainers.evaluation.evaluate_pair`, or in a callback."
+                " `trainers.evaluation.probes.evaluate_pair`, or in a callback."
             )
         teacher = load_teacher(teacher_model)
         check_pair(teacher, model)

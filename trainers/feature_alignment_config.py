@@ -6,8 +6,8 @@ from typing import ClassVar
 from modeling_adala.errors import UsageError
 
 from .base_config import COUNT, AdaLATrainingArguments
-from .feature_cache import DTYPES as CACHE_DTYPES
-from .settings import Interval
+from .data.feature_cache import DTYPES as CACHE_DTYPES
+from .runs.settings import Interval
 
 LOSS_KINDS = ("mse", "cosine")
 WEIGHT = Interval(0)

@@ -12,13 +12,10 @@ from transformers import PreTrainedModel
 
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.errors import UsageError
-from modeling_adala.families import final_features, forward_tower, token_groups, vision_tower
+from modeling_adala.inspection.towers import final_features, forward_tower, token_groups, vision_tower
 
 from .base_trainer import AlignmentTrainer, freeze_all_but
-from .data import ImageDataset, collate_images
-from .facts import hash_weights
-from .feature_alignment_config import FeatureAlignmentConfig
-from .feature_cache import (
+from .data.feature_cache import (
     FEATURES,
     CollateWithFeatures,
     WithTeacherFeatures,
@@ -27,7 +24,10 @@ from .feature_cache import (
     check_folder,
     open_cache,
 )
+from .data.image_dataset import ImageDataset, collate_images
+from .feature_alignment_config import FeatureAlignmentConfig
 from .losses import TeacherVariance, feature_alignment_loss
+from .runs.facts import hash_weights
 
 # they have no part in the final features; left trainable, DDP would wait for gradients that never come
 UNUSED = ("pooler.", "head.", "embeddings.mask_token")

@@ -113,7 +113,7 @@ def feature_alignment_loss(
 
     Args:
         student (`Tensor`), teacher (`Tensor`): `(batch, tokens, hidden_size)`.
-        token_groups (`Mapping[str, slice]`): See `modeling_adala.families.token_groups`.
+        token_groups (`Mapping[str, slice]`): See `modeling_adala.inspection.towers.token_groups`.
         variances (`Mapping`): `TeacherVariance` per group.
         weights (`Mapping`): Weight per group; the loss is the weighted mean over the groups.
 

@@ -7,7 +7,7 @@ from modeling_adala.configuration_adala import pair
 from modeling_adala.errors import UsageError
 
 from .base_config import LEARNING_RATE, AdaLATrainingArguments
-from .transforms import parse_size
+from .data.transforms import parse_size
 
 
 @dataclass

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling_adala.families import FAMILIES, image_inputs, vision_tower
+from modeling_adala.inspection.towers import FAMILIES, image_inputs, vision_tower
 
 from .base_trainer import AdaLATrainer, freeze_all_but
-from .metric_functions import compute_accuracy
-from .segmentation import SegmentationMetrics, is_segmenter, score_masks, segment
+from .evaluation.metric_functions import compute_accuracy
+from .evaluation.segmentation import SegmentationMetrics, is_segmenter, score_masks, segment
 from .supervised_config import SupervisedConfig
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modeling_adala.families import attention_modules, forward_tower
+from modeling_adala.inspection.towers import attention_modules, forward_tower
 
 
 @dataclass(frozen=True)

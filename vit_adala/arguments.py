@@ -4,7 +4,7 @@
 - switches are flags that also take a value: `--streaming`, `--streaming false`;
 - what a command works on is positional (`metadata={"positional": "MODEL"}`).
 
-Texts become what the fields declare in `trainers.settings`, as those of a recipe do.
+Texts become what the fields declare in `trainers.runs.settings`, as those of a recipe do.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from transformers import TrainingArguments
 
 from modeling_adala.errors import UsageError
 from trainers.base_config import AdaLATrainingArguments
-from trainers.plain_yaml import parse_yaml
-from trainers.settings import NO, YES, build, did_you_mean
+from trainers.runs.plain_yaml import parse_yaml
+from trainers.runs.settings import NO, YES, build, did_you_mean
 
 # inherited from TrainingArguments, but what people look for first
 COMMON = {

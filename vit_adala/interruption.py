@@ -22,7 +22,7 @@ def writes_to(folder: str | Path) -> None:
 
 def in_words(stop: KeyboardInterrupt | None = None) -> str:
     """Return what to say of an interruption."""
-    # `trainers.checkpoints` seals what was written to the end; importing its name for that file would take seconds
+    # `trainers.runs.checkpoints` seals what is complete; importing its name for that file would take seconds
     patterns = ("checkpoints/**/checksums.json", "[123]-*/config.json")
     resumes = any(any(folder.glob(pattern)) for folder in _folders for pattern in patterns)
     word = "terminated" if isinstance(stop, Terminated) else "interrupted"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from modeling_adala.backends import choose_backend
-from trainers.facts import describe_machine, software_versions
+from trainers.runs.facts import describe_machine, software_versions
 
 _ROOT = Path(__file__).parents[2]
 # what measuring itself writes does not make a tree dirty

@@ -15,10 +15,10 @@ from transformers.utils import logging as transformers_logging
 
 from hub_cards.records import read_manifest
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion import convert
+from modeling_adala.conversion.convert import convert
+from modeling_adala.conversion.loading import load_config, load_student, load_teacher, load_teacher_config
 from modeling_adala.errors import AdaLAError, UsageError
-from modeling_adala.families import attention_modules, forward_features, get_family, vision_tower
-from modeling_adala.loading import load_config, load_student, load_teacher, load_teacher_config
+from modeling_adala.inspection.towers import attention_modules, forward_features, get_family, vision_tower
 
 from .operators import relative_error
 

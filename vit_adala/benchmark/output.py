@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trainers.checkpoints import whole_file
+from trainers.runs.checkpoints import whole_file
 
 from .cases import Row, Size, break_even, find, ratios
 

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 
 from modeling_adala.attention_interface import feature_map_of
 from modeling_adala.errors import UsageError
-from modeling_adala.families import attention_modules, forward_features
-from modeling_adala.flops import head_dim, image_cost, linear_config, num_features
+from modeling_adala.inspection.flops import head_dim, image_cost, linear_config, num_features
+from modeling_adala.inspection.towers import attention_modules, forward_features
 
 from . import models, operators
 from .cases import Case, Size, compiled_or_error

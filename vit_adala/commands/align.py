@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass, field
 
 from transformers import set_seed
 
-from modeling_adala.conversion import convert, student_config
-from modeling_adala.loading import load_teacher_config
+from modeling_adala.conversion.convert import convert, student_config
+from modeling_adala.conversion.loading import load_teacher_config
 from trainers.attention_alignment_config import AttentionAlignmentConfig
-from trainers.data_config import DataConfig
-from trainers.recipe_config import StudentConfig
+from trainers.data.data_config import DataConfig
+from trainers.runs.recipe_config import StudentConfig
 
 from ..arguments import CommandParser
 from .common import finished_before, load_data, open_folder, run_and_report

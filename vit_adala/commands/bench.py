@@ -13,11 +13,11 @@ from transformers import PretrainedConfig
 
 from modeling_adala.configuration_adala import pair
 from modeling_adala.errors import UsageError
-from modeling_adala.families import patch_size
-from modeling_adala.flops import count_tokens, nearest_size
+from modeling_adala.inspection.flops import count_tokens, nearest_size
+from modeling_adala.inspection.towers import patch_size
 from trainers.base_config import COUNT, has_fast_bf16
-from trainers.settings import Interval, check_settings
-from trainers.transforms import check_image_size, parse_size
+from trainers.data.transforms import check_image_size, parse_size
+from trainers.runs.settings import Interval, check_settings
 
 from ..arguments import CommandParser, print_json
 from ..benchmark.cases import Meter, Row, Size

@@ -11,18 +11,18 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from hub_cards import write_card
-from modeling_adala.loading import load_config, load_image_processor
+from modeling_adala.conversion.loading import load_config, load_image_processor
 from trainers.base_config import AdaLATrainingArguments
 from trainers.base_trainer import is_student
-from trainers.checkpoints import whole_file
-from trainers.data_config import DataConfig, DataModule, check_streaming
-from trainers.facts import data_facts, training_settings
-from trainers.monitoring import cost_in_words
-from trainers.output_folder import EVALUATION, OutputFolder
-from trainers.sources import fingerprint
-from trainers.stages import STAGES, StageResult, run_stage
+from trainers.data.data_config import DataConfig, DataModule, check_streaming
+from trainers.data.sources import fingerprint
+from trainers.runs.checkpoints import whole_file
+from trainers.runs.facts import data_facts, training_settings
+from trainers.runs.monitoring import cost_in_words
+from trainers.runs.output_folder import EVALUATION, OutputFolder
+from trainers.runs.stages import STAGES, StageResult, run_stage
 
-from ..environment_checks import check_cache
+from ..doctor.environment_checks import check_cache
 from ..interruption import writes_to
 
 

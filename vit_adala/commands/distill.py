@@ -7,15 +7,15 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion import convert, student_config
+from modeling_adala.conversion.convert import convert, student_config
+from modeling_adala.conversion.loading import check_stage_directory, load_config, load_student, load_teacher_config
 from modeling_adala.errors import UsageError
-from modeling_adala.families import transformer_blocks
-from modeling_adala.loading import check_stage_directory, load_config, load_student, load_teacher_config
+from modeling_adala.inspection.towers import transformer_blocks
 from trainers.base_config import COUNT
-from trainers.data_config import DataConfig
+from trainers.data.data_config import DataConfig
 from trainers.feature_alignment_config import FeatureAlignmentConfig
-from trainers.recipe_config import StudentConfig
-from trainers.settings import check_settings
+from trainers.runs.recipe_config import StudentConfig
+from trainers.runs.settings import check_settings
 
 from ..arguments import CommandParser
 from .common import finished_before, load_data, open_folder, run_and_report

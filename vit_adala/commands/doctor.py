@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from hub_cards.checks import Check
-from hub_cards.model_checks import Subject, model_checks
+from modeling_adala.conversion.loading import load_config
 from modeling_adala.errors import AdaLAError, DataError, UsageError
-from modeling_adala.loading import load_config
 
 from ..arguments import CommandParser, print_json
-from ..environment_checks import environment_checks
+from ..doctor.checks import Check
+from ..doctor.environment_checks import environment_checks
+from ..doctor.model_checks import Subject, model_checks
 
 DIGITS = "mnist-digits"
 IMAGES = 16
@@ -104,8 +104,8 @@ def _find(model: str) -> Path:
 
 def _images(directory: Path, dataset: str | None) -> Tensor | None:
     """Images as the model wants them; `None` where the built-in ones are not installed."""
-    from modeling_adala.loading import load_image_processor
-    from trainers.data_config import DataConfig, DataModule
+    from modeling_adala.conversion.loading import load_image_processor
+    from trainers.data.data_config import DataConfig, DataModule
 
     name = str(directory)
     try:

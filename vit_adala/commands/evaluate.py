@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
+from modeling_adala.conversion.loading import load_student, load_teacher, load_teacher_config
 from modeling_adala.errors import UsageError
-from modeling_adala.loading import load_student, load_teacher, load_teacher_config
 from trainers.base_config import COUNT
 from trainers.base_trainer import check_pair
-from trainers.comparison import Comparison
-from trainers.data_config import DataConfig
-from trainers.facts import data_facts
-from trainers.settings import check_settings
+from trainers.data.data_config import DataConfig
+from trainers.evaluation.comparison import Comparison
+from trainers.runs.facts import data_facts
+from trainers.runs.settings import check_settings
 
 from ..arguments import CommandParser, print_json
-from ..environment_checks import check_cache
+from ..doctor.environment_checks import check_cache
 from .common import load_data
 
 

@@ -12,11 +12,20 @@ from transformers import PreTrainedModel
 
 from modeling_adala.attention_interface import feature_map_of
 from modeling_adala.configuration_adala import vision_config
+from modeling_adala.conversion.loading import (
+    load_config,
+    load_image_processor,
+    load_student,
+    load_teacher,
+    load_teacher_config,
+)
 from modeling_adala.errors import DataError, UsageError
-from modeling_adala.families import attention_modules, get_family, native_size, patch_size, token_groups
-from modeling_adala.loading import load_config, load_image_processor, load_student, load_teacher, load_teacher_config
+from modeling_adala.inspection.towers import attention_modules, get_family, native_size, patch_size, token_groups
 from trainers.base_trainer import check_pair
-from trainers.features import (
+from trainers.data.image_files import ImageFiles, Unreadable, blaming, open_image
+from trainers.data.transforms import ImageTransform, check_image_size, parse_size
+from trainers.evaluation.metric_functions import cosine_similarity_mean
+from trainers.report.pictures import (
     ColorBasis,
     check_layer,
     check_query,
@@ -25,9 +34,6 @@ from trainers.features import (
     patch_features,
     query_attention,
 )
-from trainers.image_files import ImageFiles, Unreadable, blaming, open_image
-from trainers.metric_functions import cosine_similarity_mean
-from trainers.transforms import ImageTransform, check_image_size, parse_size
 
 from ..arguments import CommandParser
 

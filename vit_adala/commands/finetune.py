@@ -10,21 +10,21 @@ from rich.table import Table
 from rich.text import Text
 from transformers import set_seed
 
-from modeling_adala.errors import UsageError
-from modeling_adala.families import get_family
-from modeling_adala.loading import (
+from modeling_adala.conversion.loading import (
     check_stage_directory,
     load_classifier,
     load_config,
     load_image_processor,
     load_segmenter,
 )
-from trainers.callbacks import append_metrics
-from trainers.comparison import Comparison
-from trainers.data_config import DataConfig
-from trainers.output_folder import EVALUATION, METRICS, OutputFolder
-from trainers.segmentation import evaluate_segmentation, segmentation_processor
-from trainers.segmentation_data import SegmentationData, read_labels
+from modeling_adala.errors import UsageError
+from modeling_adala.inspection.towers import get_family
+from trainers.data.data_config import DataConfig
+from trainers.data.segmentation_data import SegmentationData, read_labels
+from trainers.evaluation.comparison import Comparison
+from trainers.evaluation.segmentation import evaluate_segmentation, segmentation_processor
+from trainers.runs.callbacks import append_metrics
+from trainers.runs.output_folder import EVALUATION, METRICS, OutputFolder
 from trainers.supervised_config import SupervisedConfig
 
 from ..arguments import CommandParser

@@ -11,8 +11,8 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from modeling_adala.configuration_adala import pair
-from modeling_adala.families import native_size, patch_size, token_groups
-from modeling_adala.flops import (
+from modeling_adala.conversion.loading import load_config
+from modeling_adala.inspection.flops import (
     ATTENTIONS,
     break_even,
     count_tokens,
@@ -23,8 +23,8 @@ from modeling_adala.flops import (
     nearest_size,
     num_features,
 )
-from modeling_adala.loading import load_config
-from trainers.transforms import parse_size
+from modeling_adala.inspection.towers import native_size, patch_size, token_groups
+from trainers.data.transforms import parse_size
 
 from ..arguments import CommandParser, print_json
 

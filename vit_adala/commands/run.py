@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, fields
 from typing import get_type_hints
 
 from modeling_adala.errors import UsageError
-from trainers.recipe import run_recipe
-from trainers.recipe_config import RecipeConfig
-from trainers.settings import build, did_you_mean, fit_type
+from trainers.runs.recipe import run_recipe
+from trainers.runs.recipe_config import RecipeConfig
+from trainers.runs.settings import build, did_you_mean, fit_type
 
 from ..arguments import CommandParser, parse_settings
-from ..environment_checks import check_cache
+from ..doctor.environment_checks import check_cache
 from ..interruption import writes_to
 from ..recipes import find_recipe
 

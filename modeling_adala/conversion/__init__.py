@@ -1,0 +1,1 @@
+"""From a softmax checkpoint to a linear student: opening models, checking what arrived, converting."""

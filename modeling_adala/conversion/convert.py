@@ -1,0 +1,175 @@
+"""Teacher to student: the same weights under linear attention, and the proof that nothing else changed."""
+
+import copy
+import logging
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..configuration_adala import from_stock_dict, vision_config
+from ..errors import AdaLAError, CheckpointError, UsageError
+from ..inspection.towers import (
+    FAMILIES,
+    attention_implementation,
+    eval_mode,
+    forward_features,
+    get_family,
+    native_size,
+    patch_size,
+    vision_tower,
+)
+from .loading import check_teacher, load_teacher, load_teacher_config
+
+logger = logging.getLogger(__name__)
+
+# what a backbone leaves out of its base model
+POOLERS = ("pooler.", "head.")
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Student in softmax mode beside its teacher: the conversion is right if they agree.
+
+    Args:
+        differences (`dict[str, float]`): Largest absolute difference of `last_hidden_state` per image size
+            (`"heightxwidth"`), in float32 on random pixels.
+        tolerance (`float`): What still counts as equal.
+    """
+
+    differences: dict[str, float]
+    tolerance: float = 1e-5
+
+    @property
+    def max_difference(self) -> float:
+        return max(self.differences.values(), key=lambda value: math.inf if math.isnan(value) else value)
+
+    @property
+    def passed(self) -> bool:
+        return self.max_difference < self.tolerance
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{size}: {difference:.1e}" for size, difference in self.differences.items())
+        return f"parity {'passed' if self.passed else 'FAILED'} (softmax mode against teacher, max abs diff {sizes})"
+
+
+def convert(
+    teacher: str | os.PathLike | PreTrainedModel,
+    *,
+    head: str | None = None,
+    feature_map: str | None = None,
+    feature_map_kwargs: dict | None = None,
+    softmax_layers: list[int] | None = None,
+    check_parity: bool = True,
+) -> tuple[PreTrainedModel, ParityReport | None]:
+    """Build the linear-attention student of a softmax teacher: all weights are the teacher's, attention is linear.
+
+    The student is untrained: its features are of little use before stages 1 and 2.
+
+    Args:
+        teacher (`str` or `PreTrainedModel`): Stock softmax model of a supported family: Hub id, local folder, or a
+            model, which is left as it is.
+        head (`str`, *optional*): `"Model"`, `"ForImageClassification"`, `"Backbone"`, `"ForSemanticSegmentation"`, ...
+            Default: the teacher's own. What the teacher has no weights for starts at random.
+        feature_map, feature_map_kwargs, softmax_layers (*optional*): See `AdaLAConfigMixin`.
+        check_parity (`bool`, *optional*, defaults to `True`): Compare the student in softmax mode with the teacher.
+
+    Returns:
+        `tuple[PreTrainedModel, ParityReport or None]`: Student in float32, and the report.
+
+    Raises:
+        UsageError: for an unsupported family or wrong options.
+        DataError, CheckpointError: if the teacher cannot be opened, or its weights are not finite.
+        AdaLAError: if the student in softmax mode does not equal the teacher.
+
+    Example:
+
+    ```python
+    student, report = convert("facebook/dinov2-small", feature_map="elu", softmax_layers=[-1])
+    print(report)
+    ```
+    """
+    options = {"feature_map": feature_map, "feature_map_kwargs": feature_map_kwargs, "softmax_layers": softmax_layers}
+    options = {key: value for key, value in options.items() if value is not None}
+    teacher = os.fspath(teacher) if isinstance(teacher, os.PathLike) else teacher
+    if isinstance(teacher, str):  # wrong options should fail before the weights are read
+        student_config(load_teacher_config(teacher), **options)
+        model = load_teacher(teacher, head)
+    else:
+        model = check_teacher(teacher)
+    head = head or _head_of(model)
+    config = student_config(model.config, **options)
+    student = get_family(config.model_type).classes[head](config)
+    _copy_weights(model, student)
+    student.eval()
+    report = parity_report(model, student) if check_parity else None
+    if report is not None:
+        if not report.passed:
+            raise AdaLAError(f"{report}: the student does not carry the teacher's weights; please report this.")
+        logger.info(str(report))
+    return student, report
+
+
+def student_config(teacher_config: PretrainedConfig, **options) -> PretrainedConfig:
+    """Return the AdaLA configuration of a teacher: every stock field, the linear-attention options, the provenance."""
+    config_class = get_family(teacher_config.model_type).config_class
+    fields = copy.deepcopy(teacher_config.to_dict())
+    for name in ("architectures", "transformers_version", "auto_map", "dtype"):
+        fields.pop(name, None)
+    options |= {"teacher_revision": getattr(teacher_config, "_commit_hash", None), "adala_stage": "converted"}
+    return config_class(**from_stock_dict(config_class, fields, teacher_config.name_or_path or None, **options))
+
+
+@torch.no_grad()
+def parity_report(teacher: PreTrainedModel, student: PreTrainedModel) -> ParityReport:
+    """Compare the student in softmax mode with its teacher at the native and at a rectangular size, in float32.
+
+    Both are left as they are.
+
+    Raises:
+        CheckpointError: if the teacher's own features are not finite.
+    """
+    teacher, student = (m if m.dtype == torch.float32 else copy.deepcopy(m).float() for m in (teacher, student))
+    config, differences = vision_config(teacher.config), {}
+    rows, columns = patch_size(config)
+    generator = torch.Generator().manual_seed(0)
+    own = vision_tower(teacher).config._attn_implementation
+    softmax = own if own in ("eager", "sdpa") else "sdpa"  # the others may not know float32
+    with (
+        eval_mode(teacher),
+        eval_mode(student),
+        attention_implementation(teacher, softmax),
+        attention_implementation(student, softmax),
+    ):
+        for height, width in (native_size(config), (4 * rows, 6 * columns)):
+            pixels = torch.randn(1, config.num_channels, height, width, generator=generator)
+            expected, found = (forward_features(model, pixels.to(model.device)) for model in (teacher, student))
+            if not expected.isfinite().all():
+                raise CheckpointError(
+                    f"teacher {teacher.config.name_or_path or type(teacher).__name__!r} gives non-finite features for"
+                    f" random images of {height}x{width} pixels: its weights are damaged. Get a fresh copy from its"
+                    " source."
+                )
+            differences[f"{height}x{width}"] = (expected - found.to(expected.device)).abs().max().item()
+    return ParityReport(differences)
+
+
+def _head_of(teacher: PreTrainedModel) -> str:
+    name = type(teacher).__name__
+    for head, student_class in get_family(teacher.config.model_type).classes.items():
+        if student_class.__name__ == f"AdaLA{name}":
+            return head
+    known = [cls.__name__.removeprefix("AdaLA") for family in FAMILIES.values() for cls in family.classes.values()]
+    raise UsageError(f"teacher class {name} has no linear counterpart; choose one of {', '.join(known)}.")
+
+
+def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    same_head = type(student).__name__ == f"AdaLA{type(teacher).__name__}"
+    target, source = (student, teacher) if same_head else (vision_tower(student), vision_tower(teacher))
+    missing, unexpected = target.load_state_dict(source.state_dict(), strict=False)
+    missing = [key for key in missing if ".feature_map." not in key]
+    unexpected = [key for key in unexpected if same_head or not key.startswith(POOLERS)]
+    if missing or unexpected:
+        raise AdaLAError(f"conversion lost weights: missing {missing}, unexpected {unexpected}; please report this.")

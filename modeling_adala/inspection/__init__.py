@@ -1,0 +1,1 @@
+"""Looking into models: towers and their tokens, FLOPs, which attention runs."""

@@ -1,0 +1,67 @@
+"""What the report measures and draws: tokens as the family counts them, in a precision that the machine has."""
+
+import json
+
+import pytest
+import torch
+from family_helpers import stock_model
+from training_helpers import one_thread  # noqa: F401
+
+import trainers.report.report as report
+from modeling_adala import convert
+from modeling_adala.inspection.towers import FAMILIES, forward_features
+from trainers.report.report import _is_speed, measure_speed, summary_table
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_are_those_of_the_model(name):
+    teacher = stock_model(name)
+    student, _ = convert(teacher, check_parity=False)
+    row = measure_speed(teacher, student, budget=0.0)["rows"][0]
+    with torch.no_grad():
+        pixels = torch.zeros(1, 3, row["size"], row["size"])
+        assert forward_features(teacher, pixels).shape[1] == row["tokens"]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_precision_is_one_that_the_machine_multiplies(monkeypatch, fast):
+    monkeypatch.setattr(report, "has_fast_bf16", lambda: fast)
+    teacher, dtypes = stock_model("dinov2"), set()
+    student, _ = convert(teacher, check_parity=False)
+    for model in (teacher, student):
+        model.encoder.layer[0].mlp.fc1.register_forward_hook(lambda _, __, output: dtypes.add(str(output.dtype)))
+    speed = measure_speed(teacher, student, budget=0.0)
+    assert dtypes == {f"torch.{speed['dtype']}"} == ({"torch.bfloat16"} if fast else {"torch.float32"})
+    assert speed["autocast"] == ("bfloat16" if fast else None)
+    assert _is_speed(json.loads(json.dumps(speed)))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {},
+        {"rows": []},
+        {"rows": [{"size": 32}]},
+        {"rows": "many"},
+        {"rows": [{"size": 32, "tokens": 17, "teacher": "x", "student": 1.0}]},
+    ],
+)
+def test_damaged_record_of_the_speed_is_no_record(damage):
+    row = {"size": 32, "tokens": 17, "teacher": 1.0, "student": 1.0}
+    whole = {"machine": "m", "batch_size": 1, "dtype": "float32", "rows": [row]}
+    assert _is_speed(whole)
+    assert not _is_speed(whole | damage if damage else {})
+
+
+def test_teacher_without_a_head_for_the_data_has_no_accuracy():
+    evaluations = {
+        "teacher": {},
+        "swapped": {"num_eval_images": 5, "teacher_knn_accuracy": 0.9, "student_knn_accuracy": 0.5},
+        "supervised": {"num_eval_images": 5, "head_accuracy": 0.8},
+    }
+    heading, teacher, _, supervised = summary_table(evaluations, {"stages": {}})
+    assert teacher[heading.index("accuracy")] == "" and supervised[heading.index("accuracy")] == "80.0%"
+    assert teacher[heading.index("k-NN")] == "90.0%"
+    evaluations["teacher"]["head_accuracy"] = 0.7
+    heading, teacher, *_ = summary_table(evaluations, {"stages": {}})
+    assert teacher[heading.index("accuracy")] == "70.0%"

@@ -1,0 +1,1 @@
+"""Images, labels and masks for the three stages."""

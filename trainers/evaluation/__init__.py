@@ -1,0 +1,1 @@
+"""Metrics, probes and comparisons of a student with its teacher."""

@@ -1,0 +1,164 @@
+"""Teacher beside student, on the student's own forward pass: the figures that a run is judged by."""
+
+import logging
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modeling_adala.inspection.towers import forward_tower, token_groups, transformer_blocks, vision_tower
+from modeling_adala.mixins import image_inputs
+
+from ..base_config import has_fast_bf16
+from ..data.data_config import DataModule
+from ..data.labels import head_ids
+from .metric_functions import accuracy, root_ratio
+from .probes import FeatureBank, evaluate_pair, extract_features
+
+logger = logging.getLogger(__name__)
+
+
+class Comparison:
+    """Evaluates any number of students against one teacher; the teacher's k-NN features are computed once.
+
+    Args:
+        teacher (`PreTrainedModel`): Softmax model.
+        data (`DataModule`): Evaluation images, and training images for k-NN and linear probe.
+        knn_images (`int`): How many of those.
+        eval_images (`int`, *optional*): How many evaluation images. Default: all.
+        probe (`bool`): Whether to fit linear probes.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        data: DataModule,
+        *,
+        knn_images: int = 2000,
+        eval_images: int | None = None,
+        probe: bool = True,
+        disable_progress: bool | None = None,
+    ):
+        self.teacher, self.probe, self.disable_progress = teacher, probe, disable_progress
+        self.labels, self._told = data.labels, False
+        self.eval_loader = data.loader(data.eval_dataset(eval_images))
+        images = min(eval_images or data.num_eval_images, data.num_eval_images)
+        self.quick_loader = data.loader(data.eval_dataset(min(images, max(500, images // 10))))
+        self.bank_loader = data.loader(data.bank_dataset(knn_images)) if data.has_training_labels else None
+        self.autocast_dtype = torch.bfloat16 if has_fast_bf16() else None
+        self._bank: FeatureBank | None = None
+
+    def __call__(self, student: PreTrainedModel, quick: bool = False) -> dict[str, Any]:
+        """All figures of `evaluate_pair`, `head_accuracy` of a student with a classifier, and `block_errors`.
+
+        With `quick`, on a tenth of the evaluation images (at least 500) and without the linear probe. Returns an empty
+        dictionary where there are no images to evaluate on.
+        """
+        loader = self.quick_loader if quick else self.eval_loader
+        if loader is None:
+            return {}
+        student = student.to(self.teacher.device)
+        options: dict[str, Any] = {"autocast_dtype": self.autocast_dtype, "disable_progress": self.disable_progress}
+        if self._bank is None and self.bank_loader is not None:
+            self._bank = extract_features(self.teacher, self.bank_loader, description="teacher, k-NN", **options)
+        results = evaluate_pair(
+            self.teacher,
+            student,
+            self.bank_loader,
+            loader,
+            probe=self.probe and not quick,
+            teacher_train_bank=self._bank,
+            **options,
+        )
+        head_accuracy = self.classifier_accuracy(student)
+        if head_accuracy is not None:
+            results["head_accuracy"] = head_accuracy
+        return results | {"block_errors": self.block_errors(student)}
+
+    @torch.no_grad()
+    def classifier_accuracy(self, model: PreTrainedModel) -> float | None:
+        """Accuracy of the model's own head; `None` without a head, or without labels of classes that the head has."""
+        if not hasattr(model, "classifier") or self.eval_loader is None or self.labels is None:
+            return None
+        ids = head_ids(model.config.id2label, self.labels)
+        if ids is None and not self._told:
+            self._told = True
+            logger.warning(
+                "no head accuracy: the classes of the data (%s) are not all among those of the model's id2label (%s)",
+                _shortened(self.labels),
+                _shortened(list(model.config.id2label.values())),
+            )
+        if ids is None:
+            return None
+        predictions, labels = [], []
+        model.eval()
+        for batch in self.eval_loader:
+            if "labels" not in batch:
+                return None
+            inputs = image_inputs(vision_tower(model).config, batch["pixel_values"].to(model.device))
+            with self._autocast(model.device):
+                predictions.append(model(**inputs).logits.argmax(-1).cpu())
+            labels.append(batch["labels"])
+        return accuracy(torch.cat(predictions), torch.tensor(ids)[torch.cat(labels)])
+
+    def block_errors(self, student: PreTrainedModel) -> list[float]:
+        """Relative error of the patch tokens after each block, on the first evaluation batch."""
+        if self.eval_loader is None:
+            return []
+        pixels = next(iter(self.eval_loader))["pixel_values"].to(self.teacher.device)
+        with self._autocast(pixels.device):
+            return block_errors(self.teacher, student, pixels)
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+
+@torch.no_grad()
+def block_errors(teacher: PreTrainedModel, student: PreTrainedModel, pixel_values: Tensor) -> list[float]:
+    """Relative error of the student's patch tokens after each block, each model on its own forward pass.
+
+    The blocks of both run in turn, so that the states of two blocks are all that is ever kept: those of all blocks,
+    of both models, would not fit for large images.
+
+    Args:
+        teacher (`PreTrainedModel`): Softmax model.
+        student (`PreTrainedModel`): Model converted from it, on the same device.
+        pixel_values (`Tensor`): `(batch, channels, height, width)`.
+    """
+    for model in (teacher, student):
+        model.eval()
+    patches, blocks = token_groups(teacher.config)["patches"], transformer_blocks(student)
+    calls: list[tuple[tuple, dict]] = []  # what each of the student's blocks gets besides the state
+    state: list[Tensor] = []  # the student's, after as many blocks as the teacher has run
+    errors: list[float] = []
+
+    def remember(block: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not state:
+            state.append(args[0] if args else kwargs["hidden_states"])
+        calls.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+
+    def compare(block: nn.Module, args: tuple, output: Any) -> None:
+        rest, kwargs = calls[len(errors)]
+        state[0] = _state(blocks[len(errors)](state[0], *rest, **kwargs))
+        ours, theirs = (x[:, patches].float() for x in (state[0], _state(output)))
+        errors.append(root_ratio((ours - theirs).square().sum().item(), theirs.square().sum().item()))
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(remember, with_kwargs=True))
+        forward_tower(student, pixel_values)
+    with ExitStack() as hooks:
+        for block in transformer_blocks(teacher):
+            hooks.enter_context(block.register_forward_hook(compare))
+        forward_tower(teacher, pixel_values)
+    return errors
+
+
+def _state(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _shortened(names: list[str]) -> str:
+    return f"{len(names):,}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"

@@ -1,0 +1,304 @@
+"""`report.md` and its pictures: how good the student is, and where it is not."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from hub_cards.card import code, plain
+from hub_cards.records import mapping, number, read_json
+from modeling_adala.configuration_adala import vision_config
+from modeling_adala.conversion.convert import convert
+from modeling_adala.conversion.loading import load_student
+from modeling_adala.inspection.flops import count_tokens
+from modeling_adala.inspection.towers import forward_features, patch_size
+
+from ..base_config import has_fast_bf16
+from ..evaluation.comparison import Comparison
+from ..runs.callbacks import read_metrics
+from ..runs.checkpoints import whole_file
+from ..runs.facts import describe_machine
+from ..runs.monitoring import cost_in_words
+from ..runs.recipe_config import RecipeConfig
+from ..runs.stages import STAGES
+from .pictures import ColorBasis, draw_colors, new_figure, patch_features, save_figure
+
+ROWS = {
+    "teacher": "teacher (softmax)",
+    "swapped": "swapped, untrained",
+    "attention-alignment": "stage 1",
+    "feature-alignment": "stage 2",
+    "supervised": "stage 3",
+    "control": "stage 2 alone, same wall time",
+}
+# heading, key of the student's figure, key of the teacher's, format
+COLUMNS = (
+    ("accuracy", "head_accuracy", None, "{:.1%}"),
+    ("k-NN", "student_knn_accuracy", "teacher_knn_accuracy", "{:.1%}"),
+    ("probe", "student_linear_probe_accuracy", "teacher_linear_probe_accuracy", "{:.1%}"),
+    ("cos CLS", "cls_cosine", None, "{:.4f}"),
+    ("cos patches", "patch_mean_cosine", None, "{:.4f}"),
+    ("error", "relative_error", None, "{:.3f}"),
+    ("images", "num_eval_images", None, "{:,}"),
+)
+
+
+def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Path:
+    """Draws the plots, writes `report.md` from the recorded figures, and prints its table.
+
+    Args:
+        out (`Path`): The run's folder, with `manifest.json` and `metrics.jsonl`.
+        comparison (`Comparison`): The teacher and the evaluation images.
+        config (`RecipeConfig`): The run's settings.
+
+    Returns:
+        `Path`: the report.
+    """
+    manifest = json.loads((out / "manifest.json").read_text())
+    lines = read_metrics(out / "metrics.jsonl")
+    evaluations = {line["evaluation"]: line for line in lines if "evaluation" in line}
+    table = summary_table(evaluations, manifest)
+    students = _students(out, comparison, config)
+    pictures = {}
+    for name, title, draw in (
+        ("alignment.png", "Stage 1: error of each block's attention over the steps", draw_alignment),
+        ("blocks.png", "Error after each block, student running free", draw_blocks),
+    ):
+        if draw(out / name, lines, evaluations):
+            pictures[name] = title
+    if comparison.eval_loader is not None:
+        draw_features(out / "features.png", comparison, students)
+        pictures["features.png"] = "Patch features as PCA colors, one basis (the teacher's) for all"
+    speed = read_json(out / "speed.json")
+    if not _is_speed(speed):  # once for all stages: they change the weights, not what these cost
+        speed = measure_speed(comparison.teacher, students["last"])
+        whole_file(out / "speed.json", json.dumps(speed, indent=2) + "\n")
+    draw_speed(out / "speed.png", speed["rows"])
+    conditions = f"batch {speed['batch_size']}, {speed['dtype']}, on {speed['machine']}"
+    pictures["speed.png"] = f"Forward pass over resolution, {conditions}"
+    whole_file(out / "report.md", _render(table, manifest, pictures, speed["rows"], config))
+    _print(table)
+    return out / "report.md"
+
+
+def summary_table(evaluations: dict[str, dict], manifest: dict[str, Any]) -> list[list[str]]:
+    """Heading and one row per model, as text; columns without any figure are left out."""
+    columns = []
+    for heading, key, teacher_key, form in COLUMNS:
+        values = []
+        for row in (name for name in ROWS if name in evaluations):
+            found = evaluations[row].get(key)
+            if row == "teacher":
+                others = [line[teacher_key] for line in evaluations.values() if teacher_key in line]
+                found = others[-1] if others else found
+            values.append("" if found is None else form.format(found))
+        if any(values):
+            columns.append([heading, *values])
+    seconds = {**manifest["stages"], "control": manifest.get("control", {})}
+    names = [name for name in ROWS if name in evaluations]
+    times = [f"{seconds[name]['seconds']:.0f} s" if seconds.get(name, {}).get("seconds") else "" for name in names]
+    columns = [["", *(ROWS[name] for name in names)], *columns, ["time", *times]]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def draw_alignment(path: Path, lines: list[dict], evaluations: dict[str, dict]) -> bool:
+    """Heat map of stage 1, block by step. False where there is nothing to draw."""
+    logs = [line for line in lines if line.get("stage") == "attention-alignment" and "loss" in line]
+    if not logs:
+        return False
+    blocks = sorted({int(key[6:]) for line in logs for key in line if key.startswith("block_")})
+    errors = np.array([[line.get(f"block_{block}", np.nan) for line in logs] for block in blocks])
+    figure = new_figure(7, 0.28 * len(blocks) + 1.4)
+    axes = figure.subplots()
+    mesh = axes.pcolormesh([line["step"] for line in logs], blocks, errors, shading="nearest", vmin=0, vmax=1)
+    axes.set(xlabel="step", ylabel="block", yticks=blocks)
+    figure.colorbar(mesh, label="relative error (1 = no better than a constant)")
+    return _save(figure, path)
+
+
+def draw_blocks(path: Path, lines: list[dict], evaluations: dict[str, dict]) -> bool:
+    """Relative error after each block, one curve per stage. False where there is nothing to draw."""
+    curves = {name: line["block_errors"] for name, line in evaluations.items() if line.get("block_errors")}
+    if not curves:
+        return False
+    figure = new_figure(7, 3.6)
+    axes = figure.subplots()
+    for name in (name for name in ROWS if name in curves):
+        axes.plot(range(len(curves[name])), curves[name], marker="o", markersize=3, label=ROWS[name])
+    axes.set(xlabel="block", ylabel="relative error of the patch tokens", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, path)
+
+
+def draw_features(path: Path, comparison: Comparison, students: dict[str, PreTrainedModel], images: int = 4) -> None:
+    """Images, and the first three principal components of their patch features as colors."""
+    assert comparison.eval_loader is not None  # write_report asks
+    dataset: Any = comparison.eval_loader.dataset
+    chosen = torch.linspace(0, len(dataset) - 1, images + 2).long()[1:-1].tolist()  # many datasets are sorted by class
+    pixels = torch.stack([dataset[i]["pixel_values"] for i in chosen]).to(comparison.teacher.device)
+    models = {"teacher": comparison.teacher, **{name: model for name, model in students.items() if name != "last"}}
+    features = {name: patch_features(model, pixels) for name, model in models.items()}
+    basis = ColorBasis.fit(features["teacher"])
+    colors = {ROWS[name].split(",")[0]: basis(values) for name, values in features.items()}
+    low, high = pixels.amin(dim=(1, 2, 3), keepdim=True), pixels.amax(dim=(1, 2, 3), keepdim=True)
+    draw_colors(path, ((pixels - low) / (high - low).clamp(min=1e-6)).cpu(), colors)
+
+
+@torch.no_grad()
+def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: float = 20.0) -> dict[str, Any]:
+    """Seconds per image of teacher (SDPA) and student over growing sizes, batch 1, within a time budget.
+
+    Under bf16 autocast where the hardware multiplies bf16, else in float32. On a GPU also `teacher_bytes` and
+    `student_bytes`: the peak of memory above what was in use before.
+
+    Returns:
+        `dict`: `machine`, `batch_size`, `dtype`, `autocast` (`None` without), `teacher_attention`, and one of `rows`
+        per size.
+    """
+    teacher, student = teacher.eval(), student.eval()
+    config, rows, start = vision_config(teacher.config), [], time.perf_counter()
+    height, width = patch_size(config)
+    bf16 = has_fast_bf16()
+    sides = (8, 16, 32, 48, 64, 96, 128)
+    for side, following in zip(sides, (*sides[1:], 0), strict=True):
+        size = side * height, side * width
+        pixels = torch.randn(1, config.num_channels, *size, device=teacher.device)
+        times: dict[str, list[float]] = {"teacher": [], "student": []}
+        peaks: dict[str, float] = {}
+        for repeat in range(4):  # the first is the warm-up
+            for name, model in (("teacher", teacher), ("student", student)):
+                in_use = _reset_peak(pixels.device)
+                begin = time.perf_counter()
+                with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
+                    forward_features(model, pixels)
+                if pixels.is_cuda:
+                    torch.cuda.synchronize()
+                    peaks[f"{name}_bytes"] = torch.cuda.max_memory_allocated(pixels.device) - in_use
+                if repeat:
+                    times[name].append(time.perf_counter() - begin)
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        rows.append({"size": size[1], "tokens": count_tokens(config, size), **medians, **peaks})
+        # softmax costs the square of the tokens, and the tokens grow with the square of the side
+        forecast = 4 * (medians["teacher"] + medians["student"]) * (following / side) ** 4
+        if time.perf_counter() - start + forecast > budget:
+            break
+    return {
+        "machine": describe_machine(),
+        "batch_size": 1,
+        "dtype": "bfloat16" if bf16 else "float32",
+        "autocast": "bfloat16" if bf16 else None,
+        "teacher_attention": config._attn_implementation,
+        "rows": rows,
+    }
+
+
+def _is_speed(speed: dict[str, Any]) -> bool:
+    """Whether a record is one of `measure_speed`, and whole."""
+    rows = speed.get("rows")
+    names = ("size", "tokens", "teacher", "student")
+    is_whole = isinstance(rows, list) and all(number(mapping(row).get(name)) for row in rows for name in names)
+    return bool(rows) and is_whole and {"machine", "batch_size", "dtype"} <= speed.keys()
+
+
+def draw_speed(path: Path, speed: list[dict[str, float]]) -> None:
+    """Time per image over resolution, teacher and student."""
+    figure = new_figure(6, 3.6)
+    axes = figure.subplots()
+    for name, label in (("teacher", "teacher (softmax, SDPA)"), ("student", "student (linear)")):
+        axes.loglog([row["size"] for row in speed], [1000 * row[name] for row in speed], marker="o", label=label)
+    sizes = [int(row["size"]) for row in speed]
+    axes.set(xlabel="image side in pixels", ylabel="ms per image, batch 1")
+    axes.set_xticks(sizes, labels=[str(size) for size in sizes])
+    axes.xaxis.minorticks_off()
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    _save(figure, path)
+
+
+def _render(
+    table: list[list[str]], manifest: dict, pictures: dict[str, str], speed: list[dict], config: RecipeConfig
+) -> str:
+    teacher_revision = f" at {plain(manifest['teacher_revision'])}" if manifest["teacher_revision"] else ""
+    parity = ", ".join(f"{size}: {value:.1e}" for size, value in manifest["parity"].items())
+    stages = []
+    for name, facts in manifest["stages"].items():
+        if facts:
+            resumed = f", resumed from step {facts['resumed_from_step']}" if facts["resumed_from_step"] else ""
+            stages.append(
+                f"- Stage {STAGES[name].number}, {name}: {facts['steps']} steps in {facts['seconds']:.0f} s"
+                f"{cost_in_words(facts)}{resumed}; {plain(facts['images'])}; {code(facts['settings'])}"
+            )
+    rows = [f"| {row['size']:.0f} | {row['tokens']:.0f} | {1000 * row['teacher']:.1f} | {1000 * row['student']:.1f} "
+            f"| {row['teacher'] / row['student']:.2f} |" for row in speed]  # fmt: skip
+    return "\n".join(
+        [
+            f"# {plain(manifest['teacher'])} made linear",
+            "",
+            *_markdown(table),
+            "",
+            "Figures are of each model's own forward pass on the evaluation images. cos patches is the cosine of the"
+            " mean patch feature, error is ‖student - teacher‖ / ‖teacher‖ over all tokens of the final features.",
+            "",
+            f"- Teacher: {code(manifest['teacher'])}{teacher_revision}, weights {manifest['teacher_sha256'][:12]}",
+            f"- Data: {code(manifest['dataset'])}, fingerprint {manifest['data_fingerprint']}",
+            f"- Student: {code(config.feature_options)} (empty: defaults); conversion parity {parity}",
+            *stages,
+            f"- Machine: {manifest['machine']}; bf16 autocast {'on' if manifest['bf16'] else 'off'};"
+            f" {', '.join(f'{name} {number}' for name, number in manifest['versions'].items())}",
+            "",
+            *(line for name, title in pictures.items() for line in (f"## {title}", "", f"![{title}]({name})", "")),
+            "| side | tokens | teacher ms | student ms | teacher / student |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            "Below 1 in the last column, linear attention is slower than softmax at that size.",
+            "",
+        ]
+    )
+
+
+def _markdown(table: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return [lines[0], "|" + "---|" * len(table[0]), *lines[1:]]
+
+
+def _print(rows: list[list[str]]) -> None:
+    table = Table()
+    for index, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=index == 0)
+    for row in rows[1:]:
+        table.add_row(*row)
+    console = Console()
+    Console(width=max(console.width, 100)).print(table)
+
+
+def _students(out: Path, comparison: Comparison, config: RecipeConfig) -> dict[str, PreTrainedModel]:
+    """The student as it came out of each stage, and the last one once more under `"last"`."""
+    device = comparison.teacher.device
+    students = {}
+    for stage in STAGES.values():
+        if (out / stage.directory).is_dir():
+            students[stage.name] = load_student(str(out / stage.directory)).to(device)
+    if not students:
+        students["swapped"], _ = convert(comparison.teacher, check_parity=False, **config.feature_options)
+    return {**students, "last": list(students.values())[-1]}
+
+
+def _reset_peak(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _save(figure: Any, path: Path) -> bool:
+    save_figure(figure, path, dpi=130, bbox_inches="tight")
+    return True

@@ -1,0 +1,152 @@
+"""A whole run in one YAML: teacher, data, the linear student, the settings of each stage."""
+
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from modeling_adala.configuration_adala import DEFAULT_FEATURE_MAP
+from modeling_adala.errors import UsageError
+from modeling_adala.feature_maps import FEATURE_MAPS
+
+from ..base_config import COUNT, RANGES, AdaLATrainingArguments
+from ..data.data_config import DataConfig, check_streaming
+from ..data.sources import describe
+from .plain_yaml import dump_yaml, read_yaml
+from .settings import build, check_settings, did_you_mean, fit_type
+from .stages import STAGES, Stage
+
+FEATURE_MAP_HELP = f"phi: {', '.join(sorted(FEATURE_MAPS))}. Default: {DEFAULT_FEATURE_MAP}"
+
+
+@dataclass
+class StudentConfig:
+    """Options of linear attention that a conversion takes.
+
+    Args:
+        feature_map, feature_map_kwargs, softmax_layers (*optional*): See `AdaLAConfigMixin`.
+    """
+
+    feature_map: str | None = field(default=None, metadata={"help": f"{FEATURE_MAP_HELP}."})
+    feature_map_kwargs: dict = field(
+        default_factory=dict, metadata={"help": "Options of the feature map, such as '{scale: 0.5}'."}
+    )
+    softmax_layers: list[int] = field(
+        default_factory=list, metadata={"help": "Layers that keep softmax, from 0 or, negative, from the end."}
+    )
+
+    @property
+    def feature_options(self) -> dict[str, Any]:
+        """Arguments for `convert`; those left at their default are left out."""
+        names = [item.name for item in fields(StudentConfig)]
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+
+@dataclass
+class RecipeConfig(StudentConfig, DataConfig):
+    """Settings of `run_recipe`, on top of `DataConfig`.
+
+    Args:
+        teacher (`str`): Softmax checkpoint: Hub id or local folder.
+        output_dir (`str`, *optional*, defaults to `"out"`): Everything the run leaves behind.
+        feature_map, feature_map_kwargs, softmax_layers (*optional*): See `AdaLAConfigMixin`.
+        stages (`list[str]`, *optional*): Default: stages 1 and 2, and stage 3 where the data have labels and
+            `supervised` is given.
+        attention_alignment, feature_alignment, supervised (`dict`, *optional*): Settings of each stage's config class.
+        knn_images (`int`, *optional*, defaults to 2000): Training images that k-NN and linear probe learn from.
+        eval_images (`int`, *optional*): Evaluation images. Default: all. The untrained student and the stages before
+            the last are evaluated on a tenth of them, at least 500.
+        control (`bool`, *optional*, defaults to `False`): Also train a student by stage 2 alone for the wall time of
+            stages 1 and 2, and report it beside the student.
+        seed (`int`, *optional*, defaults to 42)
+    """
+
+    teacher: str = field(default="", metadata={"help": "Softmax checkpoint: Hub id or folder."})
+    output_dir: str = field(default="out", metadata={"help": "Everything the run leaves behind."})
+    stages: list[str] = field(
+        default_factory=list, metadata={"help": f"Any of {', '.join(STAGES)}, in order. Default: 1 and 2."}
+    )
+    attention_alignment: dict = field(default_factory=dict, metadata={"section": True})
+    feature_alignment: dict = field(default_factory=dict, metadata={"section": True})
+    supervised: dict = field(default_factory=dict, metadata={"section": True})
+    knn_images: int = field(
+        default=2000, metadata={"help": "Training images for k-NN and linear probe.", "range": COUNT}
+    )
+    eval_images: int | None = field(
+        default=None, metadata={"help": "Evaluation images. Default: all.", "range": COUNT}
+    )
+    control: bool = field(default=False, metadata={"help": "Also train by stage 2 alone for the same wall time."})
+    seed: int = field(default=42, metadata={"help": "Seed of everything random."})
+
+    def __post_init__(self):
+        check_settings(self, RANGES)
+        super().__post_init__()
+        if not self.teacher:
+            raise UsageError("teacher is missing; pass a Hub id or the folder of a softmax checkpoint.")
+        if not self.stages:
+            self.stages = list(STAGES)[: 3 if self.supervised else 2]
+        unknown = [name for name in self.stages if name not in STAGES]
+        if unknown:
+            raise UsageError(f"stages={self.stages}: {unknown[0]!r} is unknown; choose from {', '.join(STAGES)}.")
+        if self.stages != sorted(self.stages, key=list(STAGES).index) or len(set(self.stages)) < len(self.stages):
+            raise UsageError(f"stages={self.stages} must come once each and in the order {', '.join(STAGES)}.")
+        for stage in STAGES.values():  # a typo in the settings of stage 3 should not show after stages 1 and 2
+            check_streaming(self, self.stage_arguments(stage).max_steps)
+            section, hints = section_of(stage), get_type_hints(stage.config_class)
+            settings = getattr(self, section).items()
+            setattr(self, section, {name: fit_type(name, value, hints[name]) for name, value in settings})
+
+    def stage_arguments(self, stage: Stage) -> AdaLATrainingArguments:
+        """Return the stage's configuration, writing to its folder in `output_dir`.
+
+        Raises:
+            UsageError: For a setting that the stage does not have or a value that it refuses.
+        """
+        section = section_of(stage)
+        settings = {"seed": self.seed, **getattr(self, section)}
+        if "output_dir" in settings:
+            raise UsageError(f"{section}.output_dir is set by the recipe; set the recipe's own output_dir.")
+        settings["output_dir"] = str(Path(self.output_dir) / stage.directory)
+        args = stage.config_class.from_settings(settings, where=f"{section}.")
+        if args.eval_strategy != "no" and stage.name != "supervised":
+            strategy = args.eval_strategy.value
+            raise UsageError(
+                f"{section}.eval_strategy={strategy!r}: a recipe evaluates after the stage; leave it out."
+            )
+        return args
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values; a dataset object is described by its type and fingerprint."""
+        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        for name in ("teacher", "dataset"):
+            text = describe(settings[name])
+            settings[name] = os.path.realpath(text) if os.path.exists(text) else text
+        return settings
+
+    def to_yaml(self) -> str:
+        """Return a recipe that `from_yaml` reads again; one in memory names its dataset, but cannot hold it."""
+        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        settings["dataset"] = describe(self.dataset)
+        return dump_yaml(settings)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> "RecipeConfig":
+        """Read a recipe; `overrides` win, in a section setting by setting.
+
+        Raises:
+            UsageError: If the file cannot be read, is no mapping, or holds an unknown setting.
+        """
+        content = read_yaml(path)
+        unknown = sorted(set(content) - {item.name for item in fields(cls)}, key=str)
+        if unknown:
+            hint = did_you_mean(str(unknown[0]), [item.name for item in fields(cls)])
+            raise UsageError(f"recipe {str(path)!r}: unknown setting {unknown[0]!r}{hint}; see vit-adala run --help.")
+        for name, value in overrides.items():
+            merges = isinstance(value, dict) and isinstance(content.get(name), dict)
+            content[name] = {**content[name], **value} if merges else value
+        return build(cls, content)
+
+
+def section_of(stage: Stage) -> str:
+    """Return the name of the stage's section in a recipe."""
+    return stage.name.replace("-", "_")

@@ -1,0 +1,1 @@
+"""Checks of `vit-adala doctor`: the environment, and a model."""
