@@ -55,7 +55,7 @@ def device() -> str:
 def models(setting: Setting) -> tuple[PreTrainedModel, PreTrainedModel]:
     transformers_logging.disable_progress_bar()
     teacher = load_teacher(setting.teacher)
-    student, _ = convert(copy.deepcopy(teacher), check_parity=False, feature_map=setting.feature_map)
+    student = convert(copy.deepcopy(teacher), check_parity=False, feature_map=setting.feature_map)
     return teacher.to(device()), student.to(device())
 
 

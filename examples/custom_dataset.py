@@ -88,7 +88,7 @@ def main() -> None:
     transform = ImageTransform.from_processor(processor, size, channels)
     test = ImageDataset(rows, transform, image_column="scan", label_column="bit")
 
-    student, _ = convert(teacher)
+    student = convert(teacher)
     common = {"max_steps": args.steps, "per_device_train_batch_size": args.batch_size, "save_strategy": "no"}
     for config_class, trainer_class in (
         (AttentionAlignmentConfig, AttentionAlignmentTrainer),

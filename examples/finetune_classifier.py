@@ -44,7 +44,7 @@ def main() -> None:
     set_seed(0)
     if args.model is None:
         args.model = str(Path(args.output_dir) / "converted")
-        convert(DIGITS_TEACHER)[0].save_pretrained(args.model)
+        convert(DIGITS_TEACHER).save_pretrained(args.model)
         AutoImageProcessor.from_pretrained(DIGITS_TEACHER).save_pretrained(args.model)
 
     splits = load_dataset(args.dataset) if args.dataset else {name: load_digits(name) for name in ("train", "test")}

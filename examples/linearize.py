@@ -16,8 +16,7 @@ from pathlib import Path
 
 from transformers import AutoImageProcessor, HfArgumentParser, set_seed
 
-from modeling_adala import UsageError, convert
-from modeling_adala.conversion.loading import load_teacher
+from modeling_adala import UsageError, convert, load_teacher, parity_report
 from trainers import (
     AttentionAlignmentConfig,
     AttentionAlignmentTrainer,
@@ -59,8 +58,8 @@ def main() -> None:
     train_dataset, eval_loader = data.train_dataset(seed=0), data.loader(data.eval_dataset(args.eval_images))
     common = {"per_device_train_batch_size": args.batch_size, "save_strategy": "no"}
 
-    student, report = convert(teacher)
-    print(report)
+    student = convert(teacher)
+    print(parity_report(teacher, student))
     before, *_ = compare_features(teacher, student, eval_loader)
 
     AttentionAlignmentTrainer(

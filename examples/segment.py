@@ -59,7 +59,7 @@ def main() -> None:
     set_seed(0)
     if args.model is None:
         args.model = str(Path(args.output_dir) / "converted")
-        convert(DIGITS_TEACHER)[0].save_pretrained(args.model)
+        convert(DIGITS_TEACHER).save_pretrained(args.model)
         AutoImageProcessor.from_pretrained(DIGITS_TEACHER).save_pretrained(args.model)
 
     processor = AutoImageProcessor.from_pretrained(args.model)

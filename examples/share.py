@@ -67,7 +67,7 @@ def share_on_test_hub() -> None:
 
     with HubServer() as hub, tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "vit-adala-digits"
-        convert(DIGITS_TEACHER)[0].save_pretrained(model)
+        convert(DIGITS_TEACHER).save_pretrained(model)
         AutoImageProcessor.from_pretrained(DIGITS_TEACHER).save_pretrained(model)
         command = [sys.executable, __file__, str(model), "org/vit-adala-digits"]
         subprocess.run(command, env=hub.environment(Path(folder) / "hf"), check=True)

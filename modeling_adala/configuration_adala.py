@@ -39,8 +39,8 @@ SAME_ARCHITECTURE = {"vit_mae": "vit", "vit_msn": "vit"}
 
 
 @dataclass(kw_only=True)
-class AdaLAConfigMixin:
-    """Fields that every AdaLA configuration adds to its family's stock configuration.
+class LinearAttentionConfig:
+    """Options of linear attention: the argument of `convert`, and fields of every AdaLA configuration.
 
     Args:
         feature_map (`str`, *optional*, defaults to `"hedgehog"`): phi, one of `FEATURE_MAPS`. Deviates from the paper,
@@ -48,6 +48,25 @@ class AdaLAConfigMixin:
         feature_map_kwargs (`dict`, *optional*): Options of the feature map, such as `scale` or `center_keys`.
         softmax_layers (`list[int]`, *optional*): Layers that keep softmax attention, from 0; negative numbers count
             from the end. Default: none, all layers are linear.
+
+    Example:
+
+    ```python
+    config = LinearAttentionConfig(feature_map="elu", softmax_layers=[0])
+    student = convert("facebook/dinov2-small", config)
+    ```
+    """
+
+    feature_map: str = DEFAULT_FEATURE_MAP
+    feature_map_kwargs: dict[str, Any] = field(default_factory=dict)
+    softmax_layers: list[int] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class AdaLAConfigMixin(LinearAttentionConfig):
+    """Fields that every AdaLA configuration adds to its family's stock configuration, beside those of its base.
+
+    Args:
         backend (`str`, *optional*): Code that runs linear attention, one of `BACKENDS`. Default: that of the variable
             `ADALA_BACKEND` in the environment, or the fastest that the machine has, see `choose_backend`.
         teacher_name_or_path (`str`, *optional*): The softmax checkpoint that this model was converted from. Of a local
@@ -63,9 +82,6 @@ class AdaLAConfigMixin:
             exist.
     """
 
-    feature_map: str = DEFAULT_FEATURE_MAP
-    feature_map_kwargs: dict[str, Any] = field(default_factory=dict)
-    softmax_layers: list[int] = field(default_factory=list)
     backend: str | None = None
     teacher_name_or_path: str | None = None
     teacher_revision: str | None = None
@@ -324,5 +340,12 @@ CONFIGS = (
 for _config in CONFIGS:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
 
-__all__ = ["CONFIGS", "DEFAULT_FEATURE_MAP", "AdaLAConfigMixin", "from_stock_dict", "vision_config"]
+__all__ = [
+    "CONFIGS",
+    "DEFAULT_FEATURE_MAP",
+    "AdaLAConfigMixin",
+    "LinearAttentionConfig",
+    "from_stock_dict",
+    "vision_config",
+]
 __all__ += [_config.__name__ for _config in CONFIGS]

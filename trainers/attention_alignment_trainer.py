@@ -32,7 +32,7 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
     Example:
 
     ```python
-    student, _ = convert("facebook/dinov2-small")
+    student = convert("facebook/dinov2-small")
     trainer = AttentionAlignmentTrainer(
         model=student,
         teacher_model="facebook/dinov2-small",

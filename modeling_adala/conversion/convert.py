@@ -1,15 +1,17 @@
 """Teacher to student: the same weights under linear attention, and the proof that nothing else changed."""
 
 import copy
+import dataclasses
 import logging
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..configuration_adala import from_stock_dict, vision_config
+from ..configuration_adala import LinearAttentionConfig, from_stock_dict, vision_config
 from ..errors import AdaLAError, CheckpointError, UsageError
 from ..inspection.towers import (
     FAMILIES,
@@ -57,27 +59,25 @@ class ParityReport:
 
 def convert(
     teacher: str | os.PathLike | PreTrainedModel,
+    config: LinearAttentionConfig | None = None,
     *,
     head: str | None = None,
-    feature_map: str | None = None,
-    feature_map_kwargs: dict | None = None,
-    softmax_layers: list[int] | None = None,
     check_parity: bool = True,
-) -> tuple[PreTrainedModel, ParityReport | None]:
-    """Build the linear-attention student of a softmax teacher: all weights are the teacher's, attention is linear.
+    **options: Any,
+) -> PreTrainedModel:
+    """Return the linear-attention student of a softmax teacher, in float32: the teacher's weights, linear attention.
 
     The student is untrained: its features are of little use before stages 1 and 2.
 
     Args:
         teacher (`str` or `PreTrainedModel`): Stock softmax model of a supported family: Hub id, local folder, or a
             model, which is left as it is.
+        config (`LinearAttentionConfig`, *optional*): Options of linear attention. Default: those of the default recipe.
         head (`str`, *optional*): `"Model"`, `"ForImageClassification"`, `"Backbone"`, `"ForSemanticSegmentation"`, ...
             Default: the teacher's own. What the teacher has no weights for starts at random.
-        feature_map, feature_map_kwargs, softmax_layers (*optional*): See `AdaLAConfigMixin`.
-        check_parity (`bool`, *optional*, defaults to `True`): Compare the student in softmax mode with the teacher.
-
-    Returns:
-        `tuple[PreTrainedModel, ParityReport or None]`: Student in float32, and the report.
+        check_parity (`bool`, *optional*, defaults to `True`): Compare the student in softmax mode with the teacher;
+            `parity_report` gives the figures.
+        options: Single fields of `LinearAttentionConfig`, which override those of `config`.
 
     Raises:
         UsageError: for an unsupported family or wrong options.
@@ -87,37 +87,38 @@ def convert(
     Example:
 
     ```python
-    student, report = convert("facebook/dinov2-small", feature_map="elu", softmax_layers=[-1])
-    print(report)
+    student = convert("facebook/dinov2-small", feature_map="elu", softmax_layers=[-1])
     ```
     """
-    options = {"feature_map": feature_map, "feature_map_kwargs": feature_map_kwargs, "softmax_layers": softmax_layers}
-    options = {key: value for key, value in options.items() if value is not None}
+    linear = _linear_config(config, options)
     teacher = os.fspath(teacher) if isinstance(teacher, os.PathLike) else teacher
     if isinstance(teacher, str):  # wrong options should fail before the weights are read
-        student_config(load_teacher_config(teacher), **options)
+        student_config(load_teacher_config(teacher), linear)
         model = load_teacher(teacher, head)
     else:
         model = check_teacher(teacher)
     head = head or _head_of(model)
-    config = student_config(model.config, **options)
-    student = get_family(config.model_type).classes[head](config)
+    own_config = student_config(model.config, linear)
+    student = get_family(own_config.model_type).classes[head](own_config)
     _copy_weights(model, student)
     student.eval()
-    report = parity_report(model, student) if check_parity else None
-    if report is not None:
+    if check_parity:
+        report = parity_report(model, student)
         if not report.passed:
             raise AdaLAError(f"{report}: the student does not carry the teacher's weights; please report this.")
         logger.info(str(report))
-    return student, report
+    return student
 
 
-def student_config(teacher_config: PretrainedConfig, **options) -> PretrainedConfig:
+def student_config(
+    teacher_config: PretrainedConfig, config: LinearAttentionConfig | None = None, **options: Any
+) -> PretrainedConfig:
     """Return the AdaLA configuration of a teacher: every stock field, the linear-attention options, the provenance."""
     config_class = get_family(teacher_config.model_type).config_class
     fields = copy.deepcopy(teacher_config.to_dict())
     for name in ("architectures", "transformers_version", "auto_map", "dtype"):
         fields.pop(name, None)
+    options = dataclasses.asdict(_linear_config(config, options))
     options |= {"teacher_revision": getattr(teacher_config, "_commit_hash", None), "adala_stage": "converted"}
     return config_class(**from_stock_dict(config_class, fields, teacher_config.name_or_path or None, **options))
 
@@ -154,6 +155,15 @@ def parity_report(teacher: PreTrainedModel, student: PreTrainedModel) -> ParityR
                 )
             differences[f"{height}x{width}"] = (expected - found.to(expected.device)).abs().max().item()
     return ParityReport(differences)
+
+
+def _linear_config(config: LinearAttentionConfig | None, options: dict[str, Any]) -> LinearAttentionConfig:
+    fields = [field.name for field in dataclasses.fields(LinearAttentionConfig)]
+    for name in options:
+        if name not in fields:
+            raise UsageError(f"linear attention has no option {name!r}; choose one of {', '.join(fields)}.")
+    options = {name: value for name, value in options.items() if value is not None}
+    return dataclasses.replace(config or LinearAttentionConfig(), **options)
 
 
 def _head_of(teacher: PreTrainedModel) -> str:

@@ -201,9 +201,9 @@ def test_every_class_has_its_task_and_an_example_that_opens_it(tmp_path, archite
 
 @pytest.mark.parametrize("head", ["Model", "ForImageClassification"])
 def test_example_runs_as_it_is_pasted(tmp_path, monkeypatch, head):
-    student, _ = convert(tiny_vit(), head="ForImageClassification", check_parity=False)
+    student = convert(tiny_vit(), head="ForImageClassification", check_parity=False)
     if head == "Model":
-        student, _ = convert(tiny_dinov2(), check_parity=False)
+        student = convert(tiny_dinov2(), check_parity=False)
     student.save_pretrained(tmp_path)
     size = {"height": 28, "width": 28}
     ViTImageProcessorPil(size=size, image_mean=[0.5], image_std=[0.5]).save_pretrained(tmp_path)
@@ -451,7 +451,7 @@ def test_folder_of_a_softmax_model_is_refused_in_one_line(tmp_path):
 
 
 def classifier(source=None):
-    student, _ = convert(source or tiny_vit(), check_parity=False)
+    student = convert(source or tiny_vit(), check_parity=False)
     return student
 
 
@@ -520,7 +520,7 @@ def test_push_of_a_trainer_takes_this_card_along(tmp_path, monkeypatch, strategy
 def test_stage_folder_appears_with_its_card_and_knows_the_stages_before(tmp_path):
     teacher = save_teacher(tmp_path / "teacher")
     (Path(teacher) / "README.md").write_text("---\nlicense: bsd-3-clause\n---\n")
-    student, _ = convert(teacher, check_parity=False)
+    student = convert(teacher, check_parity=False)
     for name in ("attention-alignment", "feature-alignment"):
         directory = tmp_path / STAGES[name].directory
         args = STAGES[name].config_class(output_dir=str(directory), max_steps=1, calibration_images=8, **QUIET)

@@ -224,7 +224,7 @@ def folder(tmp_path_factory) -> Path:
     """Three checkpoints, an image and inputs: what the quickstart starts with, the same retrained, and a DINOv2."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("pull")
-    digits, _ = convert(DIGITS_TEACHER)
+    digits = convert(DIGITS_TEACHER)
     digits.save_pretrained(folder / "digits")
     with torch.no_grad():
         for parameter in digits.parameters():

@@ -117,7 +117,7 @@ def test_with_the_package_imported_a_folder_opens_without_a_question_and_runs_no
 def test_stock_models_know_nothing_of_it(tmp_path: Path):
     stock = ViTModel(ViTConfig(**TINY))
     stock.config.auto_map = {"AutoModel": "theirs.Model"}
-    student, _ = convert(stock)
+    student = convert(stock)
     assert not hasattr(student.config, "auto_map")
     student.save_pretrained(tmp_path / "student")
     assert "theirs" not in (tmp_path / "student" / "config.json").read_text()

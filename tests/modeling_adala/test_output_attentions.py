@@ -96,7 +96,7 @@ def test_a_teacher_that_asks_for_it_opens_converts_and_comes_back(name, tmp_path
         part["output_attentions"] = True
     path.write_text(json.dumps(config))
     opened = FAMILIES[name].classes["Model"].from_pretrained(tmp_path / "teacher")
-    converted, _ = convert(str(tmp_path / "teacher"))
+    converted = convert(str(tmp_path / "teacher"))
     converted.save_pretrained(tmp_path / "student")
     again = type(converted).from_pretrained(tmp_path / "student")
     for student in (opened, converted, again):

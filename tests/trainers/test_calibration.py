@@ -51,7 +51,7 @@ SHUFFLED = torch.randperm(CLASSES * OF_EACH, generator=torch.Generator().manual_
 
 def trainer_of(stage: str, folder: Path, dataset, **settings):
     teacher = tiny_dinov2()
-    student, _ = convert(teacher, check_parity=False, feature_map="elu")
+    student = convert(teacher, check_parity=False, feature_map="elu")
     settings = QUIET | {"max_steps": 2, "per_device_train_batch_size": 16, "save_strategy": "no"} | settings
     args = STAGES[stage].config_class(output_dir=str(folder), **settings)
     return STAGES[stage].trainer_class(model=student, args=args, teacher_model=teacher, train_dataset=dataset)

@@ -12,7 +12,7 @@ ATTENTION, FEATURES, _ = STAGES
 @pytest.fixture(params=[ATTENTION, FEATURES])
 def trainer(request, tmp_path):
     teacher, dataset = tiny_vit(), NoiseImages(8, labels=False)
-    student, _ = convert(teacher, check_parity=False)
+    student = convert(teacher, check_parity=False)
     args = STAGES[request.param].config_class(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, per_device_eval_batch_size=8, **QUIET
     )

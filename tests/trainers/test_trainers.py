@@ -41,7 +41,7 @@ LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
 
 def student_of(teacher: PreTrainedModel, **options) -> PreTrainedModel:
-    return convert(teacher, check_parity=False, **{"feature_map": "elu", **options})[0]
+    return convert(teacher, check_parity=False, **{"feature_map": "elu", **options})
 
 
 def trainer_of(stage: str, folder: Path, student: PreTrainedModel, teacher=None, *, callbacks=None, **settings):

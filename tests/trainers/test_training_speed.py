@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def student_of(teacher: PreTrainedModel, **options) -> PreTrainedModel:
-    return convert(teacher, check_parity=False, **{"feature_map": "elu", **options})[0]
+    return convert(teacher, check_parity=False, **{"feature_map": "elu", **options})
 
 
 def trainer_of(stage: str, folder: Path, teacher: PreTrainedModel, *, dataset=None, callbacks=None, **settings):

@@ -117,7 +117,7 @@ def places(tmp_path_factory) -> Path:
         ("deep-student", deep, "attention-alignment"),
         ("done", teacher, "supervised"),
     ):
-        student, _ = convert(source, check_parity=False)
+        student = convert(source, check_parity=False)
         student.config.adala_stage = stage
         student.save_pretrained(root / name)
         shutil.copy(f"{teacher}/preprocessor_config.json", root / name)

@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory) -> dict[str, str]:
     torch.manual_seed(0)
     teacher = ViTModel(ViTConfig(**TINY, image_size=32, patch_size=8))
     teacher.save_pretrained(root / "teacher")
-    convert(str(root / "teacher"), feature_map="elu", check_parity=False)[0].save_pretrained(root / "student")
+    convert(str(root / "teacher"), feature_map="elu", check_parity=False).save_pretrained(root / "student")
     teacher.config.to_json_file(root / "config.json", use_diff=False)
     places = {name: str(root / name) for name in ("teacher", "student")}
     return places | {"config": str(root / "config.json")}
@@ -180,7 +180,7 @@ def test_a_wrong_operator_is_refused(case):
 
 def test_a_wrong_model_gets_no_speed(run, checkpoint, monkeypatch, tmp_path):
     def wrong(model):
-        return convert(checkpoint["teacher"], feature_map="relu", check_parity=False)[0]
+        return convert(checkpoint["teacher"], feature_map="relu", check_parity=False)
 
     monkeypatch.setattr(models, "reference_of", wrong)
     code, out, err = run(checkpoint["student"], "--dtype", "float32")

@@ -57,7 +57,7 @@ def places(tmp_path_factory) -> dict[str, str]:
         ("deep-student", deep, None),
         ("done", teacher, "supervised"),
     ):
-        student, _ = convert(stock, check_parity=False)
+        student = convert(stock, check_parity=False)
         student.config.adala_stage = stage or "attention-alignment"
         student.save_pretrained(root / name)
         shutil.copy(f"{stock}/preprocessor_config.json", root / name)

@@ -36,7 +36,7 @@ def healthy(tmp_path_factory) -> Path:
     """A student with everything beside it that there should be."""
     root = tmp_path_factory.mktemp("models")
     teacher = save_teacher(root / "teacher")
-    student, _ = convert(teacher, softmax_layers=[0], check_parity=False)
+    student = convert(teacher, softmax_layers=[0], check_parity=False)
     student.save_pretrained(root / "student")
     shutil.copy(f"{teacher}/preprocessor_config.json", root / "student")
     metadata = ModelCardData(**CARD, base_model="org/vit", tags=["linear-attention"])
@@ -136,7 +136,7 @@ def test_damage_is_named_with_a_remedy(folder, check, damage, status, names):
 
 def test_vanishing_normalizer_fails(tmp_path):
     teacher = save_teacher(tmp_path / "teacher")
-    student, _ = convert(teacher, feature_map="relu", check_parity=False)
+    student = convert(teacher, feature_map="relu", check_parity=False)
     student.save_pretrained(tmp_path / "student")
     # all queries become negative, so that relu leaves nothing of them
     change_weights(tmp_path / "student", **{"q_proj.weight": torch.zeros_like, "q_proj.bias": lambda b: 0 * b - 1})

@@ -288,7 +288,7 @@ def _students(out: Path, comparison: Comparison, config: RecipeConfig) -> dict[s
         if (out / stage.directory).is_dir():
             students[stage.name] = load_student(str(out / stage.directory)).to(device)
     if not students:
-        students["swapped"], _ = convert(comparison.teacher, check_parity=False, **config.feature_options)
+        students["swapped"] = convert(comparison.teacher, check_parity=False, **config.feature_options)
     return {**students, "last": list(students.values())[-1]}
 
 

@@ -154,10 +154,10 @@ class _Run:
 
     def _evaluate_before_training(self) -> PreTrainedModel:
         set_seed(self.config.seed)
-        student, parity = convert(copy.deepcopy(self.teacher).cpu(), **self.config.feature_options)
+        student = convert(self.teacher, check_parity=False, **self.config.feature_options)
         vision_config(student.config).teacher_name_or_path = self.config.teacher
-        if parity is not None and "parity" not in self.manifest:
-            self._record(parity=parity.differences)
+        if "parity" not in self.manifest:
+            self._record(parity=parity_report(self.teacher, student).differences)
         if self.main and "teacher" not in self._evaluated():
             head = self.comparison.classifier_accuracy(self.teacher)
             self._evaluate("teacher", None, {} if head is None else {"head_accuracy": head})
@@ -232,7 +232,7 @@ class _Run:
         args.max_steps = round(second["steps"] + extra)
         args.output_dir = str(self.out / CONTROL)
         set_seed(self.config.seed)
-        student, _ = convert(copy.deepcopy(self.teacher).cpu(), check_parity=False, **self.config.feature_options)
+        student = convert(copy.deepcopy(self.teacher).cpu(), check_parity=False, **self.config.feature_options)
         result = run_stage(
             stage,
             student,

@@ -47,7 +47,7 @@ class ModelSource:
         model = _open(self.name)
         is_ours = model.config.model_type.startswith("adala_")
         if self.linear and not is_ours:
-            model, _ = convert(model, check_parity=False)
+            model = convert(model, check_parity=False)
         if not self.linear:
             vision_tower(model).config._attn_implementation = "sdpa"
         return model.to(self.device, self.dtype).eval().requires_grad_(True)

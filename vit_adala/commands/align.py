@@ -40,5 +40,5 @@ def main(arguments: Sequence[str]) -> None:
     set_seed(args.seed)
     data, processor = load_data(data_args, teacher)
     args.check_evaluation(data.raw_eval is not None)
-    student, _ = convert(teacher, **options)
+    student = convert(teacher, **options)
     run_and_report(folder, student, args, data, processor, teacher_model=teacher)

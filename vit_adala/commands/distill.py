@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     set_seed(args.seed)
     data, processor = load_data(data_args, teacher)
     args.check_evaluation(data.raw_eval is not None)
-    student = load_student(model_args.model) if is_student else convert(teacher, **options)[0]
+    student = load_student(model_args.model) if is_student else convert(teacher, **options)
     peft_config = None
     if model_args.lora_r is not None:
         from peft import LoraConfig

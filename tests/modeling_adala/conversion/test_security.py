@@ -40,7 +40,7 @@ class Armed:
 def originals(tmp_path_factory) -> Path:
     """A sound teacher and its sound student."""
     root = tmp_path_factory.mktemp("originals")
-    student, _ = convert(save_teacher(root / "teacher"), check_parity=False)
+    student = convert(save_teacher(root / "teacher"), check_parity=False)
     student.save_pretrained(root / "student")
     return root
 

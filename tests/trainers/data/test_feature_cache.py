@@ -37,7 +37,7 @@ def trainer_of(folder: Path, dataset: ImageDataset, *, teacher=None, **settings)
     args = FeatureAlignmentConfig(
         output_dir=str(folder / "out"), **{**QUIET, **defaults, "hidden_states": [0], **settings}
     )
-    student, _ = convert(teacher, check_parity=False, feature_map="elu")
+    student = convert(teacher, check_parity=False, feature_map="elu")
     return FeatureAlignmentTrainer(student, teacher, args, train_dataset=dataset)
 
 

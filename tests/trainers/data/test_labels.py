@@ -242,7 +242,7 @@ def test_head_with_other_classes_gets_no_figure(classifier, caplog):
     assert comparison.classifier_accuracy(classifier) is None
     (message,) = caplog.messages
     assert "no head accuracy" in message and "animal 0" in message and "10: 0, 1, 2" in message
-    student, _ = convert(classifier, check_parity=False)
+    student = convert(classifier, check_parity=False)
     results = comparison(student)
     assert "head_accuracy" not in results and "student_knn_accuracy" in results
     assert len(caplog.messages) == 1  # told once
@@ -250,7 +250,7 @@ def test_head_with_other_classes_gets_no_figure(classifier, caplog):
 
 def test_unlabeled_images_give_features_and_no_accuracy_of_anything(classifier, caplog):
     comparison = Comparison(classifier, opened(rows(GOOD, NAMED), rows([-1] * 4, NUMBERS), required=False))
-    results = comparison(convert(classifier, check_parity=False)[0])
+    results = comparison(convert(classifier, check_parity=False))
     assert "relative_error" in results and len(results["block_errors"]) == 2
     assert not [name for name in results if "accuracy" in name or "retention" in name]
 
@@ -278,7 +278,7 @@ def places(tmp_path_factory) -> dict[str, str]:
             for split, table in zip(("train", "test"), splits, strict=True):
                 table.to_parquet(root / name / f"{split}-00000-of-00001.parquet")
         teacher = save_teacher(root / "teacher")
-        student, _ = convert(teacher, check_parity=False)
+        student = convert(teacher, check_parity=False)
         student.config.adala_stage = "feature-alignment"
         student.save_pretrained(root / "student")
         yield {path.name: str(path) for path in root.iterdir()}

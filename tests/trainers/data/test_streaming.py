@@ -63,7 +63,7 @@ def places(tmp_path_factory) -> dict[str, str]:
         (root / "numbered").mkdir()
         numbered.to_parquet(root / "numbered" / "train-00000-of-00001.parquet", batch_size=10)
         teacher = save_teacher(root / "teacher")
-        student, _ = convert(teacher, check_parity=False)
+        student = convert(teacher, check_parity=False)
         student.config.adala_stage = "feature-alignment"
         student.save_pretrained(root / "student")
         yield {path.name: str(path) for path in root.iterdir()}
@@ -203,7 +203,7 @@ def run(stage: str, places: dict[str, str], out: Path, *callbacks, workers: int 
         model, kwargs = load_classifier(places["student"], data.labels), {}
     else:
         data = DataModule(config, MODEL)
-        model, kwargs = convert(places["teacher"], check_parity=False)[0], {"teacher_model": places["teacher"]}
+        model, kwargs = convert(places["teacher"], check_parity=False), {"teacher_model": places["teacher"]}
         settings["calibration_images"] = 8
     args = STAGES[stage].config_class(output_dir=str(out / STAGES[stage].directory), **settings)
     kwargs |= {"train_dataset": data.train_dataset(0), "callbacks": list(callbacks)}

@@ -42,7 +42,7 @@ def outputs_of_blocks(model, pixels) -> list[torch.Tensor]:
 @pytest.mark.parametrize("size", [(32, 32), (24, 48)])
 def test_errors_are_those_of_two_free_runs(name, size):
     teacher = stock_model(name)
-    student, _ = convert(teacher, check_parity=False)
+    student = convert(teacher, check_parity=False)
     pixels = torch.randn(2, 3, *size)
     patches = token_groups(teacher.config)["patches"]
     expected = [
@@ -85,7 +85,7 @@ def test_states_of_all_blocks_are_never_held_together():
     pixels, peaks, naive = torch.randn(4, 1, 28, 28), [], []
     for layers in (2, 12):
         teacher = tiny_vit(layers=layers)
-        student, _ = convert(teacher, check_parity=False)
+        student = convert(teacher, check_parity=False)
         peaks.append(peak_of(block_errors, teacher, student, pixels))
         naive.append(peak_of(lambda t, s, x: [outputs_of_blocks(m, x) for m in (t, s)], teacher, student, pixels))
     state = 4 * 17 * 32 * 4
@@ -121,7 +121,7 @@ def test_larger_images_make_smaller_batches(size, patch, batch):
 
 def test_size_of_evaluation_batches_is_a_setting_and_changes_no_figure():
     teacher = tiny_dinov2()
-    student, _ = convert(teacher, check_parity=False)
+    student = convert(teacher, check_parity=False)
     shapes, figures = [], []
     teacher.embeddings.register_forward_hook(lambda _, args, output: shapes.append(len(output)))
     for batch in (None, 7):

@@ -86,7 +86,7 @@ def places(tmp_path_factory) -> dict[str, str]:
     """A softmax teacher, its linear student, and data sets in parquet as the Hub has them."""
     root = tmp_path_factory.mktemp("segmentation")
     teacher = save_teacher(root / "teacher", head=False)
-    student, _ = convert(teacher, check_parity=False)
+    student = convert(teacher, check_parity=False)
     student.config.adala_stage = "feature-alignment"
     student.save_pretrained(root / "student")
     for name, train, validation in (

@@ -41,7 +41,7 @@ TRAINING = {"max-steps": 6, "save-steps": 2, "per-device-train-batch-size": 8, "
 def places(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("places")
     save_teacher(root / "teacher")
-    student, _ = convert(str(root / "teacher"), check_parity=False)
+    student = convert(str(root / "teacher"), check_parity=False)
     student.config.adala_stage = "attention-alignment"
     student.save_pretrained(root / "student")
     shutil.copy(root / "teacher" / "preprocessor_config.json", root / "student")
