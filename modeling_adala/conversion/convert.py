@@ -52,6 +52,12 @@ class ParityReport:
     def passed(self) -> bool:
         return self.max_difference < self.tolerance
 
+    def check(self) -> None:
+        """Raise `AdaLAError` if they do not agree, and log the differences otherwise."""
+        if not self.passed:
+            raise AdaLAError(f"{self}: the student does not carry the teacher's weights; please report this.")
+        logger.info(str(self))
+
     def __str__(self) -> str:
         sizes = ", ".join(f"{size}: {difference:.1e}" for size, difference in self.differences.items())
         return f"parity {'passed' if self.passed else 'FAILED'} (softmax mode against teacher, max abs diff {sizes})"
@@ -72,7 +78,7 @@ def convert(
     Args:
         teacher (`str` or `PreTrainedModel`): Stock softmax model of a supported family: Hub id, local folder, or a
             model, which is left as it is.
-        config (`LinearAttentionConfig`, *optional*): Options of linear attention. Default: those of the default recipe.
+        config (`LinearAttentionConfig`, *optional*): Options of linear attention. Default: its defaults.
         head (`str`, *optional*): `"Model"`, `"ForImageClassification"`, `"Backbone"`, `"ForSemanticSegmentation"`, ...
             Default: the teacher's own. What the teacher has no weights for starts at random.
         check_parity (`bool`, *optional*, defaults to `True`): Compare the student in softmax mode with the teacher;
@@ -103,10 +109,7 @@ def convert(
     _copy_weights(model, student)
     student.eval()
     if check_parity:
-        report = parity_report(model, student)
-        if not report.passed:
-            raise AdaLAError(f"{report}: the student does not carry the teacher's weights; please report this.")
-        logger.info(str(report))
+        parity_report(model, student).check()
     return student
 
 

@@ -15,7 +15,7 @@ from hub_cards import write_card
 from hub_cards.card_data import PICTURES
 from hub_cards.records import find_license, read_manifest
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion.convert import convert, student_config
+from modeling_adala.conversion.convert import convert, parity_report, student_config
 from modeling_adala.conversion.loading import (
     load_classifier,
     load_image_processor,
@@ -157,7 +157,9 @@ class _Run:
         student = convert(self.teacher, check_parity=False, **self.config.feature_options)
         vision_config(student.config).teacher_name_or_path = self.config.teacher
         if "parity" not in self.manifest:
-            self._record(parity=parity_report(self.teacher, student).differences)
+            parity = parity_report(self.teacher, student)
+            parity.check()
+            self._record(parity=parity.differences)
         if self.main and "teacher" not in self._evaluated():
             head = self.comparison.classifier_accuracy(self.teacher)
             self._evaluate("teacher", None, {} if head is None else {"head_accuracy": head})
