@@ -61,7 +61,7 @@ define install
 endef
 
 # The stamp is touched last, so an interrupted set-up starts again.
-.venv/.installed: setup.py constraints.txt $(wildcard modeling_adala/*.c modeling_adala/*.h)
+.venv/.installed: setup.py constraints.txt
 	$(call venv,.venv)
 	$(call install,.venv,-c constraints.txt)
 	@touch $@

@@ -1,11 +1,9 @@
 """The only metadata of the distribution `vit-adala`; pyproject.toml holds tool settings."""
 
 import re
-import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
-from setuptools.command.build_ext import build_ext
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -66,29 +64,6 @@ def read_readme() -> str:
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
-class BuildCpuKernels(build_ext):
-    """Compiles the C files of `modeling_adala`; without a compiler the install goes on, and PyTorch does the work.
-
-    The result is a plain library for `ctypes` and no Python module.
-    """
-
-    def get_ext_filename(self, ext_name: str) -> str:
-        return str(Path(*ext_name.split("."))) + ".so"
-
-    def get_export_symbols(self, ext: Extension) -> list[str]:
-        return []
-
-
-# The OpenMP runtime is left out of the link: PyTorch has loaded its own for everybody by the time this library comes,
-# and a second one would start a second set of threads.
-CPU_KERNELS = Extension(
-    "modeling_adala._cpu_kernels",
-    sources=[f"modeling_adala/cpu_{name}.c" for name in ("kernels", "fused", "fused_backward")],
-    depends=[f"modeling_adala/cpu_{name}.h" for name in ("features", "vectors", "fused")],
-    extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-fopenmp"],
-    optional=True,
-)
-
 setup(
     name="vit-adala",
     version=read_version(),
@@ -107,8 +82,6 @@ setup(
         "trainers": ["teachers/*/*"],
         "hub_cards": ["templates/*.jinja"],
     },
-    ext_modules=[CPU_KERNELS] if sys.platform == "linux" else [],
-    cmdclass={"build_ext": BuildCpuKernels},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["vit-adala = vit_adala.cli:main"]},

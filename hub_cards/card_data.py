@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.loading import load_config
 from modeling_adala.errors import CheckpointError
-from modeling_adala.inspection.towers import get_family
+from modeling_adala.modeling_adala import models_of
 
 from .records import (
     find_license,
@@ -285,7 +285,7 @@ def _teacher(config: PretrainedConfig) -> tuple[str | None, str | None]:
 
 
 def _class_name(config: PretrainedConfig, where: str | Path) -> str:
-    names = [cls.__name__ for cls in get_family(config.model_type).classes.values()]
+    names = [cls.__name__ for cls in models_of(config).values()]
     found = (config.architectures or [None])[0]
     if not config.model_type.startswith("adala_") or found not in names:
         raise CheckpointError(

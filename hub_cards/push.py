@@ -27,10 +27,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 import modeling_adala
+from modeling_adala.configuration_adala import shared_name
 from modeling_adala.conversion.loading import load_config
 from modeling_adala.conversion.stored_weights import INDEX, check_dtypes, nonfinite_tensors, weight_files
 from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
-from modeling_adala.hub_code import auto_map, shared_name
+from modeling_adala.modeling_adala import models_of
 
 from .card import build_card, render_card
 from .card_data import AdaLACardData
@@ -206,7 +207,7 @@ def _collect(directory: Path, repo_id: str) -> tuple[dict[str, Path | bytes], st
     if not processors:
         notes.append(f"{directory} has no {PROCESSORS[0]}: AutoImageProcessor and pipelines will not open this model")
     values = _without_local_paths(json.loads((directory / "config.json").read_text(encoding="utf-8")))
-    values["auto_map"] = auto_map(type(config))
+    values["auto_map"] = models_of(config)["Model"].auto_map
     sources: dict[str, Path | bytes] = {CARD: card.encode(), "config.json": _as_json(values)}
     sources |= processors | _code(values["auto_map"]) | _weights(directory)
     sources |= {picture.name: picture for picture in data.pictures if f"({picture.name})" in card}

@@ -6,13 +6,16 @@ from . import configuration_adala, modeling_adala
 from .configuration_adala import *  # noqa: F403
 from .conversion.convert import ParityReport, convert, parity_report
 from .conversion.loading import load_classifier, load_image_processor, load_segmenter, load_student, load_teacher
+from .conversion.registration import register
 from .errors import AdaLAError, CheckpointError, DataError, UsageError
 from .feature_maps import FEATURE_MAPS, build_feature_map
+from .inspection.attention import attention_map
 from .inspection.check_linear import LinearReport, check_linear
 from .inspection.towers import native_size
 from .linear_attention import attention_weights, linear_attention, linear_attention_reference
-from .mixins import attention_map
 from .modeling_adala import *  # noqa: F403
+
+register()
 
 __all__ = [
     "FEATURE_MAPS",

@@ -1,12 +1,13 @@
 """The attention implementation `"adala"` of Transformers, and its masks.
 
-This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
+This file travels with the weights (`trust_remote_code`).
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from .errors import UsageError
 from .feature_maps import EluFeatureMap, FeatureMap
@@ -19,7 +20,7 @@ _SOFTMAX_ONLY = ("position_bias", "softcap", "s_aux", "sliding_window", "cu_seq_
 
 
 def feature_map_of(module: nn.Module) -> FeatureMap | None:
-    """phi of a module: its `feature_map` (`None`: it keeps softmax), or parameter-free elu+1 in a stock module."""
+    """Return phi of a module: its `feature_map` (`None`: it keeps softmax), or plain elu+1 in a stock module."""
     return getattr(module, "feature_map", _PLAIN_FEATURE_MAP)
 
 
@@ -43,7 +44,7 @@ def adala_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention interface `"adala"` of Transformers: `(batch, tokens, heads, head_dim)` output, and weights if asked.
 
-    phi is the argument `feature_map`, or that of `feature_map_of`. Keys and values may have fewer heads than queries.
+    phi is that of `feature_map_of`. Keys and values may have fewer heads than queries.
     `scaling` belongs to softmax and `dropout` to a weight matrix that linear attention never forms; both act in
     softmax layers only.
 
@@ -58,14 +59,12 @@ def adala_attention_forward(
         raise _cannot_honor(module, "attends causally")
     key_mask = _key_padding_mask(module, attention_mask, key.shape[2])
     key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
-    feature_map = kwargs.get("feature_map") or feature_map_of(module)
+    feature_map = feature_map_of(module)
     if query.shape[0] != key.shape[0] and query.shape[0] == 1:  # learned queries, which the batch shares
         query = query.expand(key.shape[0], -1, -1, -1)
     config = getattr(module, "config", None)
     want_weights = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
-    # the first is how `attention_map` asks, the second is what `note_output_attentions` notes
-    for attribute in ("output_attention_weights", "output_attentions_noted"):
-        want_weights = want_weights or getattr(module, attribute, False)
+    want_weights = want_weights or getattr(module, "output_attentions_noted", False)
     if feature_map is None:
         return _softmax_attention(query, key, value, key_mask, dropout, scaling, want_weights)
     backend = getattr(config, "backend", None)
@@ -131,6 +130,11 @@ def _key_padding_mask(module: nn.Module, mask: Tensor | None, tokens: int) -> Te
     if not (keep | drop).all():
         raise _cannot_honor(module, f"is given an attention_mask of {mask.dtype} that is a bias, no key-padding mask")
     return keep
+
+
+# Without a mask function of that name, Transformers drops a user's mask without a word.
+AttentionInterface.register("adala", adala_attention_forward)
+AttentionMaskInterface.register("adala", adala_attention_mask)
 
 
 def _cannot_honor(who: object, what: str) -> UsageError:

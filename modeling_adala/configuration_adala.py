@@ -1,41 +1,50 @@
 """Configurations: the stock configuration of each family plus the fields of linear attention.
 
-This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
+This file travels with the weights (`trust_remote_code`). It knows options by name and imports no operator.
 """
 
+import functools
+import logging
+import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    AutoConfig,
-    CLIPConfig,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    DeiTConfig,
-    Dinov2Config,
-    Dinov2WithRegistersConfig,
-    DINOv3ViTConfig,
-    IJepaConfig,
-    PretrainedConfig,
-    Siglip2Config,
-    Siglip2TextConfig,
-    Siglip2VisionConfig,
-    SiglipConfig,
-    SiglipTextConfig,
-    SiglipVisionConfig,
-    ViTConfig,
-)
+from transformers import PretrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .backends import check_backend
 from .errors import UsageError
-from .feature_maps import FEATURE_MAPS, build_feature_map
-from .hub_code import shared_name, warn_if_newer
+from .families import find_family, get_family
+
+ADALA_VERSION = "0.1.0"
+"""Version of this code, which checkpoints carry as `adala_version`. Equals `modeling_adala.__version__`."""
+
+BACKENDS = ("torch", "triton", "reference")
+"""Code that runs linear attention: PyTorch anywhere, kernels on a GPU, or the explicit N x N weights."""
 
 DEFAULT_FEATURE_MAP = "hedgehog"
-# Encoders that are a ViT by another name: same modules, same names on disk.
-SAME_ARCHITECTURE = {"vit_mae": "vit", "vit_msn": "vit"}
+
+_PLAIN, _PROJECTED = ("scale", "center_keys"), ("scale", "center_keys", "feature_dim")
+FEATURE_MAP_OPTIONS = {
+    "elu": _PLAIN,
+    "relu": _PLAIN,
+    "exp": _PLAIN,
+    "hedgehog": _PROJECTED,
+    "t2r": _PROJECTED,
+}
+"""Names of the feature maps, and the options of each."""
+
+# in words, and as a test
+_OPTION_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "scale": ("a finite number above 0", lambda x: x is None or (type(x) in (int, float) and 0 < x < float("inf"))),
+    "center_keys": ("true or false", lambda x: isinstance(x, bool)),
+    "feature_dim": ("an integer from 1 to 4096", lambda x: x is None or (type(x) is int and 1 <= x <= 4096)),
+}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -43,8 +52,8 @@ class LinearAttentionConfig:
     """Options of linear attention: the argument of `convert`, and fields of every AdaLA configuration.
 
     Args:
-        feature_map (`str`, *optional*, defaults to `"hedgehog"`): phi, one of `FEATURE_MAPS`. Deviates from the paper,
-            whose choice was probably `"elu"`: this one measures best (docs/experiments.md).
+        feature_map (`str`, *optional*, defaults to `"hedgehog"`): phi, one of `FEATURE_MAP_OPTIONS`. The paper
+            probably used `"elu"`; the default measures best (docs/experiments.md).
         feature_map_kwargs (`dict`, *optional*): Options of the feature map, such as `scale` or `center_keys`.
         softmax_layers (`list[int]`, *optional*): Layers that keep softmax attention, from 0; negative numbers count
             from the end. Default: none, all layers are linear.
@@ -68,7 +77,8 @@ class AdaLAConfigMixin(LinearAttentionConfig):
 
     Args:
         backend (`str`, *optional*): Code that runs linear attention, one of `BACKENDS`. Default: that of the variable
-            `ADALA_BACKEND` in the environment, or the fastest that the machine has, see `choose_backend`.
+            `ADALA_BACKEND` in the environment, or the fastest that the machine has, see `choose_backend`. Not saved:
+            it belongs to the machine and not to the weights.
         teacher_name_or_path (`str`, *optional*): The softmax checkpoint that this model was converted from. Of a local
             path, the last part is saved.
         teacher_revision (`str`, *optional*): Its commit, where it came from the Hub.
@@ -105,7 +115,9 @@ class AdaLAConfigMixin(LinearAttentionConfig):
         PretrainedConfig._attn_implementation.fset(self, value)
 
     def to_dict(self):
-        return super().to_dict() | {"teacher_name_or_path": shared_name(self.teacher_name_or_path)}
+        values = super().to_dict() | {"teacher_name_or_path": shared_name(self.teacher_name_or_path)}
+        values.pop("backend", None)
+        return values
 
     # Linear attention can return its weights; stock configurations allow that for "eager" only.
     @property
@@ -139,8 +151,7 @@ class AdaLAConfigMixin(LinearAttentionConfig):
                 )
         self.softmax_layers = sorted({layer % layers for layer in self.softmax_layers})
         check_backend(self.backend)
-        if self.feature_map not in FEATURE_MAPS or self.feature_map_kwargs:
-            build_feature_map(self.feature_map, num_heads=1, head_dim=1, **self.feature_map_kwargs)
+        check_feature_map(self.feature_map, self.feature_map_kwargs)
 
     @property
     def linear_layers(self) -> list[int]:
@@ -214,7 +225,8 @@ def from_stock_dict(config_class: type[PretrainedConfig], config_dict: dict, tea
         options: Further fields of `AdaLAConfigMixin`.
     """
     model_type = config_dict.get("model_type", "")
-    if SAME_ARCHITECTURE.get(model_type, model_type) != config_class.model_type.removeprefix("adala_"):
+    family = find_family(model_type)
+    if family is None or family.adala == model_type or family.adala != config_class.model_type:
         return config_dict
     config_dict = config_dict | {"model_type": config_class.model_type}
     if issubclass(config_class, AdaLAConfigMixin):
@@ -222,7 +234,7 @@ def from_stock_dict(config_class: type[PretrainedConfig], config_dict: dict, tea
     vision_class = config_class.sub_configs["vision_config"]
     # the `_dict` twins are how the first CLIP checkpoints were saved; they win over the fields without
     vision = (config_dict.get("vision_config") or {}) | (config_dict.pop("vision_config_dict", None) or {})
-    vision |= {"model_type": vision_class.model_type.removeprefix("adala_")}
+    vision |= {"model_type": get_family(vision_class.model_type).stock}
     return config_dict | {"vision_config": from_stock_dict(vision_class, vision, teacher, **options)}
 
 
@@ -236,91 +248,142 @@ def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def check_feature_map(name: str, options: dict[str, Any]) -> None:
+    """Raise `UsageError` for an unknown feature map, an option that it does not have, or a value out of range."""
+    if name not in FEATURE_MAP_OPTIONS:
+        raise UsageError(f"feature_map={name!r} is unknown; choose one of {', '.join(sorted(FEATURE_MAP_OPTIONS))}.")
+    for option, value in options.items():
+        if option not in FEATURE_MAP_OPTIONS[name]:
+            known = ", ".join(FEATURE_MAP_OPTIONS[name])
+            raise UsageError(f"feature_map_kwargs={options!r} does not fit feature_map={name!r}; it takes {known}.")
+        allowed, is_allowed = _OPTION_VALUES[option]
+        if not is_allowed(value):
+            raise UsageError(f"feature_map_kwargs: {option}={value!r} must be {allowed}.")
+
+
+def check_backend(name: str | None, source: str = "the configuration") -> None:
+    """Raise `UsageError` for a name that is not in `BACKENDS`."""
+    if name is not None and name not in BACKENDS:
+        raise UsageError(f"backend={name!r} (from {source}) is unknown; choose one of {', '.join(BACKENDS)}.")
+
+
+@functools.cache
+def warn_if_newer(version: str | None) -> None:
+    """Warn, once per version, about a checkpoint of a later minor release, whose options may be unknown here."""
+    if version is not None and _minor_release(version) > _minor_release(ADALA_VERSION):
+        logger.warning(
+            "this checkpoint was written by vit-adala %s, and this is %s: options that it does not know are ignored,"
+            " and outputs may differ. Update vit-adala, or load with trust_remote_code=True without importing"
+            " modeling_adala.",
+            version,
+            ADALA_VERSION,
+        )
+
+
+def _minor_release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def shared_name(name_or_path: str | None) -> str | None:
+    """Return the name of a model as anyone may read it: a Hub id as it is, the last part of a local path.
+
+    A configuration goes wherever its weights go; parent folders may be private.
+    """
+    if not name_or_path:
+        return name_or_path
+    cached = re.search(r"models--([\w.-]+)[/\\]snapshots[/\\]", name_or_path)
+    if cached:  # a folder of the Hub's cache
+        return cached[1].replace("--", "/")
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path) and not os.path.exists(name_or_path):
+        return name_or_path
+    return re.split(r"[/\\]", name_or_path.rstrip("/\\"))[-1] or None
+
+
 @strict
-class AdaLAViTConfig(AdaLABackboneConfigMixin, ViTConfig):
+class AdaLAViTConfig(AdaLABackboneConfigMixin, transformers.ViTConfig):
     """`ViTConfig` and the fields of `AdaLAConfigMixin`. Reads ViT-MAE and ViT-MSN configurations, too."""
 
     model_type = "adala_vit"
 
 
 @strict
-class AdaLADeiTConfig(AdaLABackboneConfigMixin, DeiTConfig):
+class AdaLADeiTConfig(AdaLABackboneConfigMixin, transformers.DeiTConfig):
     """`DeiTConfig` (distilled: class and distillation token) and the fields of `AdaLAConfigMixin`."""
 
     model_type = "adala_deit"
 
 
 @strict
-class AdaLAIJepaConfig(AdaLABackboneConfigMixin, IJepaConfig):
+class AdaLAIJepaConfig(AdaLABackboneConfigMixin, transformers.IJepaConfig):
     """`IJepaConfig` (no class token) and the fields of `AdaLAConfigMixin`."""
 
     model_type = "adala_ijepa"
 
 
 @strict
-class AdaLADinov2Config(AdaLAConfigMixin, Dinov2Config):
+class AdaLADinov2Config(AdaLAConfigMixin, transformers.Dinov2Config):
     """`Dinov2Config` and the fields of `AdaLAConfigMixin`."""
 
     model_type = "adala_dinov2"
 
 
 @strict
-class AdaLADinov2WithRegistersConfig(AdaLAConfigMixin, Dinov2WithRegistersConfig):
+class AdaLADinov2WithRegistersConfig(AdaLAConfigMixin, transformers.Dinov2WithRegistersConfig):
     """`Dinov2WithRegistersConfig` and the fields of `AdaLAConfigMixin`."""
 
     model_type = "adala_dinov2_with_registers"
 
 
 @strict
-class AdaLADINOv3ViTConfig(AdaLAConfigMixin, DINOv3ViTConfig):
+class AdaLADINOv3ViTConfig(AdaLAConfigMixin, transformers.DINOv3ViTConfig):
     """`DINOv3ViTConfig` (rotary positions, registers) and the fields of `AdaLAConfigMixin`."""
 
     model_type = "adala_dinov3_vit"
 
 
 @strict
-class AdaLACLIPVisionConfig(AdaLABackboneConfigMixin, CLIPVisionConfig):
+class AdaLACLIPVisionConfig(AdaLABackboneConfigMixin, transformers.CLIPVisionConfig):
     """`CLIPVisionConfig` and the fields of `AdaLAConfigMixin`."""
 
     model_type = "adala_clip_vision_model"
 
 
 @strict
-class AdaLACLIPConfig(AdaLAVisionTextConfigMixin, CLIPConfig):
+class AdaLACLIPConfig(AdaLAVisionTextConfigMixin, transformers.CLIPConfig):
     """`CLIPConfig` with a linear vision tower."""
 
     model_type = "adala_clip"
-    sub_configs_defaults = {"vision_config": AdaLACLIPVisionConfig, "text_config": CLIPTextConfig}
+    sub_configs_defaults = {"vision_config": AdaLACLIPVisionConfig, "text_config": transformers.CLIPTextConfig}
 
 
 @strict
-class AdaLASiglipVisionConfig(AdaLABackboneConfigMixin, SiglipVisionConfig):
+class AdaLASiglipVisionConfig(AdaLABackboneConfigMixin, transformers.SiglipVisionConfig):
     """`SiglipVisionConfig` and the fields of `AdaLAConfigMixin`."""
 
     model_type = "adala_siglip_vision_model"
 
 
 @strict
-class AdaLASiglipConfig(AdaLAVisionTextConfigMixin, SiglipConfig):
+class AdaLASiglipConfig(AdaLAVisionTextConfigMixin, transformers.SiglipConfig):
     """`SiglipConfig` with a linear vision tower."""
 
     model_type = "adala_siglip"
-    sub_configs_defaults = {"vision_config": AdaLASiglipVisionConfig, "text_config": SiglipTextConfig}
+    sub_configs_defaults = {"vision_config": AdaLASiglipVisionConfig, "text_config": transformers.SiglipTextConfig}
 
 
 @strict
-class AdaLASiglip2VisionConfig(AdaLABackboneConfigMixin, Siglip2VisionConfig):
+class AdaLASiglip2VisionConfig(AdaLABackboneConfigMixin, transformers.Siglip2VisionConfig):
     """`Siglip2VisionConfig` (NaFlex: packed patches of any aspect ratio) and the fields of `AdaLAConfigMixin`."""
 
     model_type = "adala_siglip2_vision_model"
 
 
 @strict
-class AdaLASiglip2Config(AdaLAVisionTextConfigMixin, Siglip2Config):
+class AdaLASiglip2Config(AdaLAVisionTextConfigMixin, transformers.Siglip2Config):
     """`Siglip2Config` with a linear vision tower."""
 
     model_type = "adala_siglip2"
-    sub_configs_defaults = {"vision_config": AdaLASiglip2VisionConfig, "text_config": Siglip2TextConfig}
+    sub_configs_defaults = {"vision_config": AdaLASiglip2VisionConfig, "text_config": transformers.Siglip2TextConfig}
 
 
 CONFIGS = (
@@ -337,8 +400,6 @@ CONFIGS = (
     AdaLASiglip2VisionConfig,
     AdaLASiglip2Config,
 )
-for _config in CONFIGS:
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
 
 __all__ = [
     "CONFIGS",

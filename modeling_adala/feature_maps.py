@@ -1,18 +1,18 @@
-"""Feature maps phi: what linear attention puts in the place of the softmax kernel.
+"""Feature maps phi, whose dot products replace the softmax kernel in linear attention.
 
 Each map is an affine part (centering, scale, a learned projection) and then one nonlinearity of `NONLINEARITIES`,
 which backends may run inside their own kernels.
 
-This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
+This file travels with the weights (`trust_remote_code`).
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .configuration_adala import check_feature_map
 from .errors import UsageError
 from .upstream import init
 
@@ -75,9 +75,9 @@ def apply_nonlinearity(name: str, query: Tensor, key: Tensor, key_mask: Tensor |
 
 
 class FeatureMap(nn.Module):
-    """Turns queries and keys into the non-negative features whose dot products replace the softmax kernel.
+    """Map of queries and keys to the non-negative features whose dot products replace the softmax kernel.
 
-    Query and key come as `(batch, heads, tokens, head_dim)` and leave as `(batch, heads, tokens, features)`.
+    Query and key are `(batch, heads, tokens, head_dim)`, their features `(batch, heads, tokens, features)`.
 
     Args:
         num_heads (`int`): Number of heads; learned maps hold weights per head.
@@ -206,16 +206,8 @@ FEATURE_MAPS: dict[str, type[FeatureMap]] = {
 }
 
 
-# of all the maps together: what a value must be, and whether it is
-OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "scale": ("a finite number above 0", lambda x: x is None or (type(x) in (int, float) and 0 < x < float("inf"))),
-    "center_keys": ("true or false", lambda x: isinstance(x, bool)),
-    "feature_dim": ("an integer from 1 to 4096", lambda x: x is None or (type(x) is int and 1 <= x <= 4096)),
-}
-
-
 def build_feature_map(name: str, num_heads: int, head_dim: int, **kwargs) -> FeatureMap:
-    """Builds a registered feature map.
+    """Return a feature map by its name.
 
     Args:
         name (`str`): One of `FEATURE_MAPS`.
@@ -225,29 +217,8 @@ def build_feature_map(name: str, num_heads: int, head_dim: int, **kwargs) -> Fea
     Raises:
         UsageError: for an unknown name or option, or a value that an option cannot have.
     """
-    if name not in FEATURE_MAPS:
-        raise UsageError(f"feature_map={name!r} is unknown; choose one of {', '.join(sorted(FEATURE_MAPS))}.")
-    for option, value in kwargs.items():
-        allowed, is_allowed = OPTIONS.get(option, ("", lambda value: True))
-        if not is_allowed(value):
-            raise UsageError(f"feature_map_kwargs: {option}={value!r} must be {allowed}.")
-    try:
-        return FEATURE_MAPS[name](num_heads, head_dim, **kwargs)
-    except TypeError as error:
-        raise UsageError(f"feature_map_kwargs={kwargs!r} does not fit feature_map={name!r}: {error}.") from None
-
-
-def must_run_whole(feature_map: nn.Module) -> bool:
-    """Whether to call a feature map as a module, and not its affine part alone.
-
-    Hooks wait for it to run (those of accelerate, which fetch off-loaded weights, replace `forward`), or its class has
-    a `forward` of its own, as wrappers do.
-    """
-    hooks = feature_map._forward_hooks or feature_map._forward_pre_hooks
-    hooks = hooks or feature_map._backward_hooks or feature_map._backward_pre_hooks
-    # by name: `trust_remote_code` brings a second class of that name
-    own_forward = type(feature_map).forward.__qualname__ != "FeatureMap.forward"
-    return bool(hooks) or own_forward or "forward" in feature_map.__dict__
+    check_feature_map(name, kwargs)
+    return FEATURE_MAPS[name](num_heads, head_dim, **kwargs)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

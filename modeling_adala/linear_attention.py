@@ -6,9 +6,10 @@ Canonical form (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 5), with the st
 
 `linear_attention` costs O(N); `linear_attention_reference` computes the same from the N x N weights. It is the
 documentation, the oracle of the tests and what draws attention maps. Their arguments are checked here, once, before
-any backend sees them: two of the backends read raw memory.
+any backend sees them.
 
-This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
+This file travels with the weights (`trust_remote_code`). Kernels are taken from the installed package, where there is
+one; PyTorch does the work otherwise.
 """
 
 import math
@@ -19,22 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from .backends import choose_backend, warn_unsupported
-from .cpu_backend import linear_attention_cpu
 from .errors import UsageError
-from .feature_maps import (
-    FEATURE_MAPS,
-    FeatureMap,
-    accumulation_dtype,
-    build_feature_map,
-    must_run_whole,
-    softmax_pair,
-)
-from .kernels.triton_backend import linear_attention_triton, unsupported
-from .torch_backend import linear_attention_torch, mask_keys
+from .feature_maps import FEATURE_MAPS, FeatureMap, accumulation_dtype, build_feature_map
 from .upstream import is_in_torch_dispatch_mode, is_transformed
+
+try:
+    from modeling_adala import kernels
+except ImportError:
+    kernels = None  # type: ignore[assignment]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -52,8 +46,8 @@ def linear_attention(
 ) -> Tensor:
     """Linear attention in O(N) time and memory. Reads strided views as they come: no copy of query, key or value.
 
-    Features, state, normalizer and division are float32 whatever the input (float64 if it is), also under autocast.
-    Backends may multiply 16-bit inputs in 16 bits; see theirs for what that means.
+    Features, state, normalizer and division are float32 for any input (float64 if it is), also under autocast. Kernels
+    may multiply 16-bit inputs in 16 bits; see theirs for what that means.
 
     Args:
         query (`Tensor`): `(batch, heads, query_tokens, head_dim)`, any strides; float16, bfloat16, float32 or float64,
@@ -88,9 +82,23 @@ def linear_attention(
     key_mask = _checked_mask(key_mask, key)
     cu_seqlens = _checked_bounds(cu_seqlens, query, key)
     eps = _checked_eps(eps, feature_map)
-    name = choose_backend(query.device.type, backend).name
+    name = (backend or "torch") if kernels is None else kernels.choose_backend(query.device.type, backend).name
+    attend = _from_weights if name == "reference" else _in_pytorch
     with _no_autocast(query):
-        return _attend(query, key, value, feature_map, key_mask, eps, cu_seqlens, name)
+        output = None
+        if name == "triton":
+            output = kernels.linear_attention(query, key, value, feature_map, key_mask, eps, cu_seqlens)
+        if output is not None:
+            return output
+        if cu_seqlens is None or key.shape[2] == 0:
+            return attend(query, key, value, feature_map, key_mask, eps)
+        outputs = []  # image by image
+        for first, last in pairwise(cu_seqlens.tolist()):
+            if last > first:
+                parts = (x[:, :, first:last] for x in (query, key, value))
+                mask = None if key_mask is None else key_mask[:, first:last]
+                outputs.append(attend(*parts, feature_map, mask, eps).transpose(1, 2))
+        return torch.cat(outputs, dim=1).transpose(1, 2)
 
 
 def linear_attention_reference(
@@ -119,122 +127,74 @@ def attention_weights(
         return _weights(query, key, feature_map, key_mask, eps)
 
 
-# --- the choice among backends, which takes checked arguments --------------------------------------------------------
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    feature_map: FeatureMap,
-    key_mask: Tensor | None,
-    eps: float,
-    cu_seqlens: Tensor | None,
-    name: str,
+def _in_pytorch(
+    query: Tensor, key: Tensor, value: Tensor, feature_map: FeatureMap, key_mask: Tensor | None, eps: float
 ) -> Tensor:
-    # kernels have one derivative, and a feature map that something waits for must run
-    whole = name == "reference" or must_run_whole(feature_map) or _is_transformed(query, key, value)
-    # the mean key of a pack is that of no image in it
-    if name == "triton" and not whole and not (cu_seqlens is not None and feature_map.center_keys):
-        output = _by_triton(query, key, value, feature_map, key_mask, eps, cu_seqlens)
-        if output is not None:
-            return output
-    if cu_seqlens is not None:
-        return _one_by_one(query, key, value, feature_map, key_mask, eps, cu_seqlens, name)
-    if name == "reference":
-        weights = _weights(query, key, feature_map, key_mask, eps)
-        return (weights @ value.to(weights.dtype)).to(value.dtype)
-    # compilers fuse what they can see; a CPU that is not compiled for is served best in blocks
-    if not whole and not torch.compiler.is_compiling() and _is_in_memory(query, key, value, key_mask):
-        mapped_query, mapped_key, scale = _affine(query, key, feature_map, key_mask)
-        # the weights of a map may be sharded, quantized, or have derivatives of their own
-        if _is_in_memory(mapped_query, mapped_key) and not _is_transformed(mapped_query, mapped_key):
-            options = feature_map.nonlinearity, scale, key_mask, eps, name == "cpu"
-            return linear_attention_cpu(mapped_query, mapped_key, value, *options)
-    return linear_attention_torch(query, key, value, feature_map, key_mask, eps)
+    """Linear attention in one piece, for autograd (twice, too), compilers, exporters and every device.
+
+    Features, state, normalizer, products and division are float32 (float64 if the input is).
+    """
+    dtype, output_dtype = accumulation_dtype(query), value.dtype
+    # one by one: rotary positions leave query and key in float32 where autocast has value in bfloat16
+    query, key, value = (_cast(x, dtype) for x in (query, key, value))
+    phi_q, phi_k, count = _features(query, key, feature_map, key_mask)
+    normalizer = phi_k.sum(dim=2) / count
+    state = _matmul(phi_k.transpose(2, 3), value) / count[..., None]
+    # one product gives numerator and normalizer
+    output = _matmul(phi_q, torch.cat((state, normalizer[..., None]), dim=-1))
+    output = output[..., :-1] / (output[..., -1:] + eps)
+    output = output.transpose(1, 2).to(output_dtype, memory_format=torch.contiguous_format)
+    return output.contiguous().transpose(1, 2)  # `to` alone leaves a tensor that has the dtype already as it is
+
+
+def _features(
+    query: Tensor, key: Tensor, feature_map: FeatureMap, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the features of queries and keys, those of padding zero, and the number of real tokens per image."""
+    phi_q, phi_k = feature_map(query, key, key_mask)
+    shapes = [x.shape[:-1] for x in (phi_q, phi_k)]
+    if shapes != [x.shape[:-1] for x in (query, key)] or phi_q.shape[-1] != phi_k.shape[-1]:
+        raise UsageError(
+            f"feature_map {type(feature_map).__name__} turns query and key of {tuple(query.shape)} and"
+            f" {tuple(key.shape)} into {tuple(phi_q.shape)} and {tuple(phi_k.shape)}; it may change the last size"
+            " alone, and of both alike."
+        )
+    if key_mask is None:
+        return phi_q, phi_k, (phi_k.new_ones(1, 1, 1) * phi_k.shape[2]).clamp(min=1)
+    count = key_mask.sum(dim=1).clamp(min=1).to(phi_k.dtype)[:, None, None]
+    return phi_q, phi_k.masked_fill(~key_mask[:, None, :, None], 0), count
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # the cast writes a new tensor anyway: in the layout that one batched product takes
+    return x if x.dtype == dtype else x.to(dtype, memory_format=torch.contiguous_format)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a @ b` over `(batch, heads)` without a copy of either.
+
+    `torch.matmul` would first copy (B, H, N, D) views of (B, N, H, D) memory, whose batch strides do not merge into
+    one. Head by head they do.
+    """
+    if all(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in (a, b)):
+        return torch.matmul(a, b)
+    heads = [torch.bmm(x, y) for x, y in zip(a.unbind(1), b.unbind(1), strict=True)]
+    return torch.stack(heads, dim=2).transpose(1, 2)
+
+
+def _from_weights(
+    query: Tensor, key: Tensor, value: Tensor, feature_map: FeatureMap, key_mask: Tensor | None, eps: float
+) -> Tensor:
+    """Linear attention in the quadratic form that defines it."""
+    weights = _weights(query, key, feature_map, key_mask, eps)
+    return (weights @ value.to(weights.dtype)).to(value.dtype)
 
 
 def _weights(query: Tensor, key: Tensor, feature_map: FeatureMap, key_mask: Tensor | None, eps: float) -> Tensor:
     dtype = accumulation_dtype(query)
-    phi_q, phi_k = feature_map(query.to(dtype), key.to(dtype), key_mask)
-    phi_k, count = mask_keys(phi_k, key_mask)
+    phi_q, phi_k, count = _features(query.to(dtype), key.to(dtype), feature_map, key_mask)
     scores = phi_q @ phi_k.transpose(2, 3) / count[..., None]
     return scores / (scores.sum(dim=-1, keepdim=True) + eps)
-
-
-def _by_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    feature_map: FeatureMap,
-    key_mask: Tensor | None,
-    eps: float,
-    cu_seqlens: Tensor | None,
-) -> Tensor | None:
-    """The Triton kernels' output; `None` for what they do not support."""
-    query, key, scale = _affine(query, key, feature_map, key_mask)
-    nonlinearity = feature_map.nonlinearity
-    if nonlinearity == "softmax_pair":  # no kernel has room for it: its features are twice as many as its inputs
-        query, key, nonlinearity = softmax_pair(query * scale), softmax_pair(key * scale), "identity"
-        scale = 1.0
-    obstacle = unsupported(query, key, value, nonlinearity)
-    if obstacle is None:
-        return linear_attention_triton(query, key, value, nonlinearity, scale, key_mask, eps, cu_seqlens)
-    if not torch.compiler.is_compiling():
-        warn_unsupported("triton", obstacle)
-    return None
-
-
-def _one_by_one(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    feature_map: FeatureMap,
-    key_mask: Tensor | None,
-    eps: float,
-    cu_seqlens: Tensor,
-    name: str,
-) -> Tensor:
-    """Packed images without a kernel for them."""
-    if key.shape[2] == 0:
-        return _attend(query, key, value, feature_map, key_mask, eps, None, name)
-    outputs = []
-    for first, last in pairwise(cu_seqlens.tolist()):
-        if last > first:
-            q, k, v = (x[:, :, first:last] for x in (query, key, value))
-            mask = None if key_mask is None else key_mask[:, first:last]
-            outputs.append(_attend(q, k, v, feature_map, mask, eps, None, name).transpose(1, 2))
-    return torch.cat(outputs, dim=1).transpose(1, 2)
-
-
-def _affine(
-    query: Tensor, key: Tensor, feature_map: FeatureMap, key_mask: Tensor | None
-) -> tuple[Tensor, Tensor, float]:
-    """Apply the affine part of a feature map and check the shapes that it returns."""
-    mapped_query, mapped_key, scale = feature_map.affine(query, key, key_mask)
-    shapes = [x.shape[:-1] for x in (mapped_query, mapped_key)]
-    if shapes != [x.shape[:-1] for x in (query, key)] or mapped_query.shape[-1] != mapped_key.shape[-1]:
-        raise UsageError(
-            f"feature_map {type(feature_map).__name__} turns query and key of {tuple(query.shape)} and"
-            f" {tuple(key.shape)} into {tuple(mapped_query.shape)} and {tuple(mapped_key.shape)}; affine() may change"
-            " the last size alone, and of both alike."
-        )
-    return mapped_query, mapped_key, scale
-
-
-def _is_in_memory(*tensors: Tensor | None) -> bool:
-    """Whether these are numbers in the memory of a CPU, no stand-ins of a tracer, and no mode such as a FLOP counter
-    waits to see each operation."""
-    plain = (Tensor, torch.nn.Parameter)
-    in_memory = all(x is None or (type(x) in plain and x.device.type == "cpu") for x in tensors)
-    return in_memory and not is_in_torch_dispatch_mode()
-
-
-def _is_transformed(*tensors: Tensor) -> bool:
-    """Whether `torch.func` or forward-mode derivatives need to see each operation."""
-    if torch.compiler.is_compiling():
-        return False
-    return is_transformed() or any(unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:

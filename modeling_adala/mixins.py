@@ -1,6 +1,6 @@
-"""What the model classes are made of: linear attention, backbones, a segmentation head, and how images go in.
+"""Mixins of the model classes: linear attention, backbones and a segmentation head, for images of any size.
 
-This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
+This file travels with the weights (`trust_remote_code`).
 """
 
 from collections.abc import Iterator
@@ -13,29 +13,21 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutput
 
 from .attention_interface import note_output_attentions
-from .configuration_adala import pair, vision_config
-from .errors import CheckpointError, UsageError
+from .configuration_adala import ADALA_VERSION, pair, vision_config
+from .errors import CheckpointError
+from .families import ROWS, get_family
 from .feature_maps import FeatureMap, build_feature_map
-from .fused_projections import check_fusible, fuse, unfuse
-from .hub_code import ADALA_VERSION, auto_map
-from .position_cache import cache_positions
 from .upstream import can_return_tuple, filter_output_hidden_states
 
-LAST_LAYER_NORMS = ("layernorm", "norm", "post_layernorm")
-# what a base model has and a backbone has not
-POOLERS = [r"(^|\.)pooler\.", r"(^|vision_model\.)head\."]
-# where not one; registers come on top
-CLASS_TOKENS = {"deit": 2, "ijepa": 0, "siglip_vision_model": 0, "siglip2_vision_model": 0}
-# their attention keeps the argument `output_attentions` to itself
-SILENT_ATTENTION = {"siglip_vision_model", "siglip2_vision_model"}
-# these interpolate their positions (or rotate by them) without being told
-ANY_SIZE = {"dinov2", "dinov2_with_registers", "dinov3_vit"}
+# modules of a base model that a backbone leaves out
+_POOLERS = [rf"(^|\.){name}\." for name in sorted({row.pooler for row in ROWS})]
 
 
 class AdaLAMixin:
-    """What all AdaLA models share: feature maps in the attention modules, neutral at first; positions interpolated
-    once per image size (`cache_positions`); saved with in-memory names and with their code, so that
-    `trust_remote_code` opens them where this package is not installed.
+    """Base of all AdaLA models: feature maps in the attention modules, neutral at first.
+
+    Models are saved with in-memory names and with their code, so that `trust_remote_code` opens them where this
+    package is not installed.
 
     Stands in front of the stock class. The attention modules of a text tower have a configuration of their own, which
     is no AdaLA configuration, and stay as they are.
@@ -48,7 +40,7 @@ class AdaLAMixin:
             if hasattr(module, "feature_map"):  # a backbone inside a head has given it one
                 continue
             module.feature_map, options = None, module.config
-            if options.model_type.removeprefix("adala_") in SILENT_ATTENTION:
+            if not get_family(options.model_type).passes_kwargs:
                 module.output_attentions_noted = False
                 module.register_forward_pre_hook(note_output_attentions, with_kwargs=True)
             if layer not in options.softmax_layers:
@@ -56,7 +48,6 @@ class AdaLAMixin:
                 module.feature_map = build_feature_map(
                     options.feature_map, heads, head_dim, **options.feature_map_kwargs
                 )
-        cache_positions(self)
         super().post_init()
 
     @classmethod
@@ -93,44 +84,12 @@ class AdaLAMixin:
             attn_implementation = {"vision_config": "adala"}  # as in the configuration
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
-    def fuse_qkv_projections(self) -> None:
-        """Computes query, key and value as one product, and folds the projection of a learned feature map into it.
-
-        For inference: one product instead of five, and no feature map in float32 between them. The answers are the
-        same but for rounding. Parameters, `state_dict` and what `save_pretrained` writes stay as they are; the fused
-        weights are a copy. It is made anew at the next call after `train()` and `eval()`, and when PyTorch has counted
-        a change of the parameters (an optimizer step, `load_state_dict`, an operation in place). A write through
-        `parameter.data`, as some moving averages do it, is not counted: call `eval()`, or this again, after one.
-
-        The projections run one by one, as ever, in training mode, while gradients are recorded, behind adapters that
-        came later, and in softmax mode. A compiled or exported model cannot look: call this again after changing its
-        weights.
-
-        Raises:
-            UsageError: in training mode, and where a projection or a feature map is more than its weights (adapters,
-            quantization, off-loading, hooks).
-        """
-        if self.training:
-            raise UsageError("fuse_qkv_projections() is for inference and this model trains; call model.eval() first.")
-        names = {module: name for name, module in self.named_modules()}
-        modules = list(_attention_modules(self))
-        for module in modules:
-            check_fusible(names[module], module)
-        for module in modules:
-            fuse(module)
-
-    def unfuse_qkv_projections(self) -> None:
-        """Undoes `fuse_qkv_projections`, and frees the memory of the copy (a fourth of the weights of a ViT)."""
-        for module in _attention_modules(self):
-            unfuse(module)
-
     def save_pretrained(self, save_directory, *args, **kwargs):
         # With the teacher family's old names on disk (the default), `Trainer` resumes and `load_best_model_at_end`
         # silently leave most tensors as they were: transformers issues 43701 and 40187, open in 5.23.
         kwargs.setdefault("save_original_format", False)
         if self.is_remote_code():
-            # Transformers copies the code beside the weights, but would name no class other than this one.
-            self.config.auto_map = auto_map(self.config_class)
+            self.config.auto_map = self.auto_map
         vision_config(self.config).adala_version = ADALA_VERSION
         return super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -142,61 +101,24 @@ def _attention_modules(model: Any) -> Iterator[Any]:
             yield module
 
 
-@torch.no_grad()
-def attention_map(model: nn.Module, pixel_values: torch.Tensor, layer: int, **kwargs) -> torch.Tensor:
-    """Effective attention weights of one layer: who attends to whom, as linear attention really weighs it.
-
-    Args:
-        model (`PreTrainedModel`): An AdaLA model, with or without a head.
-        pixel_values (`Tensor`): `(batch, channels, height, width)`.
-        layer (`int`): Layer index; negative numbers count from the end.
-        kwargs: Passed to the model, such as `interpolate_pos_encoding=True`.
-
-    Returns:
-        `Tensor`: `(batch, heads, tokens, tokens)`, rows sum to 1 (just below it for linear layers).
-
-    Raises:
-        UsageError: for a layer that the model does not have, or a model in softmax mode.
-    """
-    modules = list(_attention_modules(model))
-    if not -len(modules) <= layer < len(modules):
-        raise UsageError(f"layer={layer} does not exist; this model has layers 0 to {len(modules) - 1}.")
-    weights = []
-
-    def keep(module, args, kwargs, output):
-        weights.append(output[1])
-
-    handle = modules[layer].register_forward_hook(keep, with_kwargs=True)
-    modules[layer].output_attention_weights = True  # of this layer alone: each has N x N
-    try:
-        model(pixel_values=pixel_values, **kwargs)
-    finally:
-        handle.remove()
-        del modules[layer].output_attention_weights
-    if weights[0] is None:
-        raise UsageError(f"layer={layer} is in softmax mode; call model.set_attn_implementation('adala') first.")
-    return weights[0]
-
-
-def last_layernorm(model: nn.Module) -> nn.Module:
-    """The layer norm after the last block; families name it differently."""
-    return next(getattr(model, name) for name in LAST_LAYER_NORMS if hasattr(model, name))
+def last_layernorm(model: Any) -> nn.Module:
+    """Return the layer norm after the last block of a vision tower."""
+    return getattr(model, get_family(model.config.model_type).last_norm)
 
 
 def patch_grid(config, pixel_values: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns of patches in an image batch `(batch, channels, height, width)`."""
+    """Return rows and columns of patches in an image batch `(batch, channels, height, width)`."""
     patch = pair(config.patch_size)
     return pixel_values.shape[-2] // patch[0], pixel_values.shape[-1] // patch[1]
 
 
 def num_special_tokens(config) -> int:
-    """How many tokens stand before the patches: class and distillation token, registers."""
-    registers = getattr(config, "num_register_tokens", 0)
-    return CLASS_TOKENS.get(config.model_type.removeprefix("adala_"), 1) + registers
+    """Return the number of tokens before the patches: class and distillation token, registers."""
+    return get_family(config.model_type).class_tokens + getattr(config, "num_register_tokens", 0)
 
 
 def image_inputs(config, pixel_values: torch.Tensor) -> dict[str, Any]:
-    """What a vision tower's `forward` needs to take images of any size.
+    """Return the arguments with which a vision tower's `forward` takes images of any size.
 
     Args:
         config (`PretrainedConfig`): Of the vision tower, stock or AdaLA.
@@ -206,8 +128,8 @@ def image_inputs(config, pixel_values: torch.Tensor) -> dict[str, Any]:
         `dict`: `pixel_values` and, where the family wants to be told, `interpolate_pos_encoding`; for SigLIP 2 the
         packed patches `(batch, patches, patch * patch * channels)` with their mask and shapes.
     """
-    family = config.model_type.removeprefix("adala_")
-    if family == "siglip2_vision_model":
+    family = get_family(config.model_type)
+    if family.packed:
         rows, columns = patch_grid(config, pixel_values)
         batch, channels, patch = *pixel_values.shape[:2], config.patch_size
         patches = pixel_values.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
@@ -216,7 +138,7 @@ def image_inputs(config, pixel_values: torch.Tensor) -> dict[str, Any]:
             "pixel_attention_mask": torch.ones(batch, rows * columns, device=pixel_values.device, dtype=torch.long),
             "spatial_shapes": torch.tensor([[rows, columns]] * batch, device=pixel_values.device),
         }
-    if family in ANY_SIZE:
+    if family.any_size:
         return {"pixel_values": pixel_values}
     native = pair(config.image_size)
     # the interpolation of a square grid of positions is the identity at the native size; that of a rectangle is not
@@ -225,7 +147,7 @@ def image_inputs(config, pixel_values: torch.Tensor) -> dict[str, Any]:
 
 
 class AdaLABackboneMixin(BackboneMixin):
-    """Makes a backbone of a family's own model class: same parameters, feature maps instead of a last hidden state.
+    """Base of backbones, in front of a family's model class: same parameters, feature maps of chosen stages.
 
     Behaves as `Dinov2Backbone`: `out_features` or `out_indices` choose the stages, `config.apply_layernorm` and
     `config.reshape_hidden_states` say in which form they come. The pooler of the model is left out.
@@ -233,11 +155,13 @@ class AdaLABackboneMixin(BackboneMixin):
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = POOLERS
+    _keys_to_ignore_on_load_unexpected = _POOLERS
 
     def __init__(self, config, **kwargs):
         super().__init__(config, **kwargs)
         self.num_features = [config.hidden_size for _ in range(config.num_hidden_layers + 1)]
+        if getattr(self, "pooler", None) is not None:
+            self.pooler = None
         if hasattr(self, "use_head"):  # SigLIP's attention pooling
             self.use_head, self.head = False, None
 
@@ -278,7 +202,7 @@ class AdaLASegmentationMixin:
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = POOLERS
+    _keys_to_ignore_on_load_unexpected = _POOLERS
 
     def __init__(self, config):
         super().__init__(config)

@@ -4,53 +4,13 @@ Module and parameter names are the stock ones (`q_proj`, `k_proj`, `v_proj` in e
 weights, PEFT targets and hooks fit. `attn_implementation="sdpa"` or `"eager"` puts a model in softmax mode: it then
 equals its teacher as long as the weights do.
 
-This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
+This file travels with the weights (`trust_remote_code`).
 """
 
-from typing import Any
-
-from transformers import (
-    CLIPForImageClassification,
-    CLIPModel,
-    CLIPVisionModel,
-    CLIPVisionModelWithProjection,
-    DeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher,
-    DeiTForMaskedImageModeling,
-    DeiTModel,
-    Dinov2Backbone,
-    Dinov2ForImageClassification,
-    Dinov2Model,
-    Dinov2WithRegistersBackbone,
-    Dinov2WithRegistersForImageClassification,
-    Dinov2WithRegistersModel,
-    DINOv3ViTBackbone,
-    DINOv3ViTModel,
-    IJepaForImageClassification,
-    IJepaModel,
-    PreTrainedModel,
-    Siglip2ForImageClassification,
-    Siglip2Model,
-    Siglip2VisionModel,
-    SiglipForImageClassification,
-    SiglipModel,
-    SiglipVisionModel,
-    ViTForImageClassification,
-    ViTForMaskedImageModeling,
-    ViTModel,
-)
-from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
-from transformers.models.deit.modeling_deit import DeiTPreTrainedModel
-from transformers.models.dinov2.modeling_dinov2 import Dinov2PreTrainedModel
-from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersPreTrainedModel
-from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTPreTrainedModel
-from transformers.models.ijepa.modeling_ijepa import IJepaPreTrainedModel
-from transformers.models.siglip.modeling_siglip import SiglipPreTrainedModel
-from transformers.models.siglip2.modeling_siglip2 import Siglip2PreTrainedModel
-from transformers.models.vit.modeling_vit import ViTPreTrainedModel
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .configuration_adala import (
-    CONFIGS,
     AdaLACLIPConfig,
     AdaLACLIPVisionConfig,
     AdaLADeiTConfig,
@@ -64,168 +24,150 @@ from .configuration_adala import (
     AdaLASiglipVisionConfig,
     AdaLAViTConfig,
 )
+from .families import get_family
 from .mixins import AdaLABackboneMixin, AdaLAMixin, AdaLASegmentationMixin
-from .registration import register
-
-# --- ViT (DINO, MAE and MSN encoders, too) ---------------------------------------------------------------------------
 
 
-class AdaLAViTModel(AdaLAMixin, ViTModel):
+class AdaLAViTModel(AdaLAMixin, transformers.ViTModel):
     """`ViTModel` with linear attention. Opens AdaLA checkpoints and stock softmax checkpoints alike."""
 
     config: AdaLAViTConfig
 
 
-class AdaLAViTForImageClassification(AdaLAMixin, ViTForImageClassification):
+class AdaLAViTForImageClassification(AdaLAMixin, transformers.ViTForImageClassification):
     """`ViTForImageClassification` with linear attention."""
 
     config: AdaLAViTConfig
 
 
-class AdaLAViTForMaskedImageModeling(AdaLAMixin, ViTForMaskedImageModeling):
+class AdaLAViTForMaskedImageModeling(AdaLAMixin, transformers.ViTForMaskedImageModeling):
     """`ViTForMaskedImageModeling` (SimMIM decoder) with linear attention."""
 
     config: AdaLAViTConfig
 
 
-class AdaLAViTBackbone(AdaLABackboneMixin, AdaLAMixin, ViTModel):
+class AdaLAViTBackbone(AdaLABackboneMixin, AdaLAMixin, transformers.ViTModel):
     """Feature maps of chosen stages of a ViT with linear attention."""
 
     config: AdaLAViTConfig
 
-    def __init__(self, config: AdaLAViTConfig):
-        super().__init__(config, add_pooling_layer=False)
 
-
-class AdaLAViTForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, ViTPreTrainedModel):
+class AdaLAViTForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, transformers.ViTPreTrainedModel):
     """A ViT with linear attention and the linear segmentation head."""
 
     config: AdaLAViTConfig
     backbone_class = AdaLAViTBackbone
 
 
-# --- DeiT (distilled) ------------------------------------------------------------------------------------------------
-
-
-class AdaLADeiTModel(AdaLAMixin, DeiTModel):
+class AdaLADeiTModel(AdaLAMixin, transformers.DeiTModel):
     """`DeiTModel` with linear attention."""
 
     config: AdaLADeiTConfig
 
 
-class AdaLADeiTForImageClassification(AdaLAMixin, DeiTForImageClassification):
+class AdaLADeiTForImageClassification(AdaLAMixin, transformers.DeiTForImageClassification):
     """`DeiTForImageClassification` with linear attention."""
 
     config: AdaLADeiTConfig
 
 
-class AdaLADeiTForImageClassificationWithTeacher(AdaLAMixin, DeiTForImageClassificationWithTeacher):
+class AdaLADeiTForImageClassificationWithTeacher(AdaLAMixin, transformers.DeiTForImageClassificationWithTeacher):
     """`DeiTForImageClassificationWithTeacher` with linear attention."""
 
     config: AdaLADeiTConfig
 
 
-class AdaLADeiTForMaskedImageModeling(AdaLAMixin, DeiTForMaskedImageModeling):
+class AdaLADeiTForMaskedImageModeling(AdaLAMixin, transformers.DeiTForMaskedImageModeling):
     """`DeiTForMaskedImageModeling` (SimMIM decoder) with linear attention."""
 
     config: AdaLADeiTConfig
 
 
-class AdaLADeiTBackbone(AdaLABackboneMixin, AdaLAMixin, DeiTModel):
+class AdaLADeiTBackbone(AdaLABackboneMixin, AdaLAMixin, transformers.DeiTModel):
     """Feature maps of chosen stages of a DeiT with linear attention."""
 
     config: AdaLADeiTConfig
 
-    def __init__(self, config: AdaLADeiTConfig):
-        super().__init__(config, add_pooling_layer=False)
 
-
-class AdaLADeiTForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, DeiTPreTrainedModel):
+class AdaLADeiTForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, transformers.DeiTPreTrainedModel):
     """A DeiT with linear attention and the linear segmentation head."""
 
     config: AdaLADeiTConfig
     backbone_class = AdaLADeiTBackbone
 
 
-# --- I-JEPA ----------------------------------------------------------------------------------------------------------
-
-
-class AdaLAIJepaModel(AdaLAMixin, IJepaModel):
+class AdaLAIJepaModel(AdaLAMixin, transformers.IJepaModel):
     """`IJepaModel` with linear attention."""
 
     config: AdaLAIJepaConfig
 
 
-class AdaLAIJepaForImageClassification(AdaLAMixin, IJepaForImageClassification):
+class AdaLAIJepaForImageClassification(AdaLAMixin, transformers.IJepaForImageClassification):
     """`IJepaForImageClassification` with linear attention."""
 
     config: AdaLAIJepaConfig
 
 
-class AdaLAIJepaBackbone(AdaLABackboneMixin, AdaLAMixin, IJepaModel):
+class AdaLAIJepaBackbone(AdaLABackboneMixin, AdaLAMixin, transformers.IJepaModel):
     """Feature maps of chosen stages of an I-JEPA encoder with linear attention."""
 
     config: AdaLAIJepaConfig
 
 
-class AdaLAIJepaForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, IJepaPreTrainedModel):
+class AdaLAIJepaForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, transformers.IJepaPreTrainedModel):
     """An I-JEPA encoder with linear attention and the linear segmentation head."""
 
     config: AdaLAIJepaConfig
     backbone_class = AdaLAIJepaBackbone
 
 
-# --- DINOv2 ----------------------------------------------------------------------------------------------------------
-
-
-class AdaLADinov2Model(AdaLAMixin, Dinov2Model):
+class AdaLADinov2Model(AdaLAMixin, transformers.Dinov2Model):
     """`Dinov2Model` with linear attention."""
 
     config: AdaLADinov2Config
 
 
-class AdaLADinov2ForImageClassification(AdaLAMixin, Dinov2ForImageClassification):
+class AdaLADinov2ForImageClassification(AdaLAMixin, transformers.Dinov2ForImageClassification):
     """`Dinov2ForImageClassification` with linear attention."""
 
     config: AdaLADinov2Config
 
 
-class AdaLADinov2Backbone(AdaLAMixin, Dinov2Backbone):
+class AdaLADinov2Backbone(AdaLAMixin, transformers.Dinov2Backbone):
     """`Dinov2Backbone` with linear attention."""
 
     config: AdaLADinov2Config
 
 
-class AdaLADinov2ForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, Dinov2PreTrainedModel):
+class AdaLADinov2ForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, transformers.Dinov2PreTrainedModel):
     """A DINOv2 with linear attention and the linear segmentation head."""
 
     config: AdaLADinov2Config
     backbone_class = AdaLADinov2Backbone
 
 
-# --- DINOv2 with registers -------------------------------------------------------------------------------------------
-
-
-class AdaLADinov2WithRegistersModel(AdaLAMixin, Dinov2WithRegistersModel):
+class AdaLADinov2WithRegistersModel(AdaLAMixin, transformers.Dinov2WithRegistersModel):
     """`Dinov2WithRegistersModel` with linear attention."""
 
     config: AdaLADinov2WithRegistersConfig
 
 
-class AdaLADinov2WithRegistersForImageClassification(AdaLAMixin, Dinov2WithRegistersForImageClassification):
+class AdaLADinov2WithRegistersForImageClassification(
+    AdaLAMixin, transformers.Dinov2WithRegistersForImageClassification
+):
     """`Dinov2WithRegistersForImageClassification` with linear attention."""
 
     config: AdaLADinov2WithRegistersConfig
 
 
-class AdaLADinov2WithRegistersBackbone(AdaLAMixin, Dinov2WithRegistersBackbone):
+class AdaLADinov2WithRegistersBackbone(AdaLAMixin, transformers.Dinov2WithRegistersBackbone):
     """`Dinov2WithRegistersBackbone` with linear attention."""
 
     config: AdaLADinov2WithRegistersConfig
 
 
 class AdaLADinov2WithRegistersForSemanticSegmentation(
-    AdaLASegmentationMixin, AdaLAMixin, Dinov2WithRegistersPreTrainedModel
+    AdaLASegmentationMixin, AdaLAMixin, transformers.Dinov2WithRegistersPreTrainedModel
 ):
     """A DINOv2 with registers with linear attention and the linear segmentation head."""
 
@@ -233,22 +175,19 @@ class AdaLADinov2WithRegistersForSemanticSegmentation(
     backbone_class = AdaLADinov2WithRegistersBackbone
 
 
-# --- DINOv3 ----------------------------------------------------------------------------------------------------------
-
-
-class AdaLADINOv3ViTModel(AdaLAMixin, DINOv3ViTModel):
+class AdaLADINOv3ViTModel(AdaLAMixin, transformers.DINOv3ViTModel):
     """`DINOv3ViTModel` with linear attention."""
 
     config: AdaLADINOv3ViTConfig
 
 
-class AdaLADINOv3ViTBackbone(AdaLAMixin, DINOv3ViTBackbone):
+class AdaLADINOv3ViTBackbone(AdaLAMixin, transformers.DINOv3ViTBackbone):
     """`DINOv3ViTBackbone` with linear attention."""
 
     config: AdaLADINOv3ViTConfig
 
 
-class AdaLADINOv3ViTForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, DINOv3ViTPreTrainedModel):
+class AdaLADINOv3ViTForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, transformers.DINOv3ViTPreTrainedModel):
     """A DINOv3 with linear attention and the linear segmentation head."""
 
     config: AdaLADINOv3ViTConfig
@@ -256,120 +195,217 @@ class AdaLADINOv3ViTForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, 
     backbone_class = AdaLADINOv3ViTBackbone
 
 
-# --- CLIP ------------------------------------------------------------------------------------------------------------
-
-
-class AdaLACLIPVisionModel(AdaLAMixin, CLIPVisionModel):
+class AdaLACLIPVisionModel(AdaLAMixin, transformers.CLIPVisionModel):
     """`CLIPVisionModel` with linear attention."""
 
     config: AdaLACLIPVisionConfig
 
 
-class AdaLACLIPVisionModelWithProjection(AdaLAMixin, CLIPVisionModelWithProjection):
+class AdaLACLIPVisionModelWithProjection(AdaLAMixin, transformers.CLIPVisionModelWithProjection):
     """`CLIPVisionModelWithProjection` with linear attention."""
 
     config: AdaLACLIPVisionConfig
 
 
-class AdaLACLIPVisionBackbone(AdaLABackboneMixin, AdaLAMixin, CLIPVisionModel):
+class AdaLACLIPVisionBackbone(AdaLABackboneMixin, AdaLAMixin, transformers.CLIPVisionModel):
     """Feature maps of chosen stages of a CLIP vision tower with linear attention."""
 
     config: AdaLACLIPVisionConfig
 
 
-class AdaLACLIPVisionForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, CLIPPreTrainedModel):
+class AdaLACLIPVisionForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, transformers.CLIPPreTrainedModel):
     """A CLIP vision tower with linear attention and the linear segmentation head."""
 
     config: AdaLACLIPVisionConfig
     backbone_class = AdaLACLIPVisionBackbone
 
 
-class AdaLACLIPModel(AdaLAMixin, CLIPModel):
+class AdaLACLIPModel(AdaLAMixin, transformers.CLIPModel):
     """`CLIPModel` with linear attention in the vision tower."""
 
     config: AdaLACLIPConfig
 
 
-class AdaLACLIPForImageClassification(AdaLAMixin, CLIPForImageClassification):
+class AdaLACLIPForImageClassification(AdaLAMixin, transformers.CLIPForImageClassification):
     """`CLIPForImageClassification` with linear attention in the vision tower."""
 
     config: AdaLACLIPConfig
 
 
-# --- SigLIP ----------------------------------------------------------------------------------------------------------
-
-
-class AdaLASiglipVisionModel(AdaLAMixin, SiglipVisionModel):
+class AdaLASiglipVisionModel(AdaLAMixin, transformers.SiglipVisionModel):
     """`SiglipVisionModel` with linear attention."""
 
     config: AdaLASiglipVisionConfig
 
 
-class AdaLASiglipVisionBackbone(AdaLABackboneMixin, AdaLAMixin, SiglipVisionModel):
+class AdaLASiglipVisionBackbone(AdaLABackboneMixin, AdaLAMixin, transformers.SiglipVisionModel):
     """Feature maps of chosen stages of a SigLIP vision tower with linear attention."""
 
     config: AdaLASiglipVisionConfig
 
 
-class AdaLASiglipVisionForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, SiglipPreTrainedModel):
+class AdaLASiglipVisionForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, transformers.SiglipPreTrainedModel):
     """A SigLIP vision tower with linear attention and the linear segmentation head."""
 
     config: AdaLASiglipVisionConfig
     backbone_class = AdaLASiglipVisionBackbone
 
 
-class AdaLASiglipModel(AdaLAMixin, SiglipModel):
+class AdaLASiglipModel(AdaLAMixin, transformers.SiglipModel):
     """`SiglipModel` with linear attention in the vision tower."""
 
     config: AdaLASiglipConfig
 
 
-class AdaLASiglipForImageClassification(AdaLAMixin, SiglipForImageClassification):
+class AdaLASiglipForImageClassification(AdaLAMixin, transformers.SiglipForImageClassification):
     """`SiglipForImageClassification` with linear attention in the vision tower."""
 
     config: AdaLASiglipConfig
 
 
-# --- SigLIP 2 (NaFlex) -----------------------------------------------------------------------------------------------
-
-
-class AdaLASiglip2VisionModel(AdaLAMixin, Siglip2VisionModel):
+class AdaLASiglip2VisionModel(AdaLAMixin, transformers.Siglip2VisionModel):
     """`Siglip2VisionModel` with linear attention."""
 
     config: AdaLASiglip2VisionConfig
 
 
-class AdaLASiglip2VisionBackbone(AdaLABackboneMixin, AdaLAMixin, Siglip2VisionModel):
+class AdaLASiglip2VisionBackbone(AdaLABackboneMixin, AdaLAMixin, transformers.Siglip2VisionModel):
     """Feature maps of chosen stages of a SigLIP 2 vision tower with linear attention."""
 
     config: AdaLASiglip2VisionConfig
 
 
-class AdaLASiglip2VisionForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, Siglip2PreTrainedModel):
+class AdaLASiglip2VisionForSemanticSegmentation(
+    AdaLASegmentationMixin, AdaLAMixin, transformers.Siglip2PreTrainedModel
+):
     """A SigLIP 2 vision tower with linear attention and the linear segmentation head."""
 
     config: AdaLASiglip2VisionConfig
     backbone_class = AdaLASiglip2VisionBackbone
 
 
-class AdaLASiglip2Model(AdaLAMixin, Siglip2Model):
+class AdaLASiglip2Model(AdaLAMixin, transformers.Siglip2Model):
     """`Siglip2Model` with linear attention in the vision tower."""
 
     config: AdaLASiglip2Config
 
 
-class AdaLASiglip2ForImageClassification(AdaLAMixin, Siglip2ForImageClassification):
+class AdaLASiglip2ForImageClassification(AdaLAMixin, transformers.Siglip2ForImageClassification):
     """`Siglip2ForImageClassification` with linear attention in the vision tower."""
 
     config: AdaLASiglip2Config
 
 
-# All classes of this module, by the configuration that opens them.
-CLASSES: dict[type[Any], list[type[PreTrainedModel]]] = {config: [] for config in CONFIGS}
-for _class in list(globals().values()):
-    if isinstance(_class, type) and issubclass(_class, AdaLAMixin) and _class is not AdaLAMixin:
-        CLASSES[_class.config_class].append(_class)
-        register(_class)
+# by family, then by head
+MODELS: dict[str, dict[str, type[PreTrainedModel]]] = {
+    "vit": {
+        "Model": AdaLAViTModel,
+        "ForImageClassification": AdaLAViTForImageClassification,
+        "ForMaskedImageModeling": AdaLAViTForMaskedImageModeling,
+        "Backbone": AdaLAViTBackbone,
+        "ForSemanticSegmentation": AdaLAViTForSemanticSegmentation,
+    },
+    "deit": {
+        "Model": AdaLADeiTModel,
+        "ForImageClassification": AdaLADeiTForImageClassification,
+        "ForImageClassificationWithTeacher": AdaLADeiTForImageClassificationWithTeacher,
+        "ForMaskedImageModeling": AdaLADeiTForMaskedImageModeling,
+        "Backbone": AdaLADeiTBackbone,
+        "ForSemanticSegmentation": AdaLADeiTForSemanticSegmentation,
+    },
+    "ijepa": {
+        "Model": AdaLAIJepaModel,
+        "ForImageClassification": AdaLAIJepaForImageClassification,
+        "Backbone": AdaLAIJepaBackbone,
+        "ForSemanticSegmentation": AdaLAIJepaForSemanticSegmentation,
+    },
+    "dinov2": {
+        "Model": AdaLADinov2Model,
+        "ForImageClassification": AdaLADinov2ForImageClassification,
+        "Backbone": AdaLADinov2Backbone,
+        "ForSemanticSegmentation": AdaLADinov2ForSemanticSegmentation,
+    },
+    "dinov2_with_registers": {
+        "Model": AdaLADinov2WithRegistersModel,
+        "ForImageClassification": AdaLADinov2WithRegistersForImageClassification,
+        "Backbone": AdaLADinov2WithRegistersBackbone,
+        "ForSemanticSegmentation": AdaLADinov2WithRegistersForSemanticSegmentation,
+    },
+    "dinov3_vit": {
+        "Model": AdaLADINOv3ViTModel,
+        "Backbone": AdaLADINOv3ViTBackbone,
+        "ForSemanticSegmentation": AdaLADINOv3ViTForSemanticSegmentation,
+    },
+    "clip_vision_model": {
+        "Model": AdaLACLIPVisionModel,
+        "ModelWithProjection": AdaLACLIPVisionModelWithProjection,
+        "Backbone": AdaLACLIPVisionBackbone,
+        "ForSemanticSegmentation": AdaLACLIPVisionForSemanticSegmentation,
+    },
+    "clip": {
+        "Model": AdaLACLIPModel,
+        "ForImageClassification": AdaLACLIPForImageClassification,
+    },
+    "siglip_vision_model": {
+        "Model": AdaLASiglipVisionModel,
+        "Backbone": AdaLASiglipVisionBackbone,
+        "ForSemanticSegmentation": AdaLASiglipVisionForSemanticSegmentation,
+    },
+    "siglip": {
+        "Model": AdaLASiglipModel,
+        "ForImageClassification": AdaLASiglipForImageClassification,
+    },
+    "siglip2_vision_model": {
+        "Model": AdaLASiglip2VisionModel,
+        "Backbone": AdaLASiglip2VisionBackbone,
+        "ForSemanticSegmentation": AdaLASiglip2VisionForSemanticSegmentation,
+    },
+    "siglip2": {
+        "Model": AdaLASiglip2Model,
+        "ForImageClassification": AdaLASiglip2ForImageClassification,
+    },
+}
 
-__all__ = ["CLASSES"]
-__all__ += [_class.__name__ for _classes in CLASSES.values() for _class in _classes]
+
+def models_of(config: PretrainedConfig) -> dict[str, type[PreTrainedModel]]:
+    """Return the linear classes for a stock or an AdaLA configuration by head, such as `"Model"` or `"Backbone"`.
+
+    Raises:
+        UsageError: For an unsupported architecture.
+    """
+    return MODELS[get_family(config.model_type).stock]
+
+
+def stock_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel] | None:
+    """Return the class of Transformers that a linear class extends, or `None` for a head that only we have."""
+    return None if issubclass(model_class, AdaLASegmentationMixin) else model_class.__bases__[-1]
+
+
+def head_of(config: PretrainedConfig, class_name: str) -> str | None:
+    """Return the head of a linear or a stock class by its name, or `None` for a class without linear counterpart."""
+    for head, linear in models_of(config).items():
+        if class_name in (linear.__name__, getattr(stock_class(linear), "__name__", None)):
+            return head
+    return None
+
+
+AUTO_CLASSES = {
+    "Model": "AutoModel",
+    "ForImageClassification": "AutoModelForImageClassification",
+    "ForMaskedImageModeling": "AutoModelForMaskedImageModeling",
+    "ForSemanticSegmentation": "AutoModelForSemanticSegmentation",
+    "Backbone": "AutoBackbone",
+}
+"""Auto class of each head."""
+
+# Transformers would name only the class that is being saved, so that a pushed classifier would not open with AutoModel
+for _classes in MODELS.values():
+    _opened = {AUTO_CLASSES[_head]: _class for _head, _class in _classes.items() if _head in AUTO_CLASSES}
+    _opened["AutoConfig"] = _classes["Model"].config_class
+    if "text_config" in _opened["AutoConfig"].sub_configs:
+        _opened["AutoModelForZeroShotImageClassification"] = _classes["Model"]
+    for _class in _classes.values():
+        _class.auto_map = {name: f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for name, cls in _opened.items()}
+
+__all__ = ["AUTO_CLASSES", "MODELS", "head_of", "models_of", "stock_class"]
+__all__ += [_class.__name__ for _classes in MODELS.values() for _class in _classes.values()]

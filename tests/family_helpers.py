@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from modeling_adala.inspection.towers import FAMILIES, Family, vision_tower
+from modeling_adala.inspection.towers import vision_tower
 from modeling_adala.mixins import image_inputs, num_special_tokens
+from modeling_adala.modeling_adala import MODELS, stock_class
 
 # A configuration takes what it has a field for. A family that needs another field gets it here, in one line.
 TINY = {
@@ -29,7 +30,7 @@ TINY = {
     "pad_token_id": 0,
 }
 NATIVE, RECTANGULAR = (32, 32), (24, 48)
-CASES = [(name, head) for name, family in FAMILIES.items() for head in family.classes]
+CASES = [(name, head) for name, family in MODELS.items() for head in family]
 # what AdaLA's own segmentation head adds
 HEAD = ("classifier.", "batch_norm.")
 
@@ -51,8 +52,10 @@ def _fields(config_class: type[PretrainedConfig]) -> set[str]:
     return {*config_class.__dataclass_fields__, "num_labels", "out_features", "out_indices"}
 
 
-def stock_config_class(family: Family) -> type[PretrainedConfig]:
-    return next(base for base in family.config_class.__mro__ if base.__module__.startswith("transformers.models."))
+def stock_config_class(family: dict) -> type[PretrainedConfig]:
+    return next(
+        base for base in family["Model"].config_class.__mro__ if base.__module__.startswith("transformers.models.")
+    )
 
 
 def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -67,14 +70,14 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 def stock_model(name: str, head: str = "Model", **options) -> PreTrainedModel:
     """The softmax model of a head, or the base model where only AdaLA has that head."""
-    family = FAMILIES[name]
-    model_class = family.stock_class(head) or family.stock_class("Model")
+    family = MODELS[name]
+    model_class = stock_class(family[head]) or stock_class(family["Model"])
     torch.manual_seed(0)
     return randomize(model_class(tiny_config(stock_config_class(family), **options)))
 
 
 def is_vision_text(name: str) -> bool:
-    return "text_config" in FAMILIES[name].config_class.sub_configs
+    return "text_config" in MODELS[name]["Model"].config_class.sub_configs
 
 
 def inputs_of(

@@ -12,10 +12,10 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.training_args import ParallelMode
 
-from modeling_adala.cpu_backend import cpu_multiplies_bfloat16
 from modeling_adala.errors import UsageError
 
 from .runs.settings import Interval, build, check_settings
+from .upstream import cpu_multiplies_bfloat16
 
 COUNT, LEARNING_RATE = Interval(1), Interval(0, 10)
 # of every number that `TrainingArguments` takes; those of our own are in the metadata of their fields

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling_adala.inspection.towers import FAMILIES, image_inputs, vision_tower
+from modeling_adala.families import find_family
+from modeling_adala.inspection.towers import image_inputs, vision_tower
 
 from .base_trainer import AdaLATrainer, freeze_all_but
 from .evaluation.metric_functions import compute_accuracy
@@ -68,8 +69,8 @@ class SupervisedTrainer(AdaLATrainer):
         return optimizer
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        family = getattr(self.model.config, "model_type", "").removeprefix("adala_")
-        if family in FAMILIES and not self.segments:  # segmentation models take any size by themselves
+        family = find_family(getattr(self.model.config, "model_type", ""))
+        if family is not None and not self.segments:  # segmentation models take any size by themselves
             inputs = inputs | image_inputs(vision_tower(self.model).config, inputs["pixel_values"])
         return super().compute_loss(model, inputs, *args, **kwargs)
 

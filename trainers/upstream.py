@@ -4,6 +4,8 @@ A release may move or change any of these names; `tests/test_upstream.py` then s
 needs it. The private methods of `Trainer` that base_trainer.py overrides or calls are listed in the same test.
 """
 
+import torch
+
 # A model out of whatever DDP, FSDP or torch.compile put around it: evaluation.py.
 from accelerate.utils import extract_model_from_parallel
 
@@ -23,7 +25,13 @@ __all__ = [
     "ALL_MASK_ATTENTION_FUNCTIONS",
     "TRAINER_STATE_NAME",
     "TrainOutput",
+    "cpu_multiplies_bfloat16",
     "extract_model_from_parallel",
     "multiply_all",
     "rotate_checkpoints",
 ]
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Return whether this CPU multiplies bfloat16 matrices in hardware: base_config.py."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

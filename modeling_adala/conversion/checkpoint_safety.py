@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..configuration_adala import pair
 from ..errors import CheckpointError
-from ..inspection.towers import FAMILIES
+from ..families import find_family
 from .stored_weights import read_tensors, replace_it, weight_files
 
 # Attention implementations that are code of Transformers or ours. Any other name is a repository of kernels to run.
@@ -79,7 +79,8 @@ def check_checkpoint(directory: str | os.PathLike) -> None:
             directory, f"its weights are pickled ({pickled[0]!r})", "Save them as safetensors where they were made"
         )
     tensors = {name: tensor for file in weights for name, tensor in read_tensors(file).items()}
-    if values["model_type"].removeprefix("adala_") in FAMILIES:
+    family = find_family(values["model_type"])
+    if family is not None and values["model_type"] not in family.aliases:
         _check_config(directory, values, {name: tensor.shape for name, tensor in tensors.items()})
 
 

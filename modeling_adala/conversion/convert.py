@@ -13,22 +13,19 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..configuration_adala import LinearAttentionConfig, from_stock_dict, vision_config
 from ..errors import AdaLAError, CheckpointError, UsageError
+from ..families import get_family
 from ..inspection.towers import (
-    FAMILIES,
     attention_implementation,
     eval_mode,
     forward_features,
-    get_family,
     native_size,
     patch_size,
     vision_tower,
 )
+from ..modeling_adala import MODELS, head_of, models_of, stock_class
 from .loading import check_teacher, load_teacher, load_teacher_config
 
 logger = logging.getLogger(__name__)
-
-# what a backbone leaves out of its base model
-POOLERS = ("pooler.", "head.")
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ def convert(
         model = check_teacher(teacher)
     head = head or _head_of(model)
     own_config = student_config(model.config, linear)
-    student = get_family(own_config.model_type).classes[head](own_config)
+    student = models_of(own_config)[head](own_config)
     _copy_weights(model, student)
     student.eval()
     if check_parity:
@@ -117,7 +114,7 @@ def student_config(
     teacher_config: PretrainedConfig, config: LinearAttentionConfig | None = None, **options: Any
 ) -> PretrainedConfig:
     """Return the AdaLA configuration of a teacher: every stock field, the linear-attention options, the provenance."""
-    config_class = get_family(teacher_config.model_type).config_class
+    config_class = models_of(teacher_config)["Model"].config_class
     fields = copy.deepcopy(teacher_config.to_dict())
     for name in ("architectures", "transformers_version", "auto_map", "dtype"):
         fields.pop(name, None)
@@ -171,18 +168,20 @@ def _linear_config(config: LinearAttentionConfig | None, options: dict[str, Any]
 
 def _head_of(teacher: PreTrainedModel) -> str:
     name = type(teacher).__name__
-    for head, student_class in get_family(teacher.config.model_type).classes.items():
-        if student_class.__name__ == f"AdaLA{name}":
-            return head
-    known = [cls.__name__.removeprefix("AdaLA") for family in FAMILIES.values() for cls in family.classes.values()]
-    raise UsageError(f"teacher class {name} has no linear counterpart; choose one of {', '.join(known)}.")
+    head = head_of(teacher.config, name)
+    if head is None:
+        stock = [stock_class(linear) for classes in MODELS.values() for linear in classes.values()]
+        known = dict.fromkeys(model_class.__name__ for model_class in stock if model_class is not None)
+        raise UsageError(f"teacher class {name} has no linear counterpart; choose one of {', '.join(known)}.")
+    return head
 
 
 def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    same_head = type(student).__name__ == f"AdaLA{type(teacher).__name__}"
+    same_head = head_of(student.config, type(student).__name__) == _head_of(teacher)
     target, source = (student, teacher) if same_head else (vision_tower(student), vision_tower(teacher))
     missing, unexpected = target.load_state_dict(source.state_dict(), strict=False)
     missing = [key for key in missing if ".feature_map." not in key]
-    unexpected = [key for key in unexpected if same_head or not key.startswith(POOLERS)]
+    pooler = f"{get_family(teacher.config.model_type).pooler}."  # which a backbone leaves out
+    unexpected = [key for key in unexpected if same_head or not key.startswith(pooler)]
     if missing or unexpected:
         raise AdaLAError(f"conversion lost weights: missing {missing}, unexpected {unexpected}; please report this.")

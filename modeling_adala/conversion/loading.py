@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from transformers import (
@@ -26,8 +25,9 @@ from transformers.activations import ACT2FN
 
 from ..configuration_adala import vision_config
 from ..errors import CheckpointError, DataError, UsageError
-from ..inspection.towers import get_family, vision_tower
-from ..upstream import CACHED_NO_EXIST
+from ..families import get_family, is_adala
+from ..inspection.towers import vision_tower
+from ..modeling_adala import head_of, models_of, stock_class
 from .checkpoint_safety import ATTENTIONS, check_checkpoint
 from .loading_checks import (
     check_complete,
@@ -38,6 +38,7 @@ from .loading_checks import (
     saved_as,
 )
 from .stored_weights import check_dtypes, replace_it, stage_remedy, weight_files
+from .upstream import CACHED_NO_EXIST
 
 logger = logging.getLogger(__name__)
 
@@ -201,11 +202,11 @@ def load_student(name_or_path: str, *, finite: bool = True) -> PreTrainedModel:
         UsageError: if it is not an AdaLA checkpoint.
     """
     config = load_config(name_or_path)
-    if not config.model_type.startswith("adala_"):
+    if not is_adala(config):
         raise UsageError(
             f"model {name_or_path!r} is of type {config.model_type!r}, not an AdaLA checkpoint; convert it first."
         )
-    classes = {cls.__name__: cls for cls in get_family(config.model_type).classes.values()}
+    classes = {cls.__name__: cls for cls in models_of(config).values()}
     architecture = (config.architectures or [next(iter(classes))])[0]
     if architecture not in classes:
         raise UsageError(f"model {name_or_path!r} is of class {architecture!r}; choose one of {', '.join(classes)}.")
@@ -222,10 +223,10 @@ def load_classifier(name_or_path: str, labels: list[str]) -> PreTrainedModel:
         UsageError: if its architecture has no classifier.
     """
     config = load_config(name_or_path)
-    if "ForImageClassification" not in get_family(config.model_type).classes:
+    if "ForImageClassification" not in models_of(config):
         raise UsageError(f"model {name_or_path!r} of type {config.model_type!r} has no image classification class.")
     kwargs = _label_names(config, labels)
-    attention = "adala" if config.model_type.startswith("adala_") else "sdpa"
+    attention = "adala" if is_adala(config) else "sdpa"
     kwargs |= {"new_head": True, "new_labels": bool(kwargs), "attn_implementation": attention}
     return _open(AutoModelForImageClassification, name_or_path, config, "model", **kwargs)
 
@@ -243,12 +244,12 @@ def load_segmenter(name_or_path: str, labels: list[str]) -> PreTrainedModel:
         UsageError: if its family has no segmentation model.
     """
     config = load_config(name_or_path)
-    segmenter = get_family(config.model_type).classes.get("ForSemanticSegmentation")
+    segmenter = models_of(config).get("ForSemanticSegmentation")
     if segmenter is None:
         raise UsageError(f"model {name_or_path!r} of type {config.model_type!r} has no semantic segmentation class.")
     kwargs = _label_names(config, labels)
     kwargs |= {"new_head": True, "new_labels": bool(kwargs), "attn_implementation": "adala"}
-    if not config.model_type.startswith("adala_"):
+    if not is_adala(config):
         logger.info(
             "%s is a softmax model: opened as %s with softmax_layers = all %d layers, which equals it",
             name_or_path,
@@ -370,19 +371,17 @@ def _weights_of(name: str, config: PretrainedConfig) -> list[Path]:
 
 
 def _check_is_stock(config: PretrainedConfig, name: str) -> None:
-    if config.model_type.startswith("adala_"):
+    if is_adala(config):
         raise UsageError(f"teacher {name!r} is a linear-attention student; pass the softmax model it came from.")
     get_family(config.model_type)
 
 
 def _stock_class(config: PretrainedConfig, head: str | None) -> type[PreTrainedModel]:
-    family = get_family(config.model_type)
-    if head is None:
-        names = {cls.__name__.removeprefix("AdaLA"): head for head, cls in family.classes.items()}
-        head = names.get(saved_as(config), "Model")
-    if head not in family.classes:
-        raise UsageError(f"head={head!r} does not exist for {config.model_type}; choose {', '.join(family.classes)}.")
-    return family.stock_class(head) or getattr(transformers, family.classes["Model"].__name__.removeprefix("AdaLA"))
+    models = models_of(config)
+    head = head or head_of(config, saved_as(config)) or "Model"
+    if head not in models:
+        raise UsageError(f"head={head!r} does not exist for {config.model_type}; choose {', '.join(models)}.")
+    return stock_class(models[head]) or stock_class(models["Model"])  # type: ignore[return-value]
 
 
 def _label_names(config: PretrainedConfig, labels: list[str]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError
-from ..inspection.towers import get_family, vision_tower
+from ..families import is_adala
+from ..inspection.towers import vision_tower
+from ..modeling_adala import head_of, models_of
 from .stored_weights import nonfinite_names, replace_it
 
 logger = logging.getLogger(__name__)
@@ -34,9 +36,9 @@ def check_complete(
     Raises:
         CheckpointError: with the counts and an example of each.
     """
-    is_new = new_head and saved_as(config).removeprefix("AdaLA") != type(model).__name__.removeprefix("AdaLA")
+    is_new = new_head and head_of(config, saved_as(config)) != head_of(model.config, type(model).__name__)
     inside, missing = _keys_inside(model), set(info["missing_keys"])
-    if not config.model_type.startswith("adala_"):
+    if not is_adala(config):
         missing = {key for key in missing if ".feature_map." not in key}
         pooler = {key for key in inside if re.search(r"(^|\.)pooler\.", key)}
         if pooler and pooler <= missing:  # DINO's checkpoints, for instance, have none
@@ -77,7 +79,7 @@ def _keys_inside(model: PreTrainedModel) -> set[str]:
 
 def _keys_left_out(model: PreTrainedModel, config: PretrainedConfig, unexpected: Iterable[str]) -> set[str]:
     """Return those of the unexpected keys that belong to the class the checkpoint was saved as, such as a pooler."""
-    classes = {cls.__name__: cls for cls in get_family(config.model_type).classes.values()}
+    classes = {cls.__name__: cls for cls in models_of(config).values()}
     saved_class: Any = classes.get(saved_as(config)) or getattr(transformers, saved_as(config), None)
     if getattr(saved_class, "config_class", None) is not type(config):
         return set()

@@ -20,8 +20,8 @@ from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedM
 
 from ..attention_interface import feature_map_of
 from ..configuration_adala import pair
+from ..conversion.upstream import attention_functions
 from ..errors import UsageError
-from ..upstream import attention_functions
 from .towers import eval_mode
 
 

@@ -21,10 +21,11 @@ from transformers import PretrainedConfig
 from ..configuration_adala import pair, vision_config
 from ..conversion.convert import student_config
 from ..errors import UsageError
+from ..families import get_family, is_adala
 from ..feature_maps import FeatureMap, build_feature_map
 from ..linear_attention import linear_attention
 from ..mixins import num_special_tokens
-from .towers import get_family, patch_size
+from .towers import patch_size
 
 # "eager" writes the N x N weights to memory; "sdpa", PyTorch's fused softmax and the default, does without
 ATTENTIONS = ("eager", "sdpa", "linear")
@@ -66,7 +67,7 @@ def linear_config(config: PretrainedConfig) -> PretrainedConfig:
         UsageError: for a model that is not supported.
     """
     get_family(config.model_type)
-    return vision_config(config if config.model_type.startswith("adala_") else student_config(config))
+    return vision_config(config if is_adala(config) else student_config(config))
 
 
 def nearest_size(config: PretrainedConfig, image_size: int | tuple[int, int]) -> tuple[int, int]:

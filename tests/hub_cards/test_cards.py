@@ -31,7 +31,7 @@ from hub_cards.card_data import TAGS
 from hub_cards.usage import FOLDER, usage
 from modeling_adala import CheckpointError, UsageError, convert
 from modeling_adala.conversion.loading import load_student
-from modeling_adala.inspection.towers import FAMILIES
+from modeling_adala.modeling_adala import MODELS
 from trainers import FeatureAlignmentConfig, FeatureAlignmentTrainer, SupervisedConfig, SupervisedTrainer
 from trainers.runs.stages import STAGES, run_stage
 from vit_adala.cli import main
@@ -88,8 +88,8 @@ def facts() -> dict[str, Any]:
 
 
 def config(architecture: str = "AdaLADinov2ForImageClassification", **changes) -> dict[str, Any]:
-    family = next(f for f in FAMILIES.values() if architecture in {cls.__name__ for cls in f.classes.values()})
-    values = family.config_class().to_dict() | {"architectures": [architecture]}
+    family = next(f for f in MODELS.values() if architecture in {cls.__name__ for cls in f.values()})
+    values = family["Model"].config_class().to_dict() | {"architectures": [architecture]}
     if "Classification" in architecture:
         values["id2label"] = {0: "cat", 1: "dog"}
         values["label2id"] = {"cat": 0, "dog": 1}
@@ -182,7 +182,7 @@ def test_data_in_a_folder_are_no_dataset_of_the_hub(tmp_path):
     assert "cifar10" in card.text and "shared" not in card.text
 
 
-@pytest.mark.parametrize("architecture", [c.__name__ for family in FAMILIES.values() for c in family.classes.values()])
+@pytest.mark.parametrize("architecture", [c.__name__ for family in MODELS.values() for c in family.values()])
 def test_every_class_has_its_task_and_an_example_that_opens_it(tmp_path, architecture):
     expected = {"ForImageClassification": "image-classification", "ForSemanticSegmentation": "image-segmentation"}
     data = AdaLACardData.from_checkpoint(write(tmp_path, {}, architecture=architecture))

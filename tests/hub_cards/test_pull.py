@@ -25,7 +25,6 @@ from modeling_adala import (
     AdaLADinov2Model,
     AdaLAViTForImageClassification,
     AdaLAViTModel,
-    backends,
     convert,
 )
 from trainers.data.digits import DIGITS_TEACHER
@@ -241,16 +240,6 @@ def folder(tmp_path_factory) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "image.png")
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def same_backend_everywhere():
-    """The compiled passes stay at home when the code travels, and round in another order."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ADALA_BACKEND", "torch")
-        backends._choose.cache_clear()
-        yield
-    backends._choose.cache_clear()
 
 
 @pytest.fixture(scope="module")

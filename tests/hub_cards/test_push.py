@@ -21,7 +21,8 @@ from modeling_adala import AdaLADinov2Config, AdaLADinov2ForImageClassification,
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.loading import load_student
 from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
-from modeling_adala.inspection.towers import FAMILIES, attention_modules
+from modeling_adala.inspection.towers import attention_modules
+from modeling_adala.modeling_adala import MODELS
 from trainers.base_trainer import AdaLATrainer
 from vit_adala.cli import main
 
@@ -322,7 +323,7 @@ def texts(files: dict[str, bytes]) -> str:
     )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_no_path_of_this_machine_leaves_it_with_any_way_of_pushing(name, hub, tmp_path):
     """`vit-adala push`, `push_to_hub` of a model, and any upload of what `save_pretrained` wrote, as by `Trainer`."""
     teacher, home = tmp_path / "alice" / "teacher", tmp_path / "student"

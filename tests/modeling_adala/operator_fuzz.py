@@ -106,7 +106,7 @@ def right_calls(draw) -> Call:
         cu_seqlens = draw(st.sampled_from([cu_seqlens, cu_seqlens.repeat_interleave(2)[::2]]))
     # where all but nothing of a query's features is left of them, only eps keeps its gradient from exploding
     eps = draw(st.sampled_from([1e-3, 1] if phi.nonlinearity == "relu" else [None, 1e-3, 1]))
-    backend = draw(st.sampled_from([None, "cpu", "torch", "reference"]))
+    backend = draw(st.sampled_from([None, "torch", "reference"]))
     return Call(query, key, value, feature_map, key_mask, eps, cu_seqlens, backend, phi)
 
 

@@ -36,10 +36,11 @@ from transformers import (
 
 from modeling_adala import UsageError
 from modeling_adala.inspection.check_linear import check_linear
-from modeling_adala.inspection.towers import FAMILIES, attention_modules, vision_tower
+from modeling_adala.inspection.towers import attention_modules, vision_tower
 from modeling_adala.mixins import last_layernorm, num_special_tokens
+from modeling_adala.modeling_adala import MODELS
 
-BACKBONES = [name for name, family in FAMILIES.items() if "Backbone" in family.classes]
+BACKBONES = [name for name, family in MODELS.items() if "Backbone" in family]
 ONE_TOKEN = [name for name in BACKBONES if name in ("vit", "dinov2", "clip_vision_model")]
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 LABELS = 4
@@ -48,7 +49,7 @@ every_backbone = pytest.mark.parametrize("name", BACKBONES)
 
 
 def config_of(name: str, **options):
-    return tiny_config(FAMILIES[name].config_class, num_hidden_layers=4, **options)
+    return tiny_config(MODELS[name]["Model"].config_class, num_hidden_layers=4, **options)
 
 
 def upernet(name: str) -> PreTrainedModel:
@@ -111,7 +112,7 @@ def test_a_stock_head_runs_trains_and_comes_back_with_its_backbone_linear(build,
     model = build(name)
     pixels = torch.randn(2, 3, *SIZE)
     backbone = getattr(model, "backbone", None) or model.model.pixel_level_module.encoder
-    assert type(backbone) is FAMILIES[name].classes["Backbone"]
+    assert type(backbone) is MODELS[name]["Backbone"]
     with torch.no_grad():
         before = maps_of(model, pixels)
     assert before.shape[0] == 2 and before.isfinite().all()
@@ -182,7 +183,7 @@ def test_backbones_behave_as_dinov2s(name, layernorm, reshape):
     )
     torch.manual_seed(0)
     model = randomize(AutoBackbone.from_config(config))
-    assert type(model) is FAMILIES[name].classes["Backbone"]
+    assert type(model) is MODELS[name]["Backbone"]
     assert all(module.config._attn_implementation == "adala" for module in attention_modules(model))
     assert model.out_features == ["stem", "stage2", "stage4"] and model.out_indices == [0, 2, 4]
     assert model.channels == [32, 32, 32]
@@ -227,7 +228,7 @@ def segmenter(name: str, **options) -> PreTrainedModel:
 @every_backbone
 def test_the_segmentation_loss_is_cross_entropy_on_upsampled_scores(name):
     model = segmenter(name, out_indices=[2, 4])
-    assert type(model) is FAMILIES[name].classes["ForSemanticSegmentation"]
+    assert type(model) is MODELS[name]["ForSemanticSegmentation"]
     assert model.classifier.weight.shape == (LABELS, 2 * 32, 1, 1)
     pixels, labels = torch.randn(2, 3, *SIZE), torch.randint(LABELS, (2, 30, 50))  # at a resolution of their own
     labels[0, :20] = model.config.semantic_loss_ignore_index
@@ -254,7 +255,7 @@ def test_the_segmentation_loss_is_cross_entropy_on_upsampled_scores(name):
 def test_the_segmenter_opens_base_models_and_itself(name, tmp_path):
     """A base model may be the stock teacher or a linear student; only the head is new."""
     stock_model(name).save_pretrained(tmp_path / "stock")
-    student = FAMILIES[name].classes["Model"].from_pretrained(tmp_path / "stock")
+    student = MODELS[name]["Model"].from_pretrained(tmp_path / "stock")
     student.save_pretrained(tmp_path / "student")
     auto = AutoModelForSemanticSegmentation
     model, info = auto.from_pretrained(tmp_path / "student", num_labels=LABELS, output_loading_info=True)

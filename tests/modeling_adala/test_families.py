@@ -1,6 +1,6 @@
 """Every family and head at tiny size: opens stock checkpoints, equals the stock model in softmax mode, is a citizen.
 
-All tests run over `FAMILIES`: a new family is in them as soon as it is in that table.
+All tests run over `MODELS`: a new family is in them as soon as it is in that table.
 """
 
 from inspect import signature
@@ -34,11 +34,12 @@ from transformers import (
 
 from modeling_adala import AdaLAViTModel
 from modeling_adala.inspection.check_linear import check_linear
-from modeling_adala.inspection.towers import FAMILIES, forward_features, vision_tower
+from modeling_adala.inspection.towers import forward_features, vision_tower
+from modeling_adala.modeling_adala import MODELS, stock_class
 
-every_family = pytest.mark.parametrize("name", FAMILIES)
+every_family = pytest.mark.parametrize("name", MODELS)
 every_case = pytest.mark.parametrize(("name", "head"), CASES)
-VISION_TEXT = [name for name in FAMILIES if is_vision_text(name)]
+VISION_TEXT = [name for name in MODELS if is_vision_text(name)]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def checkpoints(tmp_path_factory):
     root, made = tmp_path_factory.mktemp("stock"), {}
 
     def get(name: str, head: str = "Model", old_names: bool = True) -> tuple[PreTrainedModel, str]:
-        stock_head = head if FAMILIES[name].stock_class(head) else "Model"
+        stock_head = head if stock_class(MODELS[name][head]) else "Model"
         if (key := (name, stock_head, old_names)) not in made:
             folder = root / "-".join(map(str, key))
             made[key] = stock_model(name, head), str(folder)
@@ -60,7 +61,7 @@ def checkpoints(tmp_path_factory):
 def opened(checkpoints, name: str, head: str = "Model", **kwargs) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A stock model and the AdaLA model of the same checkpoint."""
     teacher, folder = checkpoints(name, head)
-    return teacher, FAMILIES[name].classes[head].from_pretrained(folder, **kwargs).eval()
+    return teacher, MODELS[name][head].from_pretrained(folder, **kwargs).eval()
 
 
 def compare(teacher: PreTrainedModel, student: PreTrainedModel, inputs: dict, pixels_only: bool) -> float:
@@ -81,8 +82,8 @@ def compare(teacher: PreTrainedModel, student: PreTrainedModel, inputs: dict, pi
 @every_case
 def test_opens_stock_checkpoints_without_losing_a_weight(checkpoints, name, head, old_names):
     teacher, folder = checkpoints(name, head, old_names)
-    student, info = FAMILIES[name].classes[head].from_pretrained(folder, output_loading_info=True)
-    ours_alone = FAMILIES[name].stock_class(head) is None
+    student, info = MODELS[name][head].from_pretrained(folder, output_loading_info=True)
+    ours_alone = stock_class(MODELS[name][head]) is None
     assert not lost_keys(info, *(HEAD if ours_alone and head == "ForSemanticSegmentation" else ()))
     assert any(".feature_map." in key for key in info["missing_keys"])
     weights, theirs = (vision_tower(m) if ours_alone else m for m in (student, teacher))
@@ -99,13 +100,13 @@ def test_opens_stock_checkpoints_without_losing_a_weight(checkpoints, name, head
 @every_case
 def test_the_constructor_takes_what_that_of_the_stock_class_takes(name, head):
     """Transformers' own tools look at it, and pass `add_pooling_layer` or `use_mask_token` where they find them."""
-    ours, stock = FAMILIES[name].classes[head], FAMILIES[name].stock_class(head)
+    ours, stock = MODELS[name][head], stock_class(MODELS[name][head])
     if stock is None:
         assert "config" in signature(ours).parameters
         return
     assert list(signature(ours).parameters.values())[1:] == list(signature(stock).parameters.values())[1:]
     assert signature(ours.__init__).parameters.keys() == signature(stock.__init__).parameters.keys()
-    config = tiny_config(FAMILIES[name].config_class)
+    config = tiny_config(MODELS[name]["Model"].config_class)
     for option in {"add_pooling_layer", "use_mask_token"} & signature(ours).parameters.keys():
         parameters = [dict(ours(config, **{option: value}).named_parameters()) for value in (True, False)]
         assert parameters[0].keys() > parameters[1].keys()
@@ -113,7 +114,7 @@ def test_the_constructor_takes_what_that_of_the_stock_class_takes(name, head):
 
 @every_case
 def test_the_main_input_and_the_modalities_are_those_of_forward(name, head):
-    ours, stock = FAMILIES[name].classes[head], FAMILIES[name].stock_class(head)
+    ours, stock = MODELS[name][head], stock_class(MODELS[name][head])
     names = signature(ours.forward).parameters
     first = next(key for key in names if key != "self")
     assert ours.main_input_name == first
@@ -125,10 +126,10 @@ def test_the_main_input_and_the_modalities_are_those_of_forward(name, head):
 @every_family
 def test_trainer_hands_the_images_to_the_metrics(name, tmp_path):
     """It looks them up by `main_input_name`."""
-    if "ForSemanticSegmentation" not in FAMILIES[name].classes:
+    if "ForSemanticSegmentation" not in MODELS[name]:
         pytest.skip("a model of two towers")
-    config = tiny_config(FAMILIES[name].config_class, num_labels=3)
-    model, seen = FAMILIES[name].classes["ForSemanticSegmentation"](config), []
+    config = tiny_config(MODELS[name]["Model"].config_class, num_labels=3)
+    model, seen = MODELS[name]["ForSemanticSegmentation"](config), []
     example = {"pixel_values": torch.randn(3, *NATIVE), "labels": torch.zeros(NATIVE, dtype=torch.long)}
     arguments = TrainingArguments(str(tmp_path), include_for_metrics=["inputs"], report_to=[], use_cpu=True)
     trainer = Trainer(
@@ -148,7 +149,7 @@ def test_softmax_mode_equals_the_stock_model(checkpoints, name, head, size):
     if head == "ForMaskedImageModeling" and size == RECTANGULAR:
         pytest.skip("the stock decoder reshapes to a square")
     teacher, student = opened(checkpoints, name, head)
-    ours_alone = FAMILIES[name].stock_class(head) is None
+    ours_alone = stock_class(MODELS[name][head]) is None
     inputs = {"plain": inputs_of(teacher, size), "padded": None if ours_alone else padded_inputs(teacher, size)}
     if ours_alone:
         inputs["plain"] = {"pixel_values": torch.randn(2, 3, *size)}
@@ -170,12 +171,12 @@ def test_softmax_mode_can_be_asked_for_when_opening(checkpoints, name):
 
 
 def takes_token_mask(name: str) -> bool:
-    names = signature(FAMILIES[name].classes["Model"].forward).parameters
+    names = signature(MODELS[name]["Model"].forward).parameters
     return "attention_mask" in names and "input_ids" not in names
 
 
 @pytest.mark.parametrize("mode", ["adala", "sdpa"])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if takes_token_mask(name)])
+@pytest.mark.parametrize("name", [name for name in MODELS if takes_token_mask(name)])
 @torch.no_grad()
 def test_a_masked_batch_equals_each_image_without_its_masked_tokens(checkpoints, name, mode):
     """Alone, an image goes through the layers with its visible tokens only."""
@@ -246,9 +247,9 @@ DECODER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, 
 @pytest.mark.parametrize("name", VISION_TEXT)
 def test_the_vision_model_opens_from_a_checkpoint_of_both_towers(checkpoints, name):
     teacher, folder = checkpoints(name)
-    vision = next(n for n in FAMILIES if n.startswith(f"{name}_vision"))
+    vision = next(n for n in MODELS if n.startswith(f"{name}_vision"))
     for head in ("Model", "Backbone", "ForSemanticSegmentation"):
-        student, info = FAMILIES[vision].classes[head].from_pretrained(folder, output_loading_info=True)
+        student, info = MODELS[vision][head].from_pretrained(folder, output_loading_info=True)
         assert not {key for key in lost_keys(info, *HEAD) if key in student.state_dict()}
         assert not [key for key in info["unexpected_keys"] if "vision_model." in key and "head." not in key]
         weights = vision_tower(student).state_dict()

@@ -24,7 +24,7 @@ from packaging import version
 from torch.export import Dim
 from training_helpers import one_thread  # noqa: F401
 
-from modeling_adala.inspection.towers import FAMILIES
+from modeling_adala.modeling_adala import MODELS, stock_class
 
 STRICT = {"dinov2_with_registers"}
 LOOPS_OVER_GRIDS = version.parse(transformers.__version__) < version.parse("5.24")  # SigLIP 2, see above
@@ -32,9 +32,9 @@ SIZES = (RECTANGULAR, (48, 40), (16, 56))
 
 
 def tiny_model(name: str, head: str = "Model", layers: int = 1):
-    family = FAMILIES[name]
+    family = MODELS[name]
     torch.manual_seed(0)
-    return randomize(family.classes[head](tiny_config(family.config_class, num_hidden_layers=layers)))
+    return randomize(family[head](tiny_config(family["Model"].config_class, num_hidden_layers=layers)))
 
 
 def assert_same_outputs(actual, expected) -> None:
@@ -42,7 +42,7 @@ def assert_same_outputs(actual, expected) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_compiles_whole_and_not_again_for_every_size(name):
     torch._dynamo.reset()
@@ -53,7 +53,7 @@ def test_compiles_whole_and_not_again_for_every_size(name):
     assert counter.frame_count <= 2  # the first size, and all others
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_exports_with_dynamic_batch_and_size(name):
     model = tiny_model(name)
@@ -104,23 +104,23 @@ def registered(name):
 outputs = {name: run(name) for name in stock_names}
 before, mappings = classes(), {name: registered(name) for name in stock_names}
 import modeling_adala
-from modeling_adala.inspection.towers import FAMILIES
-from modeling_adala.registration import AUTO_CLASSES
+from modeling_adala.modeling_adala import MODELS
+from modeling_adala.modeling_adala import AUTO_CLASSES
 
 changed = [c.__name__ for c, attributes in classes().items() if attributes != before[c]]
 changed += [name for name in stock_names if registered(name) != mappings[name]]
 changed += [name for name in stock_names if not torch.equal(run(name), outputs[name])]
 wrong = []
 for name, head in cases:
-    opener = FAMILIES[name].classes[head]
+    opener = MODELS[name][head]
     if head in AUTO_CLASSES and head != "Backbone":  # 5.23 asks the Hub for a local backbone
-        opener = AUTO_CLASSES[head]
+        opener = getattr(transformers, AUTO_CLASSES[head])
     saved = torch.load(f"{root}/{name}-{head}.pt")
     model = opener.from_pretrained(f"{root}/{name}-{head}").eval()
     with torch.no_grad():
         output = model(**saved["inputs"])[0]
     output = output[0] if isinstance(output, tuple) else output
-    if type(model) is not FAMILIES[name].classes[head] or not torch.equal(output, saved["output"]):
+    if type(model) is not MODELS[name][head] or not torch.equal(output, saved["output"]):
         wrong.append(f"{name} {head}")
 print(json.dumps({"changed": changed, "wrong": wrong, "checked": [len(before), len(cases)]}))
 """
@@ -139,10 +139,10 @@ def fresh_process(tmp_path_factory) -> dict:
         output = output[0] if isinstance(output, tuple) else output
         torch.save({"inputs": inputs, "output": output}, root / f"{name}-{head}.pt")
         if head == "Model":
-            stock_class = FAMILIES[name].stock_class("Model")
-            stock.append(stock_class.__name__)
-            folder = root / "stock" / stock_class.__name__
-            stock_class(tiny_config(stock_class.config_class, num_hidden_layers=1)).save_pretrained(folder)
+            model_class = stock_class(MODELS[name]["Model"])
+            stock.append(model_class.__name__)
+            folder = root / "stock" / model_class.__name__
+            model_class(tiny_config(model_class.config_class, num_hidden_layers=1)).save_pretrained(folder)
             torch.save(inputs, folder / "inputs.pt")
     (root / "cases.json").write_text(json.dumps(CASES))
     (root / "stock.json").write_text(json.dumps(stock))

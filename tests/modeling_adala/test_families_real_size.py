@@ -9,7 +9,8 @@ from family_helpers import lost_keys, stock_config_class
 from transformers.core_model_loading import revert_weight_conversion
 
 from modeling_adala import FEATURE_MAPS, build_feature_map, linear_attention, linear_attention_reference
-from modeling_adala.inspection.towers import FAMILIES, attention_modules, native_size, patch_size, vision_tower
+from modeling_adala.inspection.towers import attention_modules, native_size, patch_size, vision_tower
+from modeling_adala.modeling_adala import MODELS, stock_class
 
 
 def vit(width: int, layers: int, heads: int, mlp: int | None = None, **options) -> dict:
@@ -138,18 +139,18 @@ HEAD_DIMS = sorted({head_dim for _, _, head_dim, _ in CHECKPOINTS.values()})
 
 
 def test_every_family_is_among_them():
-    assert {family for family, *_ in CHECKPOINTS.values()} == set(FAMILIES)
+    assert {family for family, *_ in CHECKPOINTS.values()} == set(MODELS)
     assert HEAD_DIMS == [64, 72, 80, 88]
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_names_of_the_published_sizes_agree_old_and_new(checkpoint):
     name, fields, head_dim, patches = CHECKPOINTS[checkpoint]
-    family = FAMILIES[name]
+    family = MODELS[name]
     config = stock_config_class(family)(**fields)
     with torch.device("meta"):
-        stock = family.stock_class("Model")(config)
-    student_class, student_config = family.classes["Model"], family.config_class(**fields)
+        stock = stock_class(family["Model"])(config)
+    student_class, student_config = family["Model"], family["Model"].config_class(**fields)
     new_names = stock.state_dict()
     old_names = revert_weight_conversion(stock, new_names)
     for weights in (new_names, old_names):

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.dynamic_module_utils import check_imports, get_imports, get_relative_import_files
 
 import modeling_adala
-from modeling_adala import convert, hub_code
-from modeling_adala.hub_code import ADALA_VERSION, auto_map, warn_if_newer
-from modeling_adala.inspection.towers import FAMILIES
+from modeling_adala import configuration_adala, convert
+from modeling_adala.configuration_adala import ADALA_VERSION, shared_name, warn_if_newer
+from modeling_adala.modeling_adala import MODELS
 
 PACKAGE = Path(modeling_adala.__file__).parent
 # huggingface_hub comes with transformers
@@ -26,7 +26,7 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "im
 
 def hub_files() -> list[Path]:
     """Every file that some checkpoint carries, found as Transformers finds them."""
-    references = {name for family in FAMILIES.values() for name in auto_map(family.config_class).values()}
+    references = {name for family in MODELS.values() for name in family["Model"].auto_map.values()}
     files = {PACKAGE / f"{name.partition('.')[0]}.py" for name in references}
     return sorted(files | {Path(needed) for file in files for needed in get_relative_import_files(file)})
 
@@ -71,7 +71,7 @@ def test_a_forbidden_import_is_found(line: str, tmp_path: Path):
 
 
 def tiny(family: str, head: str):
-    model_class = FAMILIES[family].classes[head]
+    model_class = MODELS[family][head]
     return model_class(model_class.config_class(**TINY))
 
 
@@ -83,7 +83,7 @@ def test_a_saved_folder_is_complete_whatever_class_was_saved(family, head, tmp_p
     model = tiny(family, head)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    names = {cls.__name__ for cls in FAMILIES[family].classes.values()} | {FAMILIES[family].config_class.__name__}
+    names = {cls.__name__ for cls in MODELS[family].values()} | {MODELS[family]["Model"].config_class.__name__}
     assert {reference.split(".")[1] for reference in config["auto_map"].values()} == names
     for auto_class, reference in config["auto_map"].items():
         module, name = reference.split(".")
@@ -110,7 +110,7 @@ def test_with_the_package_imported_a_folder_opens_without_a_question_and_runs_no
     for auto_class in (AutoModel, AutoModelForImageClassification):
         model = auto_class.from_pretrained(tmp_path, trust_remote_code=trust)
         assert type(model).__module__ == "modeling_adala.modeling_adala"
-        assert type(model.config) is FAMILIES["vit"].config_class
+        assert type(model.config) is MODELS["vit"]["Model"].config_class
     assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=trust).auto_map["AutoModel"]
 
 
@@ -132,7 +132,7 @@ def test_stock_models_know_nothing_of_it(tmp_path: Path):
     ("writer", "warns"), [("0.2.0", True), ("1.0", True), ("0.1.9", False), ("0.0.3", False), (None, False)]
 )
 def test_a_checkpoint_of_a_newer_release_warns_once(writer, warns, tmp_path: Path, caplog, monkeypatch):
-    monkeypatch.setattr(hub_code, "ADALA_VERSION", "0.1.0")
+    monkeypatch.setattr(configuration_adala, "ADALA_VERSION", "0.1.0")
     warn_if_newer.cache_clear()
     tiny("vit", "Model").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -167,11 +167,11 @@ def test_a_checkpoint_of_a_newer_release_warns_once(writer, warns, tmp_path: Pat
     ],
 )
 def test_a_local_path_is_shared_by_its_last_part_only(name, expected):
-    assert hub_code.shared_name(name) == expected
+    assert shared_name(name) == expected
 
 
 def test_a_folder_that_looks_like_an_id_is_a_folder(tmp_path: Path, monkeypatch):
     (tmp_path / "secret" / "vit").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert hub_code.shared_name("secret/vit") == "vit"
-    assert hub_code.shared_name("other/vit") == "other/vit"
+    assert shared_name("secret/vit") == "vit"
+    assert shared_name("other/vit") == "other/vit"

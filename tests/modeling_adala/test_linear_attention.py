@@ -21,7 +21,7 @@ from modeling_adala import (
     linear_attention_reference,
 )
 from modeling_adala.attention_interface import adala_attention_forward, adala_attention_mask
-from modeling_adala.torch_backend import linear_attention_torch
+from modeling_adala.linear_attention import _in_pytorch as linear_attention_torch
 
 MAPS = sorted(FEATURE_MAPS)
 LEARNED = [name for name in MAPS if FEATURE_MAPS[name].learned]

@@ -19,7 +19,7 @@ from modeling_adala import (
     linear_attention,
     linear_attention_reference,
 )
-from modeling_adala.backends import BACKENDS
+from modeling_adala.configuration_adala import BACKENDS
 from modeling_adala.feature_maps import FeatureMap
 
 ROOT = Path(__file__).parents[2]

@@ -9,17 +9,18 @@ from transformers import PreTrainedModel
 
 from modeling_adala import attention_map, convert
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.inspection.towers import FAMILIES, attention_implementation, vision_tower
+from modeling_adala.inspection.towers import attention_implementation, vision_tower
+from modeling_adala.modeling_adala import MODELS
 
-every_family = pytest.mark.parametrize("name", FAMILIES)
+every_family = pytest.mark.parametrize("name", MODELS)
 
 
 def tiny_model(name: str, head: str = "Model", config=None) -> PreTrainedModel:
     """The first layer linear, the second softmax."""
-    family = FAMILIES[name]
+    family = MODELS[name]
     torch.manual_seed(0)
-    config = tiny_config(family.config_class, softmax_layers=[1]) if config is None else config
-    return randomize(family.classes[head](config))
+    config = tiny_config(family["Model"].config_class, softmax_layers=[1]) if config is None else config
+    return randomize(family[head](config))
 
 
 @torch.no_grad()
@@ -53,9 +54,9 @@ def test_the_argument_of_a_call(name, head):
 
 @every_family
 def test_the_field_of_a_configuration(name):
-    values = tiny_config(FAMILIES[name].config_class, softmax_layers=[1]).to_dict()
+    values = tiny_config(MODELS[name]["Model"].config_class, softmax_layers=[1]).to_dict()
     values.get("vision_config", values)["output_attentions"] = True
-    config = FAMILIES[name].config_class(**values)
+    config = MODELS[name]["Model"].config_class(**values)
     assert vision_config(config).output_attentions
     model = tiny_model(name, config=config)
     assert_attentions(model)
@@ -95,7 +96,7 @@ def test_a_teacher_that_asks_for_it_opens_converts_and_comes_back(name, tmp_path
     for part in (config, config.get("vision_config", config)):
         part["output_attentions"] = True
     path.write_text(json.dumps(config))
-    opened = FAMILIES[name].classes["Model"].from_pretrained(tmp_path / "teacher")
+    opened = MODELS[name]["Model"].from_pretrained(tmp_path / "teacher")
     converted = convert(str(tmp_path / "teacher"))
     converted.save_pretrained(tmp_path / "student")
     again = type(converted).from_pretrained(tmp_path / "student")

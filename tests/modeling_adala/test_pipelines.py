@@ -15,12 +15,13 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from modeling_adala.inspection.towers import FAMILIES, attention_modules, vision_tower
+from modeling_adala.inspection.towers import attention_modules, vision_tower
+from modeling_adala.modeling_adala import MODELS
 
 SIZE = {"height": 32, "width": 32}
 CAPTIONS = ["cat", "dog", "red bus"]
-CLASSIFIERS = [name for name, family in FAMILIES.items() if "ForImageClassification" in family.classes]
-SEGMENTERS = [name for name, family in FAMILIES.items() if "ForSemanticSegmentation" in family.classes]
+CLASSIFIERS = [name for name, family in MODELS.items() if "ForImageClassification" in family]
+SEGMENTERS = [name for name, family in MODELS.items() if "ForSemanticSegmentation" in family]
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +35,11 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipelines")
 
     def make(name: str, head: str, **options) -> str:
-        family, path = FAMILIES[name], root / f"{name}-{head}"
+        family, path = MODELS[name], root / f"{name}-{head}"
         torch.manual_seed(0)
-        model = randomize(family.classes[head](tiny_config(family.config_class, **options)))
+        model = randomize(family[head](tiny_config(family["Model"].config_class, **options)))
         model.save_pretrained(path)
-        processor = IMAGE_PROCESSOR_MAPPING[family.config_class]["pil"]
+        processor = IMAGE_PROCESSOR_MAPPING[family["Model"].config_class]["pil"]
         naflex = "Siglip2" in processor.__name__  # which makes patches of the whole image instead of resizing it
         options = {"patch_size": 8, "max_num_patches": 16} if naflex else {"size": SIZE, "crop_size": SIZE}
         processor(**options).save_pretrained(path)
@@ -55,10 +56,10 @@ def by_hand(pipe, image: Image.Image, **text):
         return pipe.model(**pipe.image_processor(images=image, return_tensors="pt"), **text)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if not is_vision_text(name)])
+@pytest.mark.parametrize("name", [name for name in MODELS if not is_vision_text(name)])
 def test_image_feature_extraction(name, folder, image):
     pipe = pipeline("image-feature-extraction", model=folder(name, "Model"))
-    assert type(pipe.model) is FAMILIES[name].classes["Model"]
+    assert type(pipe.model) is MODELS[name]["Model"]
     expected = by_hand(pipe, image).last_hidden_state
     assert expected.shape[0] == 1 and expected.shape[2] == 32
     assert torch.equal(torch.tensor(pipe(image)), expected)
@@ -68,7 +69,7 @@ def test_image_feature_extraction(name, folder, image):
 def test_image_classification(name, folder, image):
     options = {} if is_vision_text(name) else {"num_labels": 3}
     pipe = pipeline("image-classification", model=folder(name, "ForImageClassification", **options))
-    assert type(pipe.model) is FAMILIES[name].classes["ForImageClassification"]
+    assert type(pipe.model) is MODELS[name]["ForImageClassification"]
     scores = by_hand(pipe, image).logits[0].softmax(dim=-1)
     answers = pipe(image)
     assert {answer["label"] for answer in answers} == set(pipe.model.config.id2label.values())
@@ -83,7 +84,7 @@ def test_image_segmentation(name, folder, image):
     pipe = pipeline(
         "image-segmentation", model=path, image_processor=SegformerImageProcessorPil(size={"height": 32, "width": 48})
     )
-    assert type(pipe.model) is FAMILIES[name].classes["ForSemanticSegmentation"]
+    assert type(pipe.model) is MODELS[name]["ForSemanticSegmentation"]
     logits = by_hand(pipe, image).logits
     assert logits.shape == (1, 4, 4, 6)
     classes = torch.nn.functional.interpolate(logits, (40, 52), mode="bilinear").argmax(dim=1)[0].numpy()
@@ -97,7 +98,7 @@ def test_image_segmentation(name, folder, image):
 def test_depth_estimation(tmp_path, image):
     stages = ["stage1", "stage2", "stage3", "stage4"]
     backbone = tiny_config(
-        FAMILIES["dinov2"].config_class, num_hidden_layers=4, out_features=stages, reshape_hidden_states=False
+        MODELS["dinov2"]["Model"].config_class, num_hidden_layers=4, out_features=stages, reshape_hidden_states=False
     )
     sizes = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 16, "hidden_size": 32}
     torch.manual_seed(0)
@@ -122,12 +123,12 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if is_vision_text(name)])
+@pytest.mark.parametrize("name", [name for name in MODELS if is_vision_text(name)])
 def test_zero_shot_image_classification(name, folder, image, tokenizer):
     path = folder(name, "Model")
     tokenizer.save_pretrained(path)
     pipe = pipeline("zero-shot-image-classification", model=path)
-    assert type(pipe.model) is FAMILIES[name].classes["Model"]
+    assert type(pipe.model) is MODELS[name]["Model"]
     assert vision_tower(pipe.model).config._attn_implementation == "adala"
     assert pipe.model.config.text_config._attn_implementation == "sdpa"
     siglip = "siglip" in name

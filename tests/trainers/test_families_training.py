@@ -8,7 +8,8 @@ from family_helpers import CASES, inputs_of, is_vision_text, stock_model, tensor
 from training_helpers import QUIET, assert_same_tensors, copy_state, moved, one_thread  # noqa: F401
 
 from modeling_adala import convert
-from modeling_adala.inspection.towers import FAMILIES, attention_modules, vision_tower
+from modeling_adala.inspection.towers import attention_modules, vision_tower
+from modeling_adala.modeling_adala import MODELS
 from trainers.runs.stages import STAGES
 
 ATTENTION, FEATURES, _ = STAGES
@@ -18,7 +19,7 @@ ATTENTION, FEATURES, _ = STAGES
 
 
 @pytest.mark.parametrize("stage", [ATTENTION, FEATURES])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_stage_trains_the_vision_tower_and_its_loss_falls(name, stage, tmp_path):
     teacher = stock_model(name)
     student = convert(teacher, check_parity=False)
@@ -57,7 +58,7 @@ def test_a_stage_trains_the_vision_tower_and_its_loss_falls(name, stage, tmp_pat
 @pytest.mark.parametrize(("name", "head"), CASES)
 def test_activation_checkpointing_gives_the_same_gradients(name, head):
     torch.manual_seed(0)
-    model = FAMILIES[name].classes[head](tiny_config(FAMILIES[name].config_class)).train()
+    model = MODELS[name][head](tiny_config(MODELS[name]["Model"].config_class)).train()
     inputs, calls = inputs_of(model), []
     attention_modules(model)[0].q_proj.register_forward_hook(lambda *call: calls.append(1))
 

@@ -15,7 +15,8 @@ from training_helpers import QUIET, NoiseImages, copy_state, one_thread, tiny_di
 from transformers import PreTrainedModel, TrainerCallback
 
 from modeling_adala import convert
-from modeling_adala.inspection.towers import FAMILIES, attention_modules, forward_tower
+from modeling_adala.inspection.towers import attention_modules, forward_tower
+from modeling_adala.modeling_adala import MODELS
 from trainers.early_gradients import EarlyGradients
 from trainers.runs import monitoring
 from trainers.runs.callbacks import read_metrics
@@ -194,7 +195,7 @@ def test_teacher_stops_after_the_last_linear_layers_attention(tmp_path, softmax_
     assert calls["norm"] == 1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_what_the_teachers_heads_give_is_what_its_output_projection_takes(name):
     """Nothing comes between or after, in any family: else a loss before the projection would be another loss."""
     teacher = stock_model(name)

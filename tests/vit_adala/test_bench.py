@@ -14,7 +14,8 @@ from transformers import ViTConfig, ViTModel
 
 from modeling_adala import AdaLAError, AdaLAViTModel, build_feature_map, convert, linear_attention
 from modeling_adala.feature_maps import EluFeatureMap, FeatureMap
-from modeling_adala.inspection.towers import FAMILIES, attention_modules, forward_features, vision_tower
+from modeling_adala.inspection.towers import attention_modules, forward_features, vision_tower
+from modeling_adala.modeling_adala import MODELS
 from vit_adala.benchmark import models, operators
 from vit_adala.benchmark.cases import BreakEven, Row, Size, break_even
 from vit_adala.benchmark.floor import Floor, OperatorWork, measure_floor
@@ -344,9 +345,9 @@ def test_mistakes_are_named_before_any_time_is_spent(run, checkpoint, monkeypatc
     assert all(name in err for name in names), err
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_every_family_opens_from_its_configuration(family, tmp_path):
-    config = tiny_config(stock_config_class(FAMILIES[family]))
+    config = tiny_config(stock_config_class(MODELS[family]))
     config.to_json_file(tmp_path / "config.json", use_diff=False)
     opened = {
         linear: models.ModelSource(str(tmp_path / "config.json"), linear, torch.bfloat16).open()

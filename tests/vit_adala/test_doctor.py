@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from training_helpers import one_thread, save_teacher  # noqa: F401
 
 from modeling_adala import convert
-from modeling_adala.inspection.towers import FAMILIES
+from modeling_adala.modeling_adala import MODELS
 from vit_adala.cli import main
 from vit_adala.commands import doctor
 from vit_adala.doctor import environment_checks as environment
@@ -207,7 +207,7 @@ def families(tmp_path_factory) -> dict[tuple[str, str], Path]:
     for name, head in CASES:
         folders[name, head] = tmp_path_factory.mktemp("families") / f"{name}-{head}"
         torch.manual_seed(0)
-        FAMILIES[name].classes[head](tiny_config(FAMILIES[name].config_class)).save_pretrained(folders[name, head])
+        MODELS[name][head](tiny_config(MODELS[name]["Model"].config_class)).save_pretrained(folders[name, head])
     return folders
 
 
@@ -250,12 +250,12 @@ def test_healthy_models_of_every_family_and_head_fail_no_check(case, families, w
     }, found
     if case in WITHOUT_PACKAGE:
         assert "with the same outputs" in found["loads without the package"].message
-    assert found["loads with the package"].message.startswith(FAMILIES[case[0]].classes[case[1]].__name__)
+    assert found["loads with the package"].message.startswith(MODELS[case[0]].classes[case[1]].__name__)
     assert "4x4 patches (32x32 pixels)" in found["position grid"].message
     assert "2 images" in found["finite outputs"].message
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_position_too_many_or_too_few_fails_for_every_family(name, families, tmp_path):
     for change in (lambda tensor: tensor[..., :-1, :], lambda tensor: torch.cat([tensor, tensor[..., :1, :]], dim=-2)):
         folder = Path(shutil.copytree(families[name, "Model"], tmp_path / "model", dirs_exist_ok=True))

@@ -20,6 +20,7 @@ from transformers import (
 
 from modeling_adala import UsageError
 from modeling_adala.conversion.convert import student_config
+from modeling_adala.families import get_family
 from modeling_adala.inspection.flops import (
     BreakEven,
     break_even,
@@ -28,7 +29,8 @@ from modeling_adala.inspection.flops import (
     nearest_size,
     num_features,
 )
-from modeling_adala.inspection.towers import FAMILIES, forward_tower, get_family
+from modeling_adala.inspection.towers import forward_tower
+from modeling_adala.modeling_adala import MODELS
 from vit_adala.cli import main
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -52,7 +54,7 @@ PUBLISHED = {
 }
 REAL = {name: config_class(**options) for name, (config_class, options) in PUBLISHED.items()}
 TINY = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 4}
-TOWERS = [name for name in FAMILIES if name not in ("clip", "siglip", "siglip2")]
+TOWERS = [name for name in MODELS if name not in ("clip", "siglip", "siglip2")]
 VARIANTS = {
     **{name: (name, {}) for name in TOWERS},
     **{f"vit, {name}": ("vit", {"feature_map": name}) for name in ("elu", "relu", "exp", "t2r")},
@@ -68,11 +70,11 @@ def tiny(variant: str):
     family, options = VARIANTS[variant]
     size = {"num_patches": 64} if family == "siglip2_vision_model" else {"image_size": 32}
     mlp = {} if family.startswith("dinov2") else {"intermediate_size": 96}
-    return FAMILIES[family].config_class(**TINY, **size, **mlp, **options)
+    return MODELS[family]["Model"].config_class(**TINY, **size, **mlp, **options)
 
 
 def build(config):
-    classes = get_family(config.model_type).classes
+    classes = MODELS[get_family(config.model_type).stock]
     return classes["Model" if "Model" in classes else "VisionModel"](config).eval()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from modeling_adala.backends import choose_backend
+from modeling_adala.kernels import choose_backend
 from trainers.runs.facts import describe_machine, software_versions
 
 _ROOT = Path(__file__).parents[2]

@@ -18,7 +18,8 @@ from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.convert import convert
 from modeling_adala.conversion.loading import load_config, load_student, load_teacher, load_teacher_config
 from modeling_adala.errors import AdaLAError, UsageError
-from modeling_adala.inspection.towers import attention_modules, forward_features, get_family, vision_tower
+from modeling_adala.families import get_family
+from modeling_adala.inspection.towers import attention_modules, forward_features, vision_tower
 
 from .operators import relative_error
 

@@ -20,7 +20,8 @@ from modeling_adala.conversion.loading import (
     load_teacher_config,
 )
 from modeling_adala.errors import DataError, UsageError
-from modeling_adala.inspection.towers import attention_modules, get_family, native_size, patch_size, token_groups
+from modeling_adala.families import get_family
+from modeling_adala.inspection.towers import attention_modules, native_size, patch_size, token_groups
 from trainers.base_trainer import check_pair
 from trainers.data.image_files import ImageFiles, Unreadable, blaming, open_image
 from trainers.data.transforms import ImageTransform, check_image_size, parse_size

@@ -18,7 +18,7 @@ from modeling_adala.conversion.loading import (
     load_segmenter,
 )
 from modeling_adala.errors import UsageError
-from modeling_adala.inspection.towers import get_family
+from modeling_adala.families import get_family
 from trainers.data.data_config import DataConfig
 from trainers.data.segmentation_data import SegmentationData, read_labels
 from trainers.evaluation.comparison import Comparison

@@ -114,7 +114,7 @@ def bf16() -> Check:
 
 def attention() -> Check:
     """Which implementation computes attention, and why."""
-    from modeling_adala.backends import choose_backend
+    from modeling_adala.kernels import choose_backend
 
     if "adala" not in AttentionInterface().valid_keys():
         return Check("attention", "FAIL", "'adala' is not registered with Transformers", "Install vit-adala again.")

@@ -18,13 +18,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import modeling_adala
 from hub_cards.upstream import get_relative_import_files
-from modeling_adala.configuration_adala import vision_config
+from modeling_adala.configuration_adala import ADALA_VERSION, vision_config
 from modeling_adala.conversion.checkpoint_safety import check_checkpoint
 from modeling_adala.conversion.loading import load_config, load_image_processor, load_student, load_teacher
 from modeling_adala.conversion.stored_weights import nonfinite_tensors, read_tensors, weight_files
 from modeling_adala.errors import CheckpointError
 from modeling_adala.feature_maps import FeatureMap
-from modeling_adala.hub_code import ADALA_VERSION
 from modeling_adala.inspection.towers import attention_modules, forward_features, native_size, patch_size
 from modeling_adala.mixins import num_special_tokens
 

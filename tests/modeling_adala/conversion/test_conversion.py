@@ -40,7 +40,7 @@ from modeling_adala import (
 from modeling_adala.conversion.convert import parity_report, student_config
 from modeling_adala.conversion.loading import load_teacher
 from modeling_adala.inspection.towers import (
-    FAMILIES,
+    MODELS,
     attention_modules,
     forward_features,
     get_family,
@@ -194,7 +194,7 @@ def test_a_teacher_in_eager_mode_converts_too():
     assert teacher.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_convert_and_parity_report_leave_a_model_as_it_was(name):
     """A model in the middle of its training, as a notebook has it: its mode, gradients, attention, dtype, weights."""
     teacher = stock_model(name).train()
@@ -367,7 +367,7 @@ def test_load_teacher_is_frozen_float32_and_in_eval_mode(tmp_path):
 
 
 def test_family_table_lists_every_exported_model():
-    listed = {cls.__name__ for family in FAMILIES.values() for cls in family.classes.values()}
+    listed = {cls.__name__ for family in MODELS.values() for cls in family.values()}
     exported = {
         name
         for name in modeling_adala.__all__

@@ -35,10 +35,11 @@ from modeling_adala.conversion.loading import (
     load_teacher,
 )
 from modeling_adala.conversion.stored_weights import is_finite
-from modeling_adala.inspection.towers import FAMILIES, attention_modules, vision_tower
+from modeling_adala.inspection.towers import attention_modules, vision_tower
+from modeling_adala.modeling_adala import MODELS, stock_class
 from vit_adala.cli import main
 
-every_family = pytest.mark.parametrize("name", FAMILIES)
+every_family = pytest.mark.parametrize("name", MODELS)
 LABELS = ["a", "b", "c"]
 
 
@@ -54,7 +55,7 @@ def saved(tmp_path_factory):
                 stock_model(name, head).save_pretrained(made[key])
             else:
                 torch.manual_seed(0)
-                FAMILIES[name].classes[head](tiny_config(FAMILIES[name].config_class)).save_pretrained(made[key])
+                MODELS[name][head](tiny_config(MODELS[name]["Model"].config_class)).save_pretrained(made[key])
         return made[key]
 
     return get
@@ -122,7 +123,7 @@ def test_weights_that_did_not_load_are_one_line_for_every_family_and_every_openi
     teacher, student = copy_of(name), copy_of(name, "Model", "student")
     openings = [(convert, teacher), (load_student, student)]
     heads = {"ForImageClassification": load_classifier, "ForSemanticSegmentation": load_segmenter}
-    for load in [load for head, load in heads.items() if head in FAMILIES[name].classes]:
+    for load in [load for head, load in heads.items() if head in MODELS[name]]:
         chosen = (teacher, student) if damage in ("no bias", "one too many") else ()  # the others take the same way
         openings += [(lambda path, load=load: load(path, LABELS), folder) for folder in chosen]
     for folder in (teacher, student):
@@ -133,18 +134,20 @@ def test_weights_that_did_not_load_are_one_line_for_every_family_and_every_openi
 
 @pytest.mark.parametrize(("name", "head"), CASES)
 def test_sound_checkpoints_of_every_family_and_head_open_whole(name, head, saved):
-    family = FAMILIES[name]
+    family = MODELS[name]
     student = load_student(str(saved(name, head, "student")))
-    assert type(student) is family.classes[head]
+    assert type(student) is family[head]
     assert vision_tower(student).config._attn_implementation == "adala"
-    if family.stock_class(head):
-        assert type(load_teacher(str(saved(name, head)))) is family.stock_class(head)
+    if stock_class(family[head]):
+        assert type(load_teacher(str(saved(name, head)))) is stock_class(family[head])
     if head != "Model":  # a head that the checkpoint does not have starts at random, where it is asked for
-        assert type(load_teacher(str(saved(name)), head)) is (family.stock_class(head) or family.stock_class("Model"))
+        assert type(load_teacher(str(saved(name)), head)) is (
+            stock_class(family[head]) or stock_class(family["Model"])
+        )
     for folder in {saved(name), saved(name, head, "student")}:
         for load, opened in ((load_classifier, "ForImageClassification"), (load_segmenter, "ForSemanticSegmentation")):
             # a head that is not of the family's own kind (a projection, a teacher's second head) is left out
-            if opened in family.classes and head in ("Model", "Backbone", opened, "ForMaskedImageModeling"):
+            if opened in family and head in ("Model", "Backbone", opened, "ForMaskedImageModeling"):
                 model = load(str(folder), LABELS)
                 assert model.config.num_labels == 3
                 assert all(is_finite(tensor) for tensor in model.state_dict().values())
@@ -152,14 +155,14 @@ def test_sound_checkpoints_of_every_family_and_head_open_whole(name, head, saved
 
 @every_family
 def test_a_teacher_is_opened_as_another_head_of_its_family(name, saved):
-    heads = [head for head in FAMILIES[name].classes if FAMILIES[name].stock_class(head)]
+    heads = [head for head in MODELS[name] if stock_class(MODELS[name][head])]
     for stored in heads:
         for head in heads:
             if (stored, head) == ("ForImageClassification", "Model") and is_vision_text(name):
                 refused(lambda stored=stored: load_teacher(str(saved(name, stored)), "Model"), "text_model")
                 continue
             model = load_teacher(str(saved(name, stored)), head)
-            assert type(model) is FAMILIES[name].stock_class(head)
+            assert type(model) is stock_class(MODELS[name][head])
 
 
 def test_the_feature_map_of_a_student_cannot_be_changed_in_its_config(saved, tmp_path):
@@ -228,7 +231,7 @@ DECODER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, 
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [*((name, float("nan")) for name in FAMILIES), ("vit", float("inf")), ("vit", -float("inf"))]
+    ("name", "value"), [*((name, float("nan")) for name in MODELS), ("vit", float("inf")), ("vit", -float("inf"))]
 )
 def test_weights_that_are_not_finite_are_named_as_the_culprit(name, value, copy_of):
     teacher, student = copy_of(name), copy_of(name, "Model", "student")

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from training_helpers import one_thread, tiny_dinov2, tiny_vit  # noqa: F401
 
 from modeling_adala import UsageError, convert
-from modeling_adala.inspection.towers import FAMILIES, forward_tower, token_groups, transformer_blocks
+from modeling_adala.inspection.towers import forward_tower, token_groups, transformer_blocks
+from modeling_adala.modeling_adala import MODELS
 from trainers import DataConfig, DataModule, RecipeConfig
 from trainers.evaluation.comparison import Comparison, block_errors
 from trainers.evaluation.metric_functions import relative_error
@@ -38,7 +39,7 @@ def outputs_of_blocks(model, pixels) -> list[torch.Tensor]:
     return states
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("size", [(32, 32), (24, 48)])
 def test_errors_are_those_of_two_free_runs(name, size):
     teacher = stock_model(name)

@@ -9,11 +9,12 @@ from training_helpers import one_thread  # noqa: F401
 
 import trainers.report.report as report
 from modeling_adala import convert
-from modeling_adala.inspection.towers import FAMILIES, forward_features
+from modeling_adala.inspection.towers import forward_features
+from modeling_adala.modeling_adala import MODELS
 from trainers.report.report import _is_speed, measure_speed, summary_table
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_tokens_are_those_of_the_model(name):
     teacher = stock_model(name)
     student = convert(teacher, check_parity=False)
