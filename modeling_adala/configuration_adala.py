@@ -31,7 +31,6 @@ _PLAIN, _PROJECTED = ("scale", "center_keys"), ("scale", "center_keys", "feature
 FEATURE_MAP_OPTIONS = {
     "elu": _PLAIN,
     "relu": _PLAIN,
-    "exp": _PLAIN,
     "hedgehog": _PROJECTED,
     "t2r": _PROJECTED,
 }

@@ -28,50 +28,12 @@ def softmax_pair(x: Tensor) -> Tensor:
     return torch.cat((torch.softmax(x, dim=-1), torch.softmax(-x, dim=-1)), dim=-1)
 
 
-def exp_key(key: Tensor, key_max: Tensor) -> Tensor:
-    """exp(k_f - m_f), where m_f is the largest key in feature f: `(..., 1, features)`."""
-    return torch.exp(key - key_max)
-
-
-def exp_query(query: Tensor, key_max: Tensor) -> Tensor:
-    """exp(q_f + m_f - c), where c is the query's own maximum of q_f + m_f."""
-    query = query + key_max
-    return torch.exp(query - query.amax(dim=-1, keepdim=True).detach())
-
-
-def largest_key(key: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Largest real key in each feature, `(batch, heads, 1, features)`; a constant for the gradient."""
-    if key.shape[2] == 0:
-        return key.new_zeros(*key.shape[:2], 1, key.shape[3])
-    if key_mask is not None:
-        key = key.masked_fill(~key_mask[:, None, :, None], torch.finfo(key.dtype).min)
-    return key.amax(dim=2, keepdim=True).detach()
-
-
-# of queries and keys alike; `exp` alone looks at all the keys
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": elu_plus_one,
     "relu": F.relu,
     "softmax_pair": softmax_pair,
     "identity": lambda x: x,
 }
-
-
-def apply_nonlinearity(name: str, query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Features of queries and keys, `(batch, heads, tokens, features)` each.
-
-    Args:
-        name (`str`): One of `NONLINEARITIES`, or `"exp"`: exponentials, stabilized so that nothing overflows and the
-            normalizer is at least 1/N (`exp_key`, `exp_query`; the shifts cancel between numerator and normalizer).
-        query (`Tensor`), key (`Tensor`): `(batch, heads, tokens, dim)`.
-        key_mask (`Tensor`, *optional*): `(batch, tokens)`, True for real tokens.
-    """
-    if name == "exp":
-        key_max = largest_key(key, key_mask)
-        if key_mask is not None:  # what lies above the largest real key would overflow before the mask zeroes it
-            key = key.masked_fill(~key_mask[:, None, :, None], torch.finfo(key.dtype).min)
-        return exp_query(query, key_max), exp_key(key, key_max)
-    return NONLINEARITIES[name](query), NONLINEARITIES[name](key)
 
 
 class FeatureMap(nn.Module):
@@ -82,8 +44,7 @@ class FeatureMap(nn.Module):
     Args:
         num_heads (`int`): Number of heads; learned maps hold weights per head.
         head_dim (`int`): Width of one head.
-        scale (`float`, *optional*): Factor on queries and keys. Default: 1, or `head_dim ** -0.25` for `exp`, where
-            the product of a query and a key feature then carries softmax's `head_dim ** -0.5`.
+        scale (`float`, *optional*): Factor on queries and keys. Default: 1.
         center_keys (`bool`, *optional*, defaults to `False`): Subtract each image's mean key first. Softmax does not
             see a shift that all keys share, but phi does.
     """
@@ -95,19 +56,16 @@ class FeatureMap(nn.Module):
     def __init__(self, num_heads: int, head_dim: int, scale: float | None = None, center_keys: bool = False):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.scale = self.default_scale(head_dim) if scale is None else scale
+        self.scale = 1.0 if scale is None else scale
         self.center_keys = center_keys
-
-    @staticmethod
-    def default_scale(head_dim: int) -> float:
-        return 1.0
 
     def forward(self, query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features of queries and keys. `key_mask` is `(batch, tokens)`, True for real tokens; theirs alone count."""
         query, key, scale = self.affine(query, key, key_mask)
         if scale != 1.0:
             query, key = query * scale, key * scale
-        return apply_nonlinearity(self.nonlinearity, query, key, key_mask)
+        nonlinearity = NONLINEARITIES[self.nonlinearity]
+        return nonlinearity(query), nonlinearity(key)
 
     def affine(self, query: Tensor, key: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, float]:
         """All that comes before the nonlinearity; the factor on both that is still to be applied comes last."""
@@ -139,17 +97,6 @@ class ReluFeatureMap(FeatureMap):
     """phi(x) = max(x, 0) (EfficientViT, arXiv 2205.14756). A query that is all negative attends to nothing."""
 
     nonlinearity = "relu"
-
-
-class ExpFeatureMap(FeatureMap):
-    """phi(x) = exp(x), stabilized (see `apply_nonlinearity`)."""
-
-    nonlinearity = "exp"
-    eps = 1e-12  # the normalizer cannot vanish, and at N = 10^6 its floor is 1e-6
-
-    @staticmethod
-    def default_scale(head_dim: int) -> float:
-        return head_dim**-0.25
 
 
 class _ProjectedFeatureMap(FeatureMap):
@@ -200,7 +147,6 @@ class T2RFeatureMap(_ProjectedFeatureMap):
 FEATURE_MAPS: dict[str, type[FeatureMap]] = {
     "elu": EluFeatureMap,
     "relu": ReluFeatureMap,
-    "exp": ExpFeatureMap,
     "hedgehog": HedgehogFeatureMap,
     "t2r": T2RFeatureMap,
 }

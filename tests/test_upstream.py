@@ -18,11 +18,11 @@ from torch import nn
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("modeling_adala", "trainers", "hub_cards", "vit_adala")
-UPSTREAM = [path for package in PACKAGES if (path := ROOT / package / "upstream.py").exists()]
+UPSTREAM = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("upstream.py"))]
 
 CONFIGURATION = "modeling_adala/configuration_adala.py"
 CHECKPOINTS = "trainers/base_trainer.py, to resume from whole checkpoints only"
-OLD_NAMES = "modeling_adala/registration.py, without which teachers load with random attention"
+OLD_NAMES = "conversion/registration.py, without which teachers load with random attention"
 PUSH = "hub_cards/push.py, to tell what a push would change"
 NOTICE = "modeling_adala/linear_attention.py, to let PyTorch see each operation where it waits for them"
 # where it is and what it is called: who needs it
@@ -35,11 +35,11 @@ NAMES = {
     "huggingface_hub.utils.sha.sha_fileobj": PUSH,
     "torch._C._are_functorch_transforms_active": NOTICE,
     "torch._foreach_mul": "trainers/early_gradients.py, to scale all gradients at once",
-    "torch.cpu._is_amx_tile_supported": "modeling_adala/cpu_backend.py, to choose the dtype of products",
-    "torch.cpu._is_avx512_bf16_supported": "modeling_adala/cpu_backend.py, to choose the dtype of products",
+    "torch.cpu._is_amx_tile_supported": "trainers/base_config.py, to choose bf16 where it pays",
+    "torch.cpu._is_avx512_bf16_supported": "trainers/base_config.py, to choose bf16 where it pays",
     "torch.utils._python_dispatch.is_in_torch_dispatch_mode": NOTICE,
     "transformers.AttentionInterface._global_mapping": "modeling_adala/inspection/check_linear.py, to watch attention",
-    "transformers.AutoModel._model_mapping": "hub_code.py and vit_adala/doctor/probe.py, to know auto_map",
+    "transformers.AutoModel._model_mapping": "vit_adala/doctor/probe.py, to know auto_map",
     "transformers.PreTrainedModel._can_set_attn_implementation": "inspection/check_linear.py, to say why",
     "transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected": "modeling_adala/mixins.py, to drop poolers",
     "transformers.PreTrainedModel.initialize_weights": "modeling_adala/mixins.py, to start feature maps neutral",
@@ -59,9 +59,7 @@ NAMES = {
     "transformers.integrations.sdpa_attention.repeat_kv": "modeling_adala/attention_interface.py, for grouped queries",
     "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS": "trainers/report/pictures.py, to picture attention",
     "transformers.masking_utils.bidirectional_mask_function": "modeling_adala/attention_interface.py, to read masks",
-    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": "fused_projections.py, trainers/report/pictures.py",
-    "transformers.models.auto.modeling_auto": "modeling_adala/hub_code.py, to write auto_map",
-    "transformers.models.dinov3_vit.modeling_dinov3_vit.apply_rotary_pos_emb": "modeling_adala/fused_projections.py",
+    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": "trainers/report/pictures.py, to picture attention",
     "transformers.trainer.TRAINER_STATE_NAME": CHECKPOINTS,
     "transformers.trainer_utils.TrainOutput": CHECKPOINTS,
     "transformers.trainer_utils.rotate_checkpoints": CHECKPOINTS,
@@ -93,7 +91,6 @@ ATTRIBUTES = {
     "_backward_hooks",
     "_backward_pre_hooks",
     "_exit",  # of os, a module of Python itself
-    "_version",  # of a tensor: test_a_tensor_counts_changes_in_place
     *(name for name in TRAINER if name.startswith("_")),
     # of argparse, a module of Python itself
     "_action_groups",
@@ -228,17 +225,6 @@ def test_keys_of_grouped_queries_are_repeated_one_by_one():
         assert torch.equal(repeat_kv(keys, 2), keys.repeat_interleave(2, dim=1))
 
 
-def test_rotation_leaves_the_tokens_before_the_patches_alone():
-    from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
-
-    query, key, angles = torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8), torch.randn(4, 8)
-    with relied_on("transformers", "rotates DINOv3's tokens in another way", "modeling_adala/fused_projections.py"):
-        rotated = apply_rotary_pos_emb(query, key, angles.cos(), angles.sin())
-        for before, after in zip((query, key), rotated, strict=True):
-            assert torch.equal(before[:, :, :3], after[:, :, :3])
-            assert not torch.equal(before[:, :, 3:], after[:, :, 3:])
-
-
 def test_initial_values_leave_loaded_weights_alone():
     from transformers import initialization
 
@@ -257,7 +243,7 @@ def test_auto_classes_map_configurations_to_models():
     with relied_on(
         "transformers",
         "keeps the models of an Auto class in another way",
-        "modeling_adala/hub_code.py",
+        "vit_adala/doctor/probe.py",
     ):
         assert ViTConfig in AutoModel._model_mapping
         assert AutoModel._model_mapping[ViTConfig] is ViTModel
@@ -324,16 +310,8 @@ def test_a_model_comes_out_of_its_wrapper():
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_tensor_counts_changes_in_place():
-    with relied_on("torch", "counts changes of tensors in another way", "modeling_adala/surgery.py"):
-        x = torch.ones(2)
-        before = x._version
-        x.add_(1)
-        assert x._version > before
-
-
 def test_hooks_of_a_module():
-    with relied_on("torch", "keeps hooks in another way", "modeling_adala/linear_attention.py, to let them run"):
+    with relied_on("torch", "keeps hooks in another way", "modeling_adala/kernels/dispatch.py, to let them run"):
         module = nn.Identity()
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
@@ -365,7 +343,7 @@ def test_torch_func_and_dispatch_modes_can_be_noticed():
 
 
 def test_what_a_processor_can_do_is_known():
-    with relied_on("torch", "tells of a processor in another way", "modeling_adala/cpu_backend.py"):
+    with relied_on("torch", "tells of a processor in another way", "trainers/base_config.py"):
         assert isinstance(torch.cpu._is_avx512_bf16_supported(), bool)
         assert isinstance(torch.cpu._is_amx_tile_supported(), bool)
 
@@ -398,18 +376,12 @@ def test_modules_of_a_stock_model_have_their_names(name):
 
     model_class = getattr(transformers, name)
     last_norm, output = STOCK[name]
-    with relied_on("transformers", f"renamed modules of {name}", "modeling_adala/{mixins,families,position_cache}.py"):
+    with relied_on("transformers", f"renamed modules of {name}", "modeling_adala/{mixins,families}.py"):
         source = inspect.getsource(importlib.import_module(model_class.__module__))
         for module in ("q_proj", "k_proj", "v_proj", output):
             assert f"self.{module} = nn.Linear(" in source, module
         assert f"self.{last_norm} = " in source, last_norm
         assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in source, "attention is not looked up"
-        if name == "DINOv3ViTModel":
-            return
-        method = "resize_positional_embeddings" if name == "Siglip2VisionModel" else "interpolate_pos_encoding"
-        assert f"def {method}(" in source, method
-        assert f"self.{method}(" in source, f"{method} is not called"
-        assert "self.position_embedding" in source, "position_embedding(s)"
 
 
 # --- one place -------------------------------------------------------------------------------------------------------

@@ -294,7 +294,7 @@ def test_feature_maps_give_different_models():
     inputs = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         outputs = {
-            name: make(AdaLAViTModel, feature_map=name)(inputs)[0] for name in ("elu", "relu", "exp", "hedgehog")
+            name: make(AdaLAViTModel, feature_map=name)(inputs)[0] for name in ("elu", "relu", "t2r", "hedgehog")
         }
         neutral_t2r = make(AdaLAViTModel, feature_map="t2r")(inputs)[0]
     names = list(outputs)

@@ -36,7 +36,7 @@ DINOV2 = SHARED | {"mlp_ratio": 2, "image_size": 28, "patch_size": 7, "num_label
 MODELS = {
     AdaLAViTModel: {"feature_map": "hedgehog", "feature_map_kwargs": {"feature_dim": 24, "center_keys": True}},
     AdaLAViTForImageClassification: {"feature_map": "t2r"},
-    AdaLAViTForMaskedImageModeling: {"feature_map": "exp"},
+    AdaLAViTForMaskedImageModeling: {"feature_map": "relu"},
     AdaLADinov2Model: {"softmax_layers": [-1]},
     AdaLADinov2ForImageClassification: {"feature_map": "relu", "feature_map_kwargs": {"scale": 0.5}},
     AdaLADinov2Backbone: {"feature_map": "hedgehog", "out_features": ["stage1", "stage3"]},

@@ -128,9 +128,9 @@ def test_softmax_on_purpose_and_an_own_feature_map():
     assert report.linear == {"layers.0.attention": "HedgehogFeatureMap"}
     assert "on purpose" in report.softmax["layers.1.attention"]
     stock = adala(DISPATCHING["vit"])
-    stock.layers[0].attention.feature_map = build_feature_map("exp", 2, 16)
+    stock.layers[0].attention.feature_map = build_feature_map("relu", 2, 16)
     assert check_linear(stock).linear == {
-        "layers.0.attention": "ExpFeatureMap",
+        "layers.0.attention": "ReluFeatureMap",
         "layers.1.attention": "EluFeatureMap",
     }
 
