@@ -56,6 +56,8 @@ class LinearAttentionConfig:
         feature_map_kwargs (`dict`, *optional*): Options of the feature map, such as `scale` or `center_keys`.
         softmax_layers (`list[int]`, *optional*): Layers that keep softmax attention, from 0; negative numbers count
             from the end. Default: none, all layers are linear.
+        local_mixing (`int`, *optional*, defaults to 0): Side of the depthwise convolution of the values over the patch
+            grid in linear layers, an odd number; 0 for none.
 
     Example:
 
@@ -68,6 +70,7 @@ class LinearAttentionConfig:
     feature_map: str = DEFAULT_FEATURE_MAP
     feature_map_kwargs: dict[str, Any] = field(default_factory=dict)
     softmax_layers: list[int] = field(default_factory=list)
+    local_mixing: int = 0
 
 
 @dataclass(kw_only=True)
@@ -149,6 +152,8 @@ class AdaLAConfigMixin(LinearAttentionConfig):
                     f" {layers - 1}."
                 )
         self.softmax_layers = sorted({layer % layers for layer in self.softmax_layers})
+        if self.local_mixing != 0 and (self.local_mixing % 2 == 0 or not 3 <= self.local_mixing <= 15):
+            raise UsageError(f"local_mixing={self.local_mixing}: pass an odd number from 3 to 15, or 0 for none.")
         check_backend(self.backend)
         check_feature_map(self.feature_map, self.feature_map_kwargs)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutput
 
-from .attention_interface import note_output_attentions
+from .attention_interface import LocalMixing, give_patch_grid, is_new_parameter, note_arguments
 from .configuration_adala import ADALA_VERSION, pair, vision_config
 from .errors import CheckpointError
 from .families import ROWS, get_family
@@ -42,12 +42,18 @@ class AdaLAMixin:
             module.feature_map, options = None, module.config
             if not get_family(options.model_type).passes_kwargs:
                 module.output_attentions_noted = False
-                module.register_forward_pre_hook(note_output_attentions, with_kwargs=True)
+                module.register_forward_pre_hook(note_arguments, with_kwargs=True)
             if layer not in options.softmax_layers:
                 heads, head_dim = options.num_attention_heads, module.head_dim
                 module.feature_map = build_feature_map(
                     options.feature_map, heads, head_dim, **options.feature_map_kwargs
                 )
+                if options.local_mixing:
+                    module.local_mixing = LocalMixing(heads * head_dim, options.local_mixing)
+        for module in self.modules():
+            is_tower = hasattr(module, "embeddings") and getattr(module.config, "local_mixing", 0)
+            if is_tower and give_patch_grid not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(give_patch_grid, with_kwargs=True)
         super().post_init()
 
     @classmethod
@@ -57,12 +63,12 @@ class AdaLAMixin:
         Transformers only reports weights that it does not find, and a student of random weights looks like any other.
 
         Raises:
-            CheckpointError: If weights of a block are missing, those of new feature maps aside.
+            CheckpointError: If weights of a block are missing, those of new modules aside.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         modules = set(_attention_modules(model))
         blocks = tuple(f"{name.rpartition('.')[0]}." for name, module in model.named_modules() if module in modules)
-        missing = [key for key in info["missing_keys"] if key.startswith(blocks) and ".feature_map." not in key]
+        missing = [key for key in info["missing_keys"] if key.startswith(blocks) and not is_new_parameter(key)]
         if missing:
             raise CheckpointError(
                 f"{str(args[0] if args else cls.__name__)!r} does not load as {cls.__name__}: {len(missing)} weights"
@@ -75,7 +81,7 @@ class AdaLAMixin:
     def initialize_weights(self) -> None:
         # here and not in `_init_weights`: stock models inside this one (`ViTModel` in a classifier) bring their own
         for module in self.modules():
-            if isinstance(module, FeatureMap):
+            if isinstance(module, FeatureMap | LocalMixing):
                 module.reset_parameters()
         super().initialize_weights()
 

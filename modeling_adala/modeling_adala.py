@@ -378,7 +378,8 @@ def models_of(config: PretrainedConfig) -> dict[str, type[PreTrainedModel]]:
 
 def stock_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel] | None:
     """Return the class of Transformers that a linear class extends, or `None` for a head that only we have."""
-    return None if issubclass(model_class, AdaLASegmentationMixin) else model_class.__bases__[-1]
+    ours_alone = issubclass(model_class, AdaLABackboneMixin | AdaLASegmentationMixin)
+    return None if ours_alone else model_class.__bases__[-1]
 
 
 def head_of(config: PretrainedConfig, class_name: str) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..attention_interface import is_new_parameter
 from ..configuration_adala import LinearAttentionConfig, from_stock_dict, vision_config
 from ..errors import AdaLAError, CheckpointError, UsageError
 from ..families import get_family
@@ -180,7 +181,7 @@ def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     same_head = head_of(student.config, type(student).__name__) == _head_of(teacher)
     target, source = (student, teacher) if same_head else (vision_tower(student), vision_tower(teacher))
     missing, unexpected = target.load_state_dict(source.state_dict(), strict=False)
-    missing = [key for key in missing if ".feature_map." not in key]
+    missing = [key for key in missing if not is_new_parameter(key)]
     pooler = f"{get_family(teacher.config.model_type).pooler}."  # which a backbone leaves out
     unexpected = [key for key in unexpected if same_head or not key.startswith(pooler)]
     if missing or unexpected:

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..attention_interface import is_new_parameter
 from ..errors import CheckpointError
 from ..families import is_adala
 from ..inspection.towers import vision_tower
@@ -39,7 +40,7 @@ def check_complete(
     is_new = new_head and head_of(config, saved_as(config)) != head_of(model.config, type(model).__name__)
     inside, missing = _keys_inside(model), set(info["missing_keys"])
     if not is_adala(config):
-        missing = {key for key in missing if ".feature_map." not in key}
+        missing = {key for key in missing if not is_new_parameter(key)}
         pooler = {key for key in inside if re.search(r"(^|\.)pooler\.", key)}
         if pooler and pooler <= missing:  # DINO's checkpoints, for instance, have none
             logger.warning("%s has no pooler: pooler_output starts at random", what)

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoImageProcessor, PretrainedConfig, PreTr
 from transformers.utils import is_torchvision_available, is_vision_available
 
 from ..families import FAMILIES, Family
-from ..modeling_adala import AUTO_CLASSES, MODELS, stock_class
+from ..modeling_adala import AUTO_CLASSES, MODELS
 from .upstream import WeightRenaming, get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 
@@ -38,7 +38,7 @@ def _register_names_on_disk(family: Family, model_class: type[PreTrainedModel]) 
         renaming = [WeightRenaming(r"(?<!model\.)layer\.", r"model.layer.")]
         register_checkpoint_conversion_mapping(model_class.__name__, renaming, overwrite=True)
         return
-    for name in (getattr(stock_class(model_class), "__name__", ""), family.stock):
+    for name in (model_class.__bases__[-1].__name__, family.stock):
         mapping = get_checkpoint_conversion_mapping(name)
         if mapping is not None:
             register_checkpoint_conversion_mapping(model_class.__name__, mapping, overwrite=True)

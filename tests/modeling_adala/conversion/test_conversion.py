@@ -39,15 +39,10 @@ from modeling_adala import (
 )
 from modeling_adala.conversion.convert import parity_report, student_config
 from modeling_adala.conversion.loading import load_teacher
-from modeling_adala.inspection.towers import (
-    MODELS,
-    attention_modules,
-    forward_features,
-    get_family,
-    token_groups,
-    vision_tower,
-)
+from modeling_adala.families import get_family
+from modeling_adala.inspection.towers import attention_modules, forward_features, token_groups, vision_tower
 from modeling_adala.mixins import image_inputs
+from modeling_adala.modeling_adala import MODELS
 
 SHARED = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
 VIT = SHARED | {"intermediate_size": 96, "image_size": 32, "patch_size": 4, "encoder_stride": 4, "num_labels": 5}
