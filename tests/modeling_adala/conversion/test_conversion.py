@@ -34,7 +34,6 @@ from modeling_adala import (
     DataError,
     ParityReport,
     UsageError,
-    conversion,
     convert,
 )
 from modeling_adala.conversion.convert import parity_report, student_config
@@ -265,7 +264,7 @@ def test_parity_fails_for_a_student_with_one_wrong_weight(stock_class):
 
 
 def test_convert_refuses_to_hand_over_a_student_that_fails_parity(monkeypatch):
-    monkeypatch.setattr(conversion, "parity_report", lambda *args: ParityReport({"32x32": 0.5}))
+    monkeypatch.setattr("modeling_adala.conversion.convert.parity_report", lambda *args: ParityReport({"32x32": 0.5}))
     with pytest.raises(AdaLAError, match=r"parity FAILED .*32x32: 5\.0e-01.*does not carry the teacher's weights"):
         convert(make_teacher(ViTModel))
     student = convert(make_teacher(ViTModel), check_parity=False)
