@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from modeling_adala.inspection.towers import FAMILIES, image_inputs, vision_tower
 
 from .base_trainer import AdaLATrainer, freeze_all_but
-from .evaluation.metric_functions import compute_accuracy
+from .data.segmentation_data import IGNORE_INDEX
+from .evaluation.metrics import MeanIoU, compute_accuracy
 from .evaluation.segmentation import SegmentationMetrics, is_segmenter, score_masks, segment
 from .supervised_config import SupervisedConfig
 
@@ -80,7 +81,11 @@ class SupervisedTrainer(AdaLATrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = segment(model, inputs["pixel_values"], self.args.windows)
-        losses, confusions = score_masks(logits, inputs["labels"])
+        losses, maps = score_masks(logits, inputs["labels"])
         if prediction_loss_only:
             return losses.mean(), None, None
+        metric = MeanIoU(logits.shape[1], IGNORE_INDEX)
+        pairs = zip(maps, inputs["labels"], strict=True)
+        confusions = torch.stack([torch.from_numpy(metric.sums([ours], [mask])) for ours, mask in pairs])
+        confusions = confusions.to(logits.device)
         return losses.mean(), confusions, confusions.sum(dim=-1)

@@ -14,7 +14,7 @@ from modeling_adala.mixins import image_inputs
 from ..base_config import has_fast_bf16
 from ..data.data_config import DataModule
 from ..data.labels import head_ids
-from .metric_functions import accuracy, root_ratio
+from .metrics import Accuracy, FeatureRelativeError
 from .probes import FeatureBank, evaluate_pair, extract_features
 
 logger = logging.getLogger(__name__)
@@ -92,16 +92,16 @@ class Comparison:
             )
         if ids is None:
             return None
-        predictions, labels = [], []
+        accuracy = Accuracy()
         model.eval()
         for batch in self.eval_loader:
             if "labels" not in batch:
                 return None
             inputs = image_inputs(vision_tower(model).config, batch["pixel_values"].to(model.device))
             with self._autocast(model.device):
-                predictions.append(model(**inputs).logits.argmax(-1).cpu())
-            labels.append(batch["labels"])
-        return accuracy(torch.cat(predictions), torch.tensor(ids)[torch.cat(labels)])
+                logits = model(**inputs).logits
+            accuracy.add_batch(predictions=logits, references=torch.tensor(ids)[batch["labels"]])
+        return accuracy.compute()["accuracy"]
 
     def block_errors(self, student: PreTrainedModel) -> list[float]:
         """Relative error of the patch tokens after each block, on the first evaluation batch."""
@@ -142,8 +142,8 @@ def block_errors(teacher: PreTrainedModel, student: PreTrainedModel, pixel_value
     def compare(block: nn.Module, args: tuple, output: Any) -> None:
         rest, kwargs = calls[len(errors)]
         state[0] = _state(blocks[len(errors)](state[0], *rest, **kwargs))
-        ours, theirs = (x[:, patches].float() for x in (state[0], _state(output)))
-        errors.append(root_ratio((ours - theirs).square().sum().item(), theirs.square().sum().item()))
+        ours, theirs = (x[:, patches] for x in (state[0], _state(output)))
+        errors.append(FeatureRelativeError().compute(predictions=ours, references=theirs)["relative_error"])
 
     with ExitStack() as hooks:
         for block in blocks:

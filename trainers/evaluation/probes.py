@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
+import evaluate
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -19,7 +20,7 @@ from modeling_adala.errors import AdaLAError, DataError, UsageError
 from modeling_adala.inspection.towers import forward_features, token_groups
 
 from ..upstream import extract_model_from_parallel
-from .metric_functions import accuracy, cosine_similarities, knn_predict, root_ratio
+from .metrics import Accuracy, FeatureCosine, FeatureRelativeError, KNNAccuracy
 
 Batches = Iterable[dict[str, Any]]
 
@@ -105,7 +106,8 @@ def compare_features(
         DataError, AdaLAError: As [`extract_features`].
     """
     groups = token_groups(unwrap(teacher).config)
-    tallies = {name: _Tally() for name in groups}
+    distances = {name: evaluate.combine([FeatureCosine(), FeatureRelativeError()]) for name in groups}
+    overall = FeatureRelativeError()
     teacher_bank, student_bank = _BankBuilder(), _BankBuilder()
     with _evaluating(teacher, student):
         for batch in tqdm(dataloader, desc=description, disable=disable_progress, leave=False):
@@ -117,17 +119,15 @@ def compare_features(
                     " compare a student with the teacher that it was converted from"
                 )
             for name, where in groups.items():
-                tallies[name].add(actual[:, where], expected[:, where])
+                distances[name].add_batch(predictions=actual[:, where], references=expected[:, where])
+            overall.add_batch(predictions=actual, references=expected)
             teacher_bank.add(expected, groups, batch.get("labels"))
             student_bank.add(actual, groups, batch.get("labels"))
     banks = teacher_bank.build("the teacher"), student_bank.build("the student")
 
-    metrics = {f"{name}_cosine": tally.cosine / tally.tokens for name, tally in tallies.items()}
-    metrics["patch_mean_cosine"] = cosine_similarities(banks[1].patch_mean, banks[0].patch_mean).mean().item()
-    for name, tally in tallies.items():
-        metrics[f"{name}_relative_error"] = root_ratio(tally.difference, tally.teacher)
-    differences, teachers = (sum(getattr(t, name) for t in tallies.values()) for name in ("difference", "teacher"))
-    return {**metrics, "relative_error": root_ratio(differences, teachers)}, *banks
+    metrics = {f"{name}_{key}": value for name, pair in distances.items() for key, value in pair.compute().items()}
+    pooled = FeatureCosine().compute(predictions=banks[1].patch_mean, references=banks[0].patch_mean)
+    return {**metrics, "patch_mean_cosine": pooled["cosine"], **overall.compute()}, *banks
 
 
 def linear_probe(train: FeatureBank, test: FeatureBank, *, max_iter: int = 300, tol: float = 1e-3) -> float:
@@ -157,14 +157,15 @@ def linear_probe(train: FeatureBank, test: FeatureBank, *, max_iter: int = 300, 
         raise UsageError("train, test: a linear probe needs FeatureBanks with labels, from batches with 'labels' (n,)")
     if train.labels.unique().numel() == 1:
         # sklearn refuses a single class; there is only one thing that a classifier could answer.
-        return accuracy(train.labels[:1].expand(len(test)), test.labels)
+        predicted = train.labels[:1].expand(len(test))
+        return Accuracy().compute(predictions=predicted, references=test.labels)["accuracy"]
     inputs = [torch.cat([bank.cls, bank.patch_mean], dim=1).double().numpy() for bank in (train, test)]
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=max_iter, tol=tol))
     with warnings.catch_warnings():
         # Stopping at max_iter is what bounds the time.
         warnings.simplefilter("ignore", ConvergenceWarning)
         probe.fit(inputs[0], train.labels.numpy())
-    return accuracy(probe.predict(inputs[1]), test.labels)
+    return Accuracy().compute(predictions=probe.predict(inputs[1]), references=test.labels)["accuracy"]
 
 
 def evaluate_pair(
@@ -216,8 +217,8 @@ def evaluate_pair(
                 raise UsageError("teacher_train_bank has no labels: extract it from batches with 'labels' (n,)")
             train_banks = teacher_train_bank, student_bank
             for name, train, test in zip(("teacher", "student"), train_banks, eval_banks, strict=True):
-                predicted = knn_predict(train.cls, train.labels, test.cls, k=k)
-                results[f"{name}_knn_accuracy"] = accuracy(predicted, test.labels)
+                knn = KNNAccuracy(train.cls, train.labels, k=k).compute(predictions=test.cls, references=test.labels)
+                results[f"{name}_knn_accuracy"] = knn["knn_accuracy"]
                 if probe:
                     results[f"{name}_linear_probe_accuracy"] = linear_probe(train, test)
             reached, possible = results["student_knn_accuracy"], results["teacher_knn_accuracy"]
@@ -226,25 +227,6 @@ def evaluate_pair(
             )
     results["seconds"] = time.perf_counter() - start
     return results
-
-
-class _Tally:
-    """Float64 sums over the tokens of one group."""
-
-    def __init__(self) -> None:
-        self.cosine = self.difference = self.teacher = 0.0
-        self.tokens = 0
-
-    def add(self, student: Tensor, teacher: Tensor) -> None:
-        # The sum over the width in the precision of the features, on their device, where float64 may be missing or
-        # slow; only the sums per token go on in float64.
-        products = [(student * teacher), student.square(), teacher.square(), (student - teacher).square()]
-        dot, student_square, teacher_square, difference = (p.sum(dim=-1).cpu().double() for p in products)
-        norms = (student_square * teacher_square).sqrt()
-        self.cosine += (dot / torch.where(norms == 0, 1.0, norms)).sum().item()
-        self.difference += difference.sum().item()
-        self.teacher += teacher_square.sum().item()
-        self.tokens += dot.numel()
 
 
 class _BankBuilder:
