@@ -70,6 +70,7 @@ class AdaLATrainer(Trainer):
         super().__init__(model=model, args=args, data_collator=data_collator or collate_images, **kwargs)
         # a loss that the model normalizes by num_items_in_batch would be divided by the accumulation steps again
         self.model_accepts_loss_kwargs = False
+        self.resumed_from_step = 0
         self._components: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self.add_callback(_EpochCallback())
         self._cost = TrainingCost()
@@ -117,8 +118,11 @@ class AdaLATrainer(Trainer):
                 raise CheckpointError(
                     f"resume_from_checkpoint={resume_from_checkpoint!r} is damaged: {damage}; pass an earlier one."
                 )
+        self.resumed_from_step = 0
         if resume_from_checkpoint:
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            self.resumed_from_step = state.global_step
+            logger.warning("stage %s: resuming from step %d", self.stage, state.global_step)
             if self._has_finished(state):
                 return self._take_finished(resume_from_checkpoint, state)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

@@ -141,12 +141,14 @@ class DataModule:
         splits = open_splits(config.dataset, config.streaming)
         self.files = image_files(config.dataset, config.allow_external_images)
         options = {"require_labels": require_labels, **self.columns}
+        self._read: dict[int, tuple[HFDataset, SplitLabels | None]] = {}
         self.raw_train = load_images(splits, config.train_split, streaming=config.streaming, **options)
         self.require_labels = require_labels
         self.raw_eval = self._load_eval(splits, options)
         self._labels: list[str] | None = None
         self._train_ids = self._label_ids(self.raw_train)
         self._eval_ids = None if self.raw_eval is None else self._label_ids(self.raw_eval)
+        self._read.clear()
         self.train_transform, self.eval_transform = self._transforms(image_processor, model_config.num_channels)
 
     @property
@@ -255,17 +257,24 @@ class DataModule:
         return read_to_cache(next(iter(unlabeled.values())), source)
 
     def _is_labeled(self, raw: HFDataset) -> bool:
-        column = self.config.label_column
-        return has_class_numbers(raw, column) and SplitLabels.read(raw, column).is_labeled
+        labels = self._split_labels(raw)
+        return labels is not None and labels.is_labeled
+
+    def _split_labels(self, raw: HFDataset) -> SplitLabels | None:
+        """Return what the label column of a split holds, read once; `None` where it holds no class numbers."""
+        if id(raw) not in self._read:
+            column = self.config.label_column
+            self._read[id(raw)] = raw, SplitLabels.read(raw, column) if has_class_numbers(raw, column) else None
+        return self._read[id(raw)][1]
 
     def _label_ids(self, raw: HFDataset) -> list[int] | None:
         """The number among the classes of each class number of a split; `None` without labels that can be used.
 
         The first split with labels says which classes there are.
         """
-        if not has_class_numbers(raw, self.config.label_column):
+        labels = self._split_labels(raw)
+        if labels is None:
             return None
-        labels = SplitLabels.read(raw, self.config.label_column)
         try:
             classes = labels.classes() if self._labels is None else self._labels
             ids = labels.ids(classes)

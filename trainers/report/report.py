@@ -54,7 +54,7 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
     """Draws the plots, writes `report.md` from the recorded figures, and prints its table.
 
     Args:
-        out (`Path`): The run's folder, with `manifest.json` and `metrics.jsonl`.
+        out (`Path`): The run's folder, with `manifest.json`; the curves are drawn from `metrics.jsonl`.
         comparison (`Comparison`): The teacher and the evaluation images.
         config (`RecipeConfig`): The run's settings.
 
@@ -63,7 +63,7 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
     """
     manifest = json.loads((out / "manifest.json").read_text())
     lines = read_metrics(out / "metrics.jsonl")
-    evaluations = {line["evaluation"]: line for line in lines if "evaluation" in line}
+    evaluations = manifest["evaluations"]
     table = summary_table(evaluations, manifest)
     students = _students(out, comparison, config)
     pictures = {}

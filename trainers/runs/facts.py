@@ -53,8 +53,10 @@ RARE_SETTINGS = (
 LOCAL_SETTINGS = ("teacher_feature_cache",)
 
 
-def record_stage(directory: str | Path, trainer: Trainer, student: PreTrainedModel, stage: str, **facts: Any) -> None:
-    """Writes what is known of a stage into the `manifest.json` of a checkpoint folder.
+def record_stage(
+    directory: str | Path, trainer: Trainer, student: PreTrainedModel, stage: str, **facts: Any
+) -> dict[str, Any]:
+    """Write the facts of a stage into the `manifest.json` of a checkpoint folder, and return them.
 
     The stages before it are taken over from the folder that the student was loaded from.
 
@@ -73,12 +75,14 @@ def record_stage(directory: str | Path, trainer: Trainer, student: PreTrainedMod
     stages = {name: known for name, known in mapping(earlier.get("stages")).items() if name != stage}
     vision = vision_config(student.config)
     found = find_license(vision.teacher_name_or_path, vision.teacher_revision, download=True)
+    facts = _trainer_facts(trainer) | facts
     manifest = {
         "teacher_license": earlier.get("teacher_license") or found,
         "versions": software_versions(),
-        "stages": {**stages, stage: _trainer_facts(trainer) | facts},
+        "stages": {**stages, stage: facts},
     }
     whole_file(Path(directory) / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    return facts
 
 
 def training_settings(args: AdaLATrainingArguments) -> dict[str, Any]:
