@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
-from modeling_adala import convert
-from modeling_adala.inspection.towers import native_size
+from modeling_adala import convert, native_size
 from trainers import (
+    DIGITS_TEACHER,
     AttentionAlignmentConfig,
     AttentionAlignmentTrainer,
     FeatureAlignmentConfig,
@@ -28,8 +28,8 @@ from trainers import (
     ImageTransform,
     SupervisedConfig,
     SupervisedTrainer,
+    load_digits,
 )
-from trainers.data.digits import DIGITS_TEACHER, load_digits
 
 
 def zeros_and_ones(split: str) -> datasets.Dataset:

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling_adala.configuration_adala import vision_config
+from modeling_adala.conversion.loading import load_student
 from modeling_adala.errors import UsageError
 from modeling_adala.inspection.towers import attention_modules
 
 from .attention_alignment_config import AttentionAlignmentConfig
-from .base_trainer import AlignmentTrainer, freeze_all_but
+from .base_trainer import AlignmentTrainer, add_adapters, freeze_all_but
 from .early_gradients import EarlyGradients
 from .losses import TeacherVariance, alignment_loss_before_projection, attention_alignment_loss
 from .teacher import Tap, output_projection, visit_attention, without_output_projection
@@ -28,6 +29,10 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
     as in IronViT; `o_proj` itself stays frozen.
 
     Logged: `loss` (mean over the blocks) and `block_<i>`, each relative to the block's own variance.
+
+    Args:
+        model, teacher_model, args, peft_config, evaluator, kwargs: See `AlignmentTrainer`. Adapters sit on the query,
+            key and value projections; a learned feature map then stays as it is.
 
     Example:
 
@@ -47,19 +52,39 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: str | PreTrainedModel,
         teacher_model: str | PreTrainedModel,
-        args: AttentionAlignmentConfig,
+        args: AttentionAlignmentConfig | None = None,
+        *,
+        peft_config: Any | None = None,
         **kwargs: Any,
     ):
+        model = load_student(model) if isinstance(model, str) else model
         linear_layers = vision_config(model.config).linear_layers
         if not linear_layers:
             raise UsageError(
                 "softmax_layers names every layer, so that none is left to align; leave some of them out."
             )
-        linear = _linear_prefixes(model)
-        freeze_all_but(model, lambda name: any(part in name for part in TRAINED) and name.startswith(linear))
-        super().__init__(model=model, teacher_model=teacher_model, args=args, **kwargs)
+        linear, wrapped = _linear_prefixes(model), model
+        if peft_config is not None:
+            wrapped = add_adapters(model, peft_config)
+        adapters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        others = [name for name in adapters if not any(part in name for part in TRAINED)]
+        if peft_config is not None and (others or not any(name.startswith(linear) for name in adapters)):
+            raise UsageError(
+                "peft_config: stage 1 trains the query, key and value projections and nothing else; pass"
+                " target_modules=['q_proj', 'k_proj', 'v_proj'], or some of them."
+            )
+        freeze_all_but(
+            model,
+            lambda name: (
+                any(part in name for part in TRAINED)
+                and name.startswith(linear)
+                and (peft_config is None or name in adapters)
+            ),
+        )
+        args = AttentionAlignmentConfig() if args is None else args
+        super().__init__(model=wrapped, teacher_model=teacher_model, args=args, **kwargs)
         self.layers: list[int] = linear_layers
         self._variances: list[Tensor] | None = None
         self._grams: dict[int, Tensor | None] | None = None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import AutocastKwargs
@@ -63,7 +63,7 @@ class AdaLATrainer(Trainer):
     loss_is_scaled_for_ga = False
     stage = "supervised"
 
-    def __init__(self, model: PreTrainedModel, args: Any, *, data_collator: Callable | None = None, **kwargs):
+    def __init__(self, model: nn.Module, args: Any, *, data_collator: Callable | None = None, **kwargs):
         dataset = kwargs.get("train_dataset")
         if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
             raise DataError("train_dataset is empty; check the split and the filters that made it.")
@@ -239,21 +239,34 @@ class AlignmentTrainer(AdaLATrainer):
     The teacher is an attribute of the trainer and never of the model, so that no checkpoint can contain it.
 
     Args:
-        model (`PreTrainedModel`): The student.
+        model (`str` or `PreTrainedModel`): The student, or its name or folder for `load_student`.
         teacher_model (`str` or `PreTrainedModel`): The softmax model it was converted from; frozen here.
-        args: The stage's configuration.
+        args (*optional*): The stage's configuration. Default: one with its default `output_dir`.
+        peft_config (`peft.PeftConfig`, *optional*): Train adapters instead of the weights.
+        evaluator (`Callable`, *optional*): Called with the student at each evaluation, in eval mode and without
+            gradients, in every process. The figures that it returns, `dict[str, float]`, are logged with the prefix
+            of the evaluation, such as `eval_`. See `FeatureEvaluator`.
         kwargs: As for `Trainer`.
 
     Raises:
-        UsageError: if teacher and student do not belong together.
+        UsageError: If teacher and student do not belong together, or for `compute_metrics`.
     """
 
-    def __init__(self, model: PreTrainedModel, teacher_model: str | PreTrainedModel, args: Any, **kwargs):
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher_model: str | PreTrainedModel,
+        args: Any,
+        *,
+        evaluator: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        **kwargs,
+    ):
         if kwargs.get("compute_metrics") is not None:
             raise UsageError(
-                "compute_metrics: stages 1 and 2 predict nothing to compute them from; evaluate the student with"
-                " `trainers.evaluation.probes.evaluate_pair`, or in a callback."
+                "compute_metrics: stages 1 and 2 predict nothing to compute metrics from; pass an evaluator, such as"
+                " FeatureEvaluator(teacher, dataset)."
             )
+        self.evaluator = evaluator
         teacher = load_teacher(teacher_model)
         check_pair(teacher, model)
         super().__init__(model=model, args=args, **kwargs)
@@ -272,8 +285,16 @@ class AlignmentTrainer(AdaLATrainer):
             )
         return super().train(resume_from_checkpoint, **kwargs)
 
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.evaluator is not None:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                figures = self.evaluator(self.model)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
     def variances(self) -> list:
-        """What the losses are relative to, measured once on the calibration images."""
+        """Return the variances that the losses are relative to, measured once on the calibration images."""
         raise NotImplementedError
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
@@ -306,16 +327,17 @@ class AlignmentTrainer(AdaLATrainer):
             yield self.data_collator(examples[start : start + size])["pixel_values"].to(self.args.device)
 
     def run_as_forward(self, model: nn.Module, method: Callable[..., Any], *args: Any) -> Any:
-        """Runs `method(student, *args)` as the forward of the wrapped model, so that DDP's and FSDP's hooks fire.
+        """Run `method(student, *args)` as the forward of the wrapped model, so that DDP's and FSDP's hooks fire.
 
-        Calling into `model.module` directly would skip them: gradients would silently stay unsynchronized.
+        Calling into `model.module` directly would skip them: gradients would silently stay unsynchronized. Adapters
+        are active in `student`, which is the model without PEFT's wrapper.
         """
         student = self.accelerator.unwrap_model(model)
         original = student.__dict__.get("forward")
 
         def forward(*inputs):
             restore()
-            return method(student, *inputs)
+            return method(base_model(student), *inputs)
 
         def restore():
             if original is None:
@@ -330,9 +352,29 @@ class AlignmentTrainer(AdaLATrainer):
             restore()
 
 
-def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Raises `UsageError` unless the student is the linear counterpart of the teacher, layer for layer."""
-    ours, theirs = vision_config(student.config), vision_config(teacher.config)
+def base_model(model: nn.Module) -> Any:
+    """Return the model inside PEFT's wrapper; its adapters stay active. Any other model is returned as it is."""
+    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def add_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
+    """Return the model in PEFT's wrapper, with adapters.
+
+    Raises:
+        UsageError: If it has adapters already, or for prompts, which are for text.
+    """
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise UsageError(f"peft_config={type(peft_config).__name__} learns prompts of text; pass a LoraConfig, say.")
+    if base_model(model) is not model:
+        raise UsageError("peft_config: the model has adapters already; leave peft_config out, or pass the base model.")
+    from peft import get_peft_model  # here, because it takes seconds
+
+    return get_peft_model(cast(Any, model), peft_config)
+
+
+def check_pair(teacher: PreTrainedModel, student: nn.Module) -> None:
+    """Raise `UsageError` unless the student is the linear counterpart of the teacher, layer for layer."""
+    ours, theirs = vision_config(base_model(student).config), vision_config(teacher.config)
     if ours.model_type != f"adala_{theirs.model_type}":
         raise UsageError(
             f"model is of type {ours.model_type!r} and teacher_model of type {theirs.model_type!r}; convert this"

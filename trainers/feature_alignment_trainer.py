@@ -1,5 +1,6 @@
 """Stage 2: the whole student learns to give the teacher's final features, on its own forward pass."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_adala.configuration_adala import vision_config
+from modeling_adala.conversion.loading import load_student
 from modeling_adala.errors import UsageError
 from modeling_adala.inspection.towers import final_features, forward_tower, token_groups, vision_tower
 
-from .base_trainer import AlignmentTrainer, freeze_all_but
+from .base_trainer import AlignmentTrainer, add_adapters, freeze_all_but
 from .data.feature_cache import (
     FEATURES,
     CollateWithFeatures,
@@ -44,21 +46,22 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
     Logged: `loss`, and `cls`, `registers`, `patches` (relative errors of the final features), `hidden_<i>` if asked.
 
     Args:
-        peft_config (`peft.PeftConfig`, *optional*): Train adapters instead of the weights.
-        model, teacher_model, args, kwargs: See `AlignmentTrainer`.
+        model, teacher_model, args, peft_config, evaluator, kwargs: See `AlignmentTrainer`.
     """
 
     stage = "feature-alignment"
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: str | PreTrainedModel,
         teacher_model: str | PreTrainedModel,
-        args: FeatureAlignmentConfig,
+        args: FeatureAlignmentConfig | None = None,
         *,
         peft_config: Any | None = None,
         **kwargs: Any,
     ):
+        model = load_student(model) if isinstance(model, str) else model
+        args = FeatureAlignmentConfig() if args is None else copy.copy(args)  # hidden_states is filled in
         layers = vision_config(model.config).num_hidden_layers
         if args.hidden_states is None:
             args.hidden_states = sorted({max(layers * quarter // 4 - 1, 0) for quarter in (1, 2, 3)})
@@ -67,15 +70,13 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
             raise UsageError(
                 f"hidden_states={args.hidden_states}: this model has layers 0 to {layers - 1}, not {wrong}."
             )
+        wrapped = model
         if peft_config is not None:
-            from peft import get_peft_model
-
-            wrapped = get_peft_model(model, peft_config)
+            wrapped = add_adapters(model, peft_config)
         else:
             trained = {id(p) for n, p in vision_tower(model).named_parameters() if not n.startswith(UNUSED)}
             names = {name for name, parameter in model.named_parameters() if id(parameter) in trained}
             freeze_all_but(model, names.__contains__)
-            wrapped = model
         if args.teacher_feature_cache is not None:
             check_folder(args.teacher_feature_cache)
             cache_key(kwargs.get("train_dataset"))  # refuses data that cannot be cached
@@ -149,7 +150,6 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
 
     def features(self, model: PreTrainedModel, pixel_values: Tensor) -> list[Tensor]:
         """Final features, then the outputs of the chosen blocks, each `(batch, tokens, hidden_size)`."""
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # past PEFT's wrapper
         tower = vision_tower(model)
         if hasattr(tower, "rope_embeddings"):  # in training mode DINOv3 moves its positions, the teacher's stay
             tower.rope_embeddings.eval()

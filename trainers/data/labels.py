@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -29,6 +30,16 @@ def has_class_numbers(dataset: HFDataset, column: str) -> bool:
     except UsageError:
         return False
     return True
+
+
+def class_names(dataset: Any) -> list[str] | None:
+    """Return the class names of a dataset of `datasets` or an `ImageDataset`; `None` where it does not name them."""
+    rows = getattr(dataset, "dataset", dataset)
+    features = getattr(rows, "features", None) or {}
+    for column in (getattr(dataset, "label_column", None), "labels", "label"):
+        if isinstance(features.get(column), datasets.ClassLabel):
+            return list(features[column].names)
+    return None
 
 
 @dataclass(frozen=True)

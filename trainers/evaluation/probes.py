@@ -14,11 +14,15 @@ from typing import Any, cast
 import evaluate
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
+from modeling_adala.conversion.loading import load_teacher
 from modeling_adala.errors import AdaLAError, DataError, UsageError
 from modeling_adala.inspection.towers import forward_features, token_groups
 
+from ..data.image_dataset import collate_images
 from ..upstream import extract_model_from_parallel
 from .metrics import Accuracy, FeatureCosine, FeatureRelativeError, KNNAccuracy
 
@@ -128,6 +132,42 @@ def compare_features(
     metrics = {f"{name}_{key}": value for name, pair in distances.items() for key, value in pair.compute().items()}
     pooled = FeatureCosine().compute(predictions=banks[1].patch_mean, references=banks[0].patch_mean)
     return {**metrics, "patch_mean_cosine": pooled["cosine"], **overall.compute()}, *banks
+
+
+class FeatureEvaluator:
+    """Evaluator for stages 1 and 2: the student's final features beside the teacher's, by `compare_features`.
+
+    Args:
+        teacher (`str` or `PreTrainedModel`): The teacher; a model is frozen in place.
+        dataset (`Dataset`): Evaluation images, items with `pixel_values`.
+        num_images (`int`, *optional*, defaults to 256): How many of them, spread over the dataset.
+        batch_size (`int`, *optional*, defaults to 32): Images at a time.
+
+    Example:
+
+    ```python
+    trainer = FeatureAlignmentTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=FeatureAlignmentConfig(eval_strategy="steps", eval_steps=100),
+        train_dataset=data.train_dataset(seed=0),
+        eval_dataset=data.eval_dataset(),
+        evaluator=FeatureEvaluator(teacher, data.eval_dataset()),  # logs eval_patches_cosine and others
+    )
+    ```
+    """
+
+    def __init__(
+        self, teacher: str | PreTrainedModel, dataset: Any, *, num_images: int = 256, batch_size: int = 32
+    ) -> None:
+        self.teacher = load_teacher(teacher)
+        # many datasets are sorted by class
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:num_images].sort().values
+        self.loader = DataLoader(Subset(dataset, order.tolist()), batch_size=batch_size, collate_fn=collate_images)
+
+    def __call__(self, student: nn.Module) -> dict[str, float]:
+        self.teacher.to(next(student.parameters()).device)
+        return compare_features(self.teacher, student, self.loader, disable_progress=True)[0]
 
 
 def linear_probe(train: FeatureBank, test: FeatureBank, *, max_iter: int = 300, tol: float = 1e-3) -> float:
