@@ -20,8 +20,8 @@ from modeling_adala.errors import AdaLAError
 from modeling_adala.inspection.flops import count_tokens, image_cost, linear_config
 from trainers.base_config import has_fast_bf16
 from trainers.data.digits import DIGITS_TEACHER
-from vit_adala.benchmark.memory import peak_of
-from vit_adala.benchmark.timing import Timing, time_in_turns
+from trainers.runs.memory import peak_of
+from trainers.runs.timing import Timing, time_in_turns
 
 from .common import ROOT, parser, progress, timing_columns, write_result
 from .training_steps import HOOKS, STAGE_1, STAGE_2, STUDENT, TEACHER, Setting, device, prepare, trainer_of

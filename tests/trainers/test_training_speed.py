@@ -19,7 +19,8 @@ from modeling_adala.inspection.towers import FAMILIES, attention_modules, forwar
 from trainers.early_gradients import EarlyGradients
 from trainers.runs import monitoring
 from trainers.runs.callbacks import read_metrics
-from trainers.runs.monitoring import cost_in_words, peak_memory, reset_peak_memory
+from trainers.runs.memory import peak_memory, reset_peak_memory
+from trainers.runs.monitoring import cost_in_words
 from trainers.runs.stages import STAGES, run_stage
 from trainers.teacher import output_projection, visit_attention, with_cast_weights, without_output_projection
 

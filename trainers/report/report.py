@@ -1,8 +1,9 @@
 """`report.md` and its pictures: how good the student is, and where it is not."""
 
 import json
-import statistics
 import time
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from hub_cards.card import code, plain
-from hub_cards.records import mapping, number, read_json
+from hub_cards.records import mapping, number, read_json, read_metrics
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.convert import convert
 from modeling_adala.conversion.loading import load_student
@@ -22,12 +23,13 @@ from modeling_adala.inspection.towers import forward_features, patch_size
 
 from ..base_config import has_fast_bf16
 from ..evaluation.comparison import Comparison
-from ..runs.callbacks import read_metrics
 from ..runs.checkpoints import whole_file
 from ..runs.facts import describe_machine
+from ..runs.memory import peak_above
 from ..runs.monitoring import cost_in_words
 from ..runs.recipe_config import RecipeConfig
 from ..runs.stages import STAGES
+from ..runs.timing import time_in_turns
 from .pictures import ColorBasis, draw_colors, new_figure, patch_features, save_figure
 
 ROWS = {
@@ -163,31 +165,27 @@ def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: fl
         `dict`: `machine`, `batch_size`, `dtype`, `autocast` (`None` without), `teacher_attention`, and one of `rows`
         per size.
     """
-    teacher, student = teacher.eval(), student.eval()
-    config, rows, start = vision_config(teacher.config), [], time.perf_counter()
+    models, start = {"teacher": teacher.eval(), "student": student.eval()}, time.perf_counter()
+    config, device, rows = vision_config(teacher.config), teacher.device, []
     height, width = patch_size(config)
     bf16 = has_fast_bf16()
-    sides = (8, 16, 32, 48, 64, 96, 128)
-    for side, following in zip(sides, (*sides[1:], 0), strict=True):
+
+    def run(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return forward_features(model, pixels)
+
+    for side, following in pairwise((8, 16, 32, 48, 64, 96, 128, 0)):
         size = side * height, side * width
-        pixels = torch.randn(1, config.num_channels, *size, device=teacher.device)
-        times: dict[str, list[float]] = {"teacher": [], "student": []}
-        peaks: dict[str, float] = {}
-        for repeat in range(4):  # the first is the warm-up
-            for name, model in (("teacher", teacher), ("student", student)):
-                in_use = _reset_peak(pixels.device)
-                begin = time.perf_counter()
-                with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
-                    forward_features(model, pixels)
-                if pixels.is_cuda:
-                    torch.cuda.synchronize()
-                    peaks[f"{name}_bytes"] = torch.cuda.max_memory_allocated(pixels.device) - in_use
-                if repeat:
-                    times[name].append(time.perf_counter() - begin)
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        rows.append({"size": size[1], "tokens": count_tokens(config, size), **medians, **peaks})
+        pixels = torch.randn(1, config.num_channels, *size, device=device)
+        runs = {name: partial(run, model, pixels) for name, model in models.items()}
+        timings = time_in_turns(runs, device, seconds=budget / 40)
+        medians = {name: timing.median for name, timing in timings.items()}
+        row = {"size": size[1], "tokens": count_tokens(config, size), **medians}
+        if device.type == "cuda":
+            row |= {f"{name}_bytes": peak_above(call, device) for name, call in runs.items()}
+        rows.append(row)
         # softmax costs the square of the tokens, and the tokens grow with the square of the side
-        forecast = 4 * (medians["teacher"] + medians["student"]) * (following / side) ** 4
+        forecast = 5 * sum(medians.values()) * (following / side) ** 4
         if time.perf_counter() - start + forecast > budget:
             break
     return {
@@ -290,13 +288,6 @@ def _students(out: Path, comparison: Comparison, config: RecipeConfig) -> dict[s
     if not students:
         students["swapped"] = convert(comparison.teacher, check_parity=False, **config.feature_options)
     return {**students, "last": list(students.values())[-1]}
-
-
-def _reset_peak(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
 
 
 def _save(figure: Any, path: Path) -> bool:

@@ -69,6 +69,3 @@ def append_metrics(path: str | Path, values: dict[str, Any]) -> None:
             file.seek(-1, os.SEEK_END)
             torn = file.read(1) != b"\n"
         file.write(b"\n" * torn + json.dumps(values).encode() + b"\n")
-
-
-__all__ = ["CompactProgressCallback", "MetricsFileCallback", "append_metrics", "read_metrics"]

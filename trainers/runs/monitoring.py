@@ -2,18 +2,16 @@
 
 import contextlib
 import logging
-import re
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from hub_cards.records import number
+
+from .memory import peak_memory, reset_peak_memory
 
 logger = logging.getLogger(__name__)
 
@@ -96,32 +94,3 @@ def cost_in_words(values: Mapping[str, Any]) -> str:
     share, peak = number(values.get("data_wait_share")), number(values.get("peak_memory_mib"))
     waiting = "" if share is None else f", {100 * share:.0f} % of them waiting for images"
     return waiting + ("" if peak is None else f", at most {peak / 1024:.1f} GiB of memory")
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Starts a new measurement of `peak_memory`."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):  # not Linux, or a container that forbids it: then since the process began
-            Path("/proc/self/clear_refs").write_text("5")  # what proc(5) takes for it
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Most bytes in use since `reset_peak_memory`, all of this process and the model's weights included.
-
-    On a GPU, what tensors took of its memory; on a CPU, resident memory, without that of data loader workers. `None`
-    where the system does not say.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), flags=re.MULTILINE)
-        if found is not None:
-            return 1024 * int(found[1])
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
