@@ -3,7 +3,7 @@
     python -m benchmarks.scaling            some minutes
     python -m benchmarks.scaling --smoke    seconds, up to 1,024 tokens
 
-Peak memory is measured in a fresh process per N (see vit_adala/benchmark/memory.py), above query, key and value.
+Peak memory is measured in a fresh process per N (see trainers/runs/memory.py), above query, key and value.
 """
 
 import math

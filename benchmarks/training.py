@@ -6,7 +6,7 @@
 The bound of stage 1 is the rate of the teacher's forward pass alone, that of stage 2 the rate of the teacher's forward
 and three times the student's; both are the stock models under the trainers' autocast, on the same batch. Steps are
 whole optimizer steps. Everything of a feature map runs in turns; peak memory comes from a fresh process each (see
-vit_adala/benchmark/memory.py), above weights and optimizer state. The share of waiting for images is that of a run of
+trainers/runs/memory.py), above weights and optimizer state. The share of waiting for images is that of a run of
 `Trainer` on JPEG files of 375 x 500 pixels, cropped at random, with the default loader (no workers).
 """
 

@@ -11,8 +11,9 @@ from modeling_adala.conversion.loading import load_student
 from modeling_adala.errors import UsageError
 from modeling_adala.inspection.towers import attention_modules
 
+from .alignment_trainer import AlignmentTrainer
 from .attention_alignment_config import AttentionAlignmentConfig
-from .base_trainer import AlignmentTrainer, add_adapters, freeze_all_but
+from .base_trainer import add_adapters, freeze_all_but
 from .early_gradients import EarlyGradients
 from .losses import TeacherVariance, alignment_loss_before_projection, attention_alignment_loss
 from .teacher import Tap, output_projection, visit_attention, without_output_projection

@@ -16,7 +16,8 @@ from modeling_adala.conversion.loading import load_student
 from modeling_adala.errors import UsageError
 from modeling_adala.inspection.towers import final_features, forward_tower, token_groups, vision_tower
 
-from .base_trainer import AlignmentTrainer, add_adapters, freeze_all_but
+from .alignment_trainer import AlignmentTrainer
+from .base_trainer import add_adapters, freeze_all_but
 from .data.feature_cache import (
     FEATURES,
     CollateWithFeatures,

@@ -13,6 +13,7 @@ from modeling_adala.configuration_adala import pair, vision_config
 from modeling_adala.errors import DataError, UsageError
 from modeling_adala.inspection.towers import native_size
 
+from ..runs.settings import Interval, check_settings
 from .image_dataset import ImageDataset, StreamingImageDataset, collate_images
 from .labels import SplitLabels, has_class_numbers
 from .sources import HFDataset, image_files, load_images, open_splits, read_to_cache
@@ -68,40 +69,42 @@ class DataConfig:
         default=False, metadata={"help": "Read the training images while training; needs max_steps."}
     )
     shuffle_buffer: int = field(
-        default=1000, metadata={"help": "Streaming: files held in memory by each worker to draw the next image from."}
+        default=1000,
+        metadata={
+            "help": "Streaming: files held in memory by each worker to draw the next image from.",
+            "range": Interval(1),
+        },
     )
     # in this order: HfArgumentParser reads the second type of a union as that of the option
     image_size: int | str | None = field(
         default=None, metadata={"help": "Side in pixels, or HEIGHTxWIDTH. Default: the teacher's."}
     )
-    crop_scale: float = field(default=0.5, metadata={"help": "Smallest share of the image in a training crop."})
-    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
+    crop_scale: float = field(
+        default=0.5,
+        metadata={"help": "Smallest share of the image in a training crop.", "range": Interval(0, 1, above=True)},
+    )
+    horizontal_flip: float = field(
+        default=0.5, metadata={"help": "Probability of a horizontal flip in training.", "range": Interval(0, 1)}
+    )
     eval_batch_size: int | None = field(
-        default=None, metadata={"help": "Images evaluated at a time. Default: 64, fewer if they are large."}
+        default=None,
+        metadata={"help": "Images evaluated at a time. Default: 64, fewer if they are large.", "range": Interval(1)},
     )
     max_broken_fraction: float = field(
-        default=0.01, metadata={"help": "Share of images that may be unreadable and are skipped, 0 to 1."}
+        default=0.01,
+        metadata={"help": "Share of images that may be unreadable and are skipped, 0 to 1.", "range": Interval(0, 1)},
     )
     allow_external_images: bool = field(
         default=False, metadata={"help": "Open URLs, and paths outside of the data set's folder, that rows name."}
     )
 
     def __post_init__(self):
+        check_settings(self, {})
         if self.dataset is None:
             raise UsageError("dataset is missing; pass a Hub id, a folder, a parquet file, or 'mnist-digits'.")
         if self.image_size is not None:
             size = parse_size("image_size", self.image_size)
             self.image_size = size if isinstance(size, int) else self.image_size
-        if not 0 < self.crop_scale <= 1:
-            raise UsageError(f"crop_scale={self.crop_scale} must be above 0 and at most 1.")
-        if not 0 <= self.horizontal_flip <= 1:
-            raise UsageError(f"horizontal_flip={self.horizontal_flip} is no probability; pass 0 to 1.")
-        if not 0 <= self.max_broken_fraction <= 1:
-            raise UsageError(f"max_broken_fraction={self.max_broken_fraction} must be between 0 and 1.")
-        for name in ("eval_batch_size", "shuffle_buffer"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise UsageError(f"{name}={count} must be 1 or more.")
 
 
 def check_streaming(config: DataConfig, max_steps: int) -> None:

@@ -56,10 +56,6 @@ class ImageReader:
         label_ids: Sequence[int] | None,
         files: ImageFiles,
     ) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise UsageError(f"seed={seed!r} must be an integer of 0 or more")
-        if not 0 <= max_broken_fraction <= 1:
-            raise UsageError(f"max_broken_fraction={max_broken_fraction!r} must be a fraction of 0..1")
         columns = columns_of(dataset)
         wanted = {"image_column": image_column} | ({} if label_column is None else {"label_column": label_column})
         for argument, column in wanted.items():
@@ -194,18 +190,13 @@ class ImageDataset(ImageReader, torch.utils.data.Dataset):
         raise self._too_many(size, size, self._first_broken(), reason)
 
     @property
-    def num_broken(self) -> int:
-        """Number of rows found broken so far, in all workers of this process."""
-        return int(self._broken.sum())
-
-    @property
     def broken_indices(self) -> list[int]:
         """The rows found broken so far, in ascending order."""
         return self._broken.nonzero().flatten().tolist()
 
     def summary(self) -> str:
         """Such as "50,000 images, 3 skipped as unreadable"."""
-        return f"{len(self):,} images, {self.num_broken:,} skipped as unreadable"
+        return f"{len(self):,} images, {len(self.broken_indices):,} skipped as unreadable"
 
     def _first_broken(self) -> list[str]:
         return [self._name(self.dataset[index], f"row {index}") for index in self.broken_indices[:_NAMED]]
@@ -213,7 +204,7 @@ class ImageDataset(ImageReader, torch.utils.data.Dataset):
     def _add_broken(self, index: int, name: str, reason: str) -> None:
         self._broken[index] = 1
         logger.warning("skipped %s: %s", name, reason)
-        count = self.num_broken
+        count = len(self.broken_indices)
         if count > self.max_broken_fraction * len(self):
             raise self._too_many(count, len(self), self._first_broken(), reason)
 
@@ -258,8 +249,6 @@ class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
         shuffle_buffer: int = 1,
         repeat: bool = False,
     ) -> None:
-        if isinstance(shuffle_buffer, bool) or not isinstance(shuffle_buffer, int) or shuffle_buffer < 1:
-            raise UsageError(f"shuffle_buffer={shuffle_buffer!r} must be an integer of 1 or more; 1 does not shuffle")
         super().__init__(dataset, transform, image_column, label_column, seed, max_broken_fraction, label_ids, files)
         self.shuffle_buffer, self.repeat = shuffle_buffer, repeat
         # Of this process: workers that repeat the stream do not all come to its end at once.
@@ -312,11 +301,6 @@ class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
         # by a seed of its own: the epoch of `datasets` is shared by the workers, which may be in different ones
         seed = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0])
         return self.dataset.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
-
-    @property
-    def num_broken(self) -> int:
-        """Number of images found broken in the current or last iteration, in all workers of this process."""
-        return int(self._counts[:, 1].sum())
 
     def summary(self) -> str:
         """Such as "50,000 images, 3 skipped as unreadable", of those seen in the current or last iteration."""

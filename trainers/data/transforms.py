@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from modeling_adala.configuration_adala import pair
 from modeling_adala.errors import UsageError
 
 MAX_SIDE = 16_384  # a single image of this side is 3 GB of floats
@@ -19,17 +20,6 @@ _TRIES = 10
 # Pillow may first shrink by whole factors, as long as what remains is at least this many times the output.
 _REDUCING_GAP = 2.0
 _MODES = {1: "L", 3: "RGB"}
-
-
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    sides = (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if (
-        not isinstance(sides, Sequence)
-        or len(sides) != 2
-        or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    ):
-        raise UsageError(f"{name}={value!r} is not a size: use an integer or a (height, width) pair of integers")
-    return sides[0], sides[1]
 
 
 def check_image_size(image_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -45,7 +35,7 @@ def check_image_size(image_size: int | tuple[int, int], patch_size: int | tuple[
     Raises:
         UsageError: a side is not a positive multiple of the patch; the message names the nearest valid sizes.
     """
-    size, patch = _pair("image_size", image_size), _pair("patch_size", patch_size)
+    size, patch = pair(parse_size("image_size", image_size)), pair(parse_size("patch_size", patch_size))
     if min(patch) < 1:
         raise UsageError(f"patch_size={patch_size!r} must be positive")
     for side, step, name in zip(size, patch, ("height", "width"), strict=True):
@@ -60,16 +50,22 @@ def check_image_size(image_size: int | tuple[int, int], patch_size: int | tuple[
 
 
 def parse_size(name: str, value: Any) -> int | tuple[int, int]:
-    """A size as written on the command line or in YAML: `224`, `"224"`, or `"336x448"` for height x width.
+    """Return a size as written on the command line, in YAML or in Python.
+
+    Args:
+        name (`str`): Name of the setting, for the message.
+        value (`int`, `str` or `tuple[int, int]`): `224`, `"224"`, or `"336x448"` or `(336, 448)` for height x width.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: For anything else.
     """
-    sides = str(value).lower().split("x")
-    if not all(side.isdecimal() for side in sides) or len(sides) > 2:
-        raise UsageError(f"{name}={value!r} is no size: pass an integer such as 224, or HEIGHTxWIDTH such as 336x448")
-    if any(len(side) > 5 or int(side) > MAX_SIDE for side in sides):
-        raise UsageError(f"{name}={value!r} is more than {MAX_SIDE:,} pixels, which no memory holds: pass less")
+    sides = value if isinstance(value, list | tuple) else str(value).lower().split("x")
+    if len(sides) not in (1, 2) or not all(str(side).isdecimal() for side in sides):
+        raise UsageError(
+            f"{name}={value!r} is an invalid size; pass an integer such as 224, or HEIGHTxWIDTH such as 336x448."
+        )
+    if any(len(str(side)) > 5 or int(side) > MAX_SIDE for side in sides):
+        raise UsageError(f"{name}={value!r} is more than {MAX_SIDE:,} pixels, which no memory holds; pass less.")
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 

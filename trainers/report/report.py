@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from hub_cards.card import code, plain
-from hub_cards.records import mapping, number, read_json, read_metrics
+from hub_cards.records import read_json, read_metrics
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.convert import convert
 from modeling_adala.conversion.loading import load_student
@@ -23,10 +23,10 @@ from modeling_adala.inspection.towers import forward_features, patch_size
 
 from ..base_config import has_fast_bf16
 from ..evaluation.comparison import Comparison
+from ..runs.callbacks import cost_in_words
 from ..runs.checkpoints import whole_file
 from ..runs.facts import describe_machine
 from ..runs.memory import peak_above
-from ..runs.monitoring import cost_in_words
 from ..runs.recipe_config import RecipeConfig
 from ..runs.stages import STAGES
 from ..runs.timing import time_in_turns
@@ -79,7 +79,7 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
         draw_features(out / "features.png", comparison, students)
         pictures["features.png"] = "Patch features as PCA colors, one basis (the teacher's) for all"
     speed = read_json(out / "speed.json")
-    if not _is_speed(speed):  # once for all stages: they change the weights, not what these cost
+    if not speed.get("rows"):  # once for all stages: they change the weights, not what these cost
         speed = measure_speed(comparison.teacher, students["last"])
         whole_file(out / "speed.json", json.dumps(speed, indent=2) + "\n")
     draw_speed(out / "speed.png", speed["rows"])
@@ -180,7 +180,7 @@ def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: fl
         runs = {name: partial(run, model, pixels) for name, model in models.items()}
         timings = time_in_turns(runs, device, seconds=budget / 40)
         medians = {name: timing.median for name, timing in timings.items()}
-        row = {"size": size[1], "tokens": count_tokens(config, size), **medians}
+        row: dict[str, Any] = {"size": size[1], "tokens": count_tokens(config, size), **medians}
         if device.type == "cuda":
             row |= {f"{name}_bytes": peak_above(call, device) for name, call in runs.items()}
         rows.append(row)
@@ -196,14 +196,6 @@ def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: fl
         "teacher_attention": config._attn_implementation,
         "rows": rows,
     }
-
-
-def _is_speed(speed: dict[str, Any]) -> bool:
-    """Whether a record is one of `measure_speed`, and whole."""
-    rows = speed.get("rows")
-    names = ("size", "tokens", "teacher", "student")
-    is_whole = isinstance(rows, list) and all(number(mapping(row).get(name)) for row in rows for name in names)
-    return bool(rows) and is_whole and {"machine", "batch_size", "dtype"} <= speed.keys()
 
 
 def draw_speed(path: Path, speed: list[dict[str, float]]) -> None:

@@ -6,7 +6,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -44,7 +44,7 @@ class Timing:
 
 
 def time_in_turns(
-    runs: dict[str, Callable[[], Any]], device: torch.device | str = "cpu", seconds: float = 2.0
+    runs: Mapping[str, Callable[[], Any]], device: torch.device | str = "cpu", seconds: float = 2.0
 ) -> dict[str, Timing]:
     """Times all `runs` in turns: A, B, C, A, B, C, ...
 

@@ -21,7 +21,7 @@ from modeling_adala.conversion.loading import (
 )
 from modeling_adala.errors import DataError, UsageError
 from modeling_adala.inspection.towers import attention_modules, get_family, native_size, patch_size, token_groups
-from trainers.base_trainer import check_pair
+from trainers.alignment_trainer import check_pair
 from trainers.data.image_files import ImageFiles, Unreadable, blaming, open_image
 from trainers.data.transforms import ImageTransform, check_image_size, parse_size
 from trainers.evaluation.metrics import FeatureCosine
