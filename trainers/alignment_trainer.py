@@ -1,4 +1,4 @@
-"""Base of stages 1 and 2: a frozen teacher, and a student that learns to give what it gives."""
+"""Base of stages 1 and 2: a frozen teacher, and a student that learns to match it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -97,9 +97,9 @@ class AlignmentTrainer(AdaLATrainer):
         return loss.detach(), None, None
 
     def calibration_batches(self) -> Iterable[Tensor]:
-        """`pixel_values` of `calibration_images` training images, the same everywhere and on resume.
+        """Yield the `pixel_values` of `calibration_images` training images, the same in every process and on resume.
 
-        They are drawn from the whole data set, as many are sorted by class. Of a stream, they are the first: shuffle
+        They are drawn from the whole dataset, as many are sorted by class. Of a stream, they are the first: shuffle
         it, as `DataModule` does.
         """
         dataset, count, size = self.train_dataset, self.args.calibration_images, self.args.per_device_train_batch_size

@@ -1,4 +1,4 @@
-"""Stage 1: every linear block learns, alone, to give what its softmax block gives on the same input."""
+"""Stage 1: every linear attention learns, independently, to match its softmax counterpart on the same input."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ TRAINED = (".q_proj.", ".k_proj.", ".v_proj.", ".feature_map.")
 
 
 class AttentionAlignmentTrainer(AlignmentTrainer):
-    """Trains query, key and value projections (and learned feature maps) against the teacher's attention outputs.
+    """Trainer of query, key and value projections (and learned feature maps) against the teacher's attention outputs.
 
     The teacher runs once, in softmax mode and frozen, up to the last linear block. Each student attention gets the
     teacher's input of its block and matches the teacher's output after `o_proj`, before LayerScale and residual; the
@@ -97,9 +97,9 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         return (loss, None) if return_outputs else loss
 
     def align_blocks(self, student: PreTrainedModel, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Mean loss of the linear blocks, and the loss of each, detached.
+        """Return the mean loss of the linear blocks, and the loss of each, detached.
 
-        Each block is compared while the teacher stands at it, and back-propagated at once: blocks share no parameters
+        Each block is compared when the teacher has run it, and back-propagated at once: blocks share no parameters
         and no activations, so that the activations of one block are all that is ever kept. See `EarlyGradients`. The
         output projection is frozen and the teacher's own, so that the comparison can do without applying it.
         """
@@ -129,7 +129,7 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
 
     @torch.no_grad()
     def grams(self, student: PreTrainedModel) -> dict[int, Tensor | None]:
-        """W^T W of each linear block's output projection, over its outputs; `None` where the student has another one.
+        """Return W^T W of each linear block's output projection, over its outputs; `None` where the student's differs.
 
         In the precision in which the projection is multiplied. See `alignment_loss_before_projection`.
         """
@@ -145,7 +145,7 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         return self._grams
 
     def variances(self) -> list[Tensor]:
-        """Variance of each linear block's teacher output over the calibration images."""
+        """Return the variance of each linear block's teacher output over the calibration images."""
         if self._variances is None:
             measured = {layer: TeacherVariance() for layer in self.layers}
             with self.compute_loss_context_manager():
@@ -161,7 +161,7 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
 
 
 def same_projection(student: nn.Linear, teacher: nn.Linear) -> bool:
-    """Whether two projections are one, as far as the teacher's precision tells."""
+    """Return whether two projections are equal in the teacher's precision."""
     pairs = [(student.weight, teacher.weight), (student.bias, teacher.bias)]
     return all(
         theirs is ours is None or (ours is not None and theirs is not None and torch.equal(ours.to(theirs), theirs))
@@ -170,7 +170,7 @@ def same_projection(student: nn.Linear, teacher: nn.Linear) -> bool:
 
 
 def _linear_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
-    """What the parameter names of the linear attention modules start with."""
+    """Return the prefixes of the parameter names of the linear attention modules."""
     paths = {id(module): path for path, module in model.named_modules()}
     modules = attention_modules(model)
     return tuple(f"{paths[id(modules[layer])]}." for layer in vision_config(model.config).linear_layers)

@@ -1,4 +1,4 @@
-"""What the three stage configurations share: defaults that differ from `TrainingArguments`, and where they do."""
+"""Base of the three stage configurations: defaults and checks on top of `TrainingArguments`."""
 
 import importlib.util
 import re

@@ -1,4 +1,4 @@
-"""What the three stage trainers share: whole checkpoints, named losses, a frozen teacher.
+"""Base of the three stage trainers: sealed checkpoints, named losses, a stop at what is not finite.
 
 No training loop of our own: every method here overrides one hook of `Trainer`.
 """
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class _EpochCallback(TrainerCallback):
-    """Tells the dataset its epoch, which accelerate does not do with several processes or after a resume."""
+    """Callback that sets the dataset's epoch, which accelerate omits with several processes and after a resume."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = getattr(train_dataloader, "dataset", None)
@@ -69,7 +69,7 @@ class AdaLATrainer(Trainer):
         self.add_callback(self._cost)
 
     def record(self, name: str, value: Tensor) -> None:
-        """Keeps one value of a loss component for the next log line, without waiting for the device."""
+        """Keep one value of a loss component for the next log line, without waiting for the device."""
         self._components["train" if self.model.training else "eval"][name].append(value.detach().float())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -195,7 +195,7 @@ class AdaLATrainer(Trainer):
         tags: str | list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes the card of an AdaLA model into `output_dir`, from the facts of this training.
+        """Write the card of an AdaLA model into `output_dir`, from the facts of this training.
 
         Args:
             language, license, tags (*optional*): Stated in the card's metadata; tags on top of its own.
@@ -256,12 +256,12 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 def is_student(model: nn.Module) -> bool:
-    """Whether this is one of our models, without adapters around it."""
+    """Return whether this is an AdaLA model without PEFT's wrapper."""
     return isinstance(model, PreTrainedModel) and model.config.model_type.startswith("adala_")
 
 
 def freeze_all_but(model: nn.Module, trainable: Callable[[str], bool]) -> list[str]:
-    """Sets `requires_grad` by parameter name and returns the names that train."""
+    """Set `requires_grad` by parameter name and return the names that train."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable(name))
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

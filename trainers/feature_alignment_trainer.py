@@ -1,4 +1,4 @@
-"""Stage 2: the whole student learns to give the teacher's final features, on its own forward pass."""
+"""Stage 2: the whole student learns to match the teacher's final features, on its own forward pass."""
 
 import copy
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ UNUSED = ("pooler.", "head.", "embeddings.mask_token")
 
 
 class FeatureAlignmentTrainer(AlignmentTrainer):
-    """Trains the whole student against the frozen teacher's features after the last layer norm.
+    """Trainer of the whole student against the frozen teacher's features after the last layer norm.
 
     Errors of stage 1 pile up over the layers; this stage sees them, because the student runs free on the image
     (ViT-AdaLA, arXiv 2603.16063, stage 2). A head on the student, if it has one, is left alone.
@@ -109,7 +109,7 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
 
     @torch.no_grad()
     def targets(self, pixel_values: Tensor, cached: Tensor | None = None) -> list[Tensor]:
-        """The teacher's `features`; read off `cached`, of shape `(batch, states, tokens, hidden_size)`, if given."""
+        """Return the teacher's `features`, from `cached` `(batch, states, tokens, hidden_size)` if given."""
         if cached is not None:
             return [state.float() for state in cached.unbind(dim=1)]
         return self.features(self.teacher_model, pixel_values)
@@ -120,7 +120,7 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
         return super().train(resume_from_checkpoint, **kwargs)
 
     def _cached_features(self, dataset: ImageDataset) -> Path:
-        """The folder of the teacher's features of all training images, computed where it is not there yet."""
+        """Return the folder of the teacher's features of all training images, which are computed if missing."""
         path, dtype = self.args.teacher_feature_cache, self.args.teacher_feature_cache_dtype
         key = cache_key(
             dataset,
@@ -150,7 +150,7 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
             yield batch["pixel_values"], torch.stack([target.float() for target in targets], dim=1)
 
     def features(self, model: PreTrainedModel, pixel_values: Tensor) -> list[Tensor]:
-        """Final features, then the outputs of the chosen blocks, each `(batch, tokens, hidden_size)`."""
+        """Return the final features, then the outputs of the chosen blocks, each `(batch, tokens, hidden_size)`."""
         tower = vision_tower(model)
         if hasattr(tower, "rope_embeddings"):  # in training mode DINOv3 moves its positions, the teacher's stay
             tower.rope_embeddings.eval()
@@ -159,7 +159,7 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
 
     @torch.no_grad()
     def variances(self) -> list[dict[str, Tensor]]:
-        """Teacher variance per matched tensor and token group, over the calibration images."""
+        """Return the teacher's variance per matched tensor and token group, over the calibration images."""
         if self._variances is None:
             measured = [{name: TeacherVariance() for name in self.groups} for _ in (None, *self.layers)]
             with self.compute_loss_context_manager():

@@ -21,7 +21,7 @@ from .supervised_config import SupervisedConfig
 
 
 class SupervisedTrainer(AdaLATrainer):
-    """Fine-tunes a model, linear or softmax, for image classification or semantic segmentation.
+    """Trainer that fine-tunes a model, linear or softmax, for image classification or semantic segmentation.
 
     Evaluation reports accuracy, or mean IoU, IoU by class and pixel accuracy: over the whole split, at the resolution
     of each mask, on whole images or on windows.

@@ -1,4 +1,4 @@
-"""Teacher beside student, on the student's own forward pass: the figures that a run is judged by."""
+"""Comparison of student and teacher on the student's own forward pass: the figures that a run is judged by."""
 
 import logging
 from contextlib import ExitStack
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Comparison:
-    """Evaluates any number of students against one teacher; the teacher's k-NN features are computed once.
+    """Comparison of any number of students with one teacher, whose k-NN features are computed once.
 
     Args:
         teacher (`PreTrainedModel`): Softmax model.
@@ -51,7 +51,7 @@ class Comparison:
         self._bank: FeatureBank | None = None
 
     def __call__(self, student: PreTrainedModel, quick: bool = False) -> dict[str, Any]:
-        """All figures of `evaluate_pair`, `head_accuracy` of a student with a classifier, and `block_errors`.
+        """Return the figures of `evaluate_pair`, `head_accuracy` of a student with a classifier, and `block_errors`.
 
         With `quick`, on a tenth of the evaluation images (at least 500) and without the linear probe. Returns an empty
         dictionary where there are no images to evaluate on.
@@ -79,7 +79,7 @@ class Comparison:
 
     @torch.no_grad()
     def classifier_accuracy(self, model: PreTrainedModel) -> float | None:
-        """Accuracy of the model's own head; `None` without a head, or without labels of classes that the head has."""
+        """Return the accuracy of the model's own head; `None` without a head, or without labels of its classes."""
         if not hasattr(model, "classifier") or self.eval_loader is None or self.labels is None:
             return None
         ids = head_ids(model.config.id2label, self.labels)
@@ -104,7 +104,7 @@ class Comparison:
         return accuracy.compute()["accuracy"]
 
     def block_errors(self, student: PreTrainedModel) -> list[float]:
-        """Relative error of the patch tokens after each block, on the first evaluation batch."""
+        """Return the relative error of the patch tokens after each block, on the first evaluation batch."""
         if self.eval_loader is None:
             return []
         pixels = next(iter(self.eval_loader))["pixel_values"].to(self.teacher.device)
@@ -117,7 +117,7 @@ class Comparison:
 
 @torch.no_grad()
 def block_errors(teacher: PreTrainedModel, student: PreTrainedModel, pixel_values: Tensor) -> list[float]:
-    """Relative error of the student's patch tokens after each block, each model on its own forward pass.
+    """Return the relative error of the student's patch tokens after each block, each model on its own forward pass.
 
     The blocks of both run in turn, so that the states of two blocks are all that is ever kept: those of all blocks,
     of both models, would not fit for large images.

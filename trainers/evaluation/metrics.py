@@ -56,7 +56,7 @@ class StreamingMetric(evaluate.Metric):
             raise UsageError(f"{sorted(kwargs)}: {type(self).__name__} takes predictions and references only.")
         sizes = [None if values is None else len(values) for values in (predictions, references)]
         if None in sizes or sizes[0] != sizes[1]:
-            raise UsageError(f"{sizes[0]} predictions and {sizes[1]} references: pass equally many of both.")
+            raise UsageError(f"{sizes[0]} predictions and {sizes[1]} references; pass equally many of both.")
         if sizes[0]:
             self.add_sums(self.sums(predictions, references), sizes[0])
 
@@ -126,7 +126,7 @@ class KNNAccuracy(Accuracy):
         features, labels = _rows(train_features), _integers(train_labels, "train_labels")
         if features.ndim != 2 or labels.shape != features.shape[:1]:
             raise UsageError(
-                f"train_features {features.shape} and train_labels {labels.shape}: pass (m, dim) and (m,)."
+                f"train_features {features.shape} and train_labels {labels.shape}; pass (m, dim) and (m,)."
             )
         if not len(features):
             raise DataError("train_features is empty; k-NN needs at least one labeled image.")
@@ -206,7 +206,7 @@ class MeanIoU(StreamingMetric):
 
     def __init__(self, num_labels: int, ignore_index: int | None = 255, **kwargs: Any) -> None:
         if num_labels < 1:
-            raise UsageError(f"num_labels={num_labels}: pass the number of classes, 1 or more.")
+            raise UsageError(f"num_labels={num_labels}; pass the number of classes, 1 or more.")
         self.num_labels, self.ignore_index = num_labels, ignore_index
         super().__init__(**kwargs)
 

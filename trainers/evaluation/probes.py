@@ -1,4 +1,4 @@
-"""Teacher beside student: what is left of the teacher's features, judged on the student's own forward pass.
+"""Features of teacher and student compared, on the student's own forward pass.
 
 Three views of the same frozen features: how close they are (cosine and relative error per token group), whether images
 of a class stay neighbors (k-NN on the CLS token), and whether the classes stay linearly separable (linear probe).
@@ -31,7 +31,7 @@ Batches = Iterable[dict[str, Any]]
 
 @dataclass
 class FeatureBank:
-    """Features of a data set, on the CPU, one row per image.
+    """Features of a dataset, on the CPU, one row per image.
 
     Args:
         cls (`Tensor`): Final CLS features `(n, dim)`, float32.
@@ -48,7 +48,7 @@ class FeatureBank:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Transformers model inside DDP, FSDP, `torch.compile` and PEFT wrappers (adapters stay active in it)."""
+    """Return the Transformers model inside DDP, FSDP, `torch.compile` and PEFT wrappers; adapters stay active."""
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -61,7 +61,7 @@ def extract_features(
     description: str = "features",
     disable_progress: bool | None = None,
 ) -> FeatureBank:
-    """Run a model over a data set and keep its pooled features.
+    """Run a model over a dataset and keep its pooled features.
 
     Args:
         model (`nn.Module`): Runs in eval mode without gradients; its modes are restored afterwards.
@@ -74,8 +74,8 @@ def extract_features(
         [`FeatureBank`].
 
     Raises:
-        DataError: There are no batches, or one has no `pixel_values`.
-        AdaLAError: The features hold nan or infinity.
+        DataError: If there are no batches, or one has no `pixel_values`.
+        AdaLAError: If the features hold nan or infinity.
     """
     groups, bank = token_groups(unwrap(model).config), _BankBuilder()
     with _evaluating(model):
@@ -106,7 +106,7 @@ def compare_features(
         of all teacher tokens; `patch_mean_cosine` of the mean patch per image; `relative_error` over all tokens.
 
     Raises:
-        UsageError: The features of the student have another shape.
+        UsageError: If the features of the student have another shape.
         DataError, AdaLAError: As [`extract_features`].
     """
     groups = token_groups(unwrap(teacher).config)
@@ -119,8 +119,8 @@ def compare_features(
             actual = _features(student, batch, autocast_dtype).to(expected.device)
             if actual.shape != expected.shape:
                 raise UsageError(
-                    f"the student gives features {tuple(actual.shape)} but the teacher {tuple(expected.shape)}:"
-                    " compare a student with the teacher that it was converted from"
+                    f"the student gives features {tuple(actual.shape)} but the teacher {tuple(expected.shape)};"
+                    " compare a student with the teacher that it was converted from."
                 )
             for name, where in groups.items():
                 distances[name].add_batch(predictions=actual[:, where], references=expected[:, where])
@@ -171,7 +171,7 @@ class FeatureEvaluator:
 
 
 def linear_probe(train: FeatureBank, test: FeatureBank, *, max_iter: int = 300, tol: float = 1e-3) -> float:
-    """Accuracy on `test` of logistic regression on `train`, over standardized CLS and mean patch features together.
+    """Return the accuracy on `test` of logistic regression on `train`, on standardized CLS and mean patch features.
 
     Deterministic; 2 to 7 seconds on 2 CPU cores for 5,000 images of width 768.
 
@@ -185,7 +185,7 @@ def linear_probe(train: FeatureBank, test: FeatureBank, *, max_iter: int = 300, 
         `float` between 0 and 1.
 
     Raises:
-        UsageError: A bank has no labels.
+        UsageError: If a bank has no labels.
     """
     # Imported here because it takes a second, which every import of the trainers would pay.
     from sklearn.exceptions import ConvergenceWarning
@@ -194,7 +194,9 @@ def linear_probe(train: FeatureBank, test: FeatureBank, *, max_iter: int = 300, 
     from sklearn.preprocessing import StandardScaler
 
     if train.labels is None or test.labels is None:
-        raise UsageError("train, test: a linear probe needs FeatureBanks with labels, from batches with 'labels' (n,)")
+        raise UsageError(
+            "train, test: a linear probe needs FeatureBanks with labels, from batches with 'labels' (n,)."
+        )
     if train.labels.unique().numel() == 1:
         # sklearn refuses a single class; there is only one thing that a classifier could answer.
         predicted = train.labels[:1].expand(len(test))
@@ -220,7 +222,7 @@ def evaluate_pair(
     teacher_train_bank: FeatureBank | None = None,
     disable_progress: bool | None = None,
 ) -> dict[str, Any]:
-    """All comparisons of a student with its teacher.
+    """Return all comparisons of a student with its teacher.
 
     Args:
         teacher (`nn.Module`): Stock softmax model.
@@ -254,7 +256,7 @@ def evaluate_pair(
                 description = "teacher, training images"
                 teacher_train_bank = extract_features(teacher, train_loader, description=description, **options)
             elif teacher_train_bank.labels is None:
-                raise UsageError("teacher_train_bank has no labels: extract it from batches with 'labels' (n,)")
+                raise UsageError("teacher_train_bank has no labels; extract it from batches with 'labels' (n,).")
             train_banks = teacher_train_bank, student_bank
             for name, train, test in zip(("teacher", "student"), train_banks, eval_banks, strict=True):
                 knn = KNNAccuracy(train.cls, train.labels, k=k).compute(predictions=test.cls, references=test.labels)
@@ -270,7 +272,7 @@ def evaluate_pair(
 
 
 class _BankBuilder:
-    """Collects pooled features batch by batch."""
+    """Pooled features, collected batch by batch."""
 
     def __init__(self) -> None:
         self.cls: list[Tensor] = []
@@ -285,16 +287,18 @@ class _BankBuilder:
 
     def build(self, name: str) -> FeatureBank:
         if not self.cls:
-            raise DataError(f"the data loader for {name} gave 0 batches: pass a data set with images (drop_last off)")
+            raise DataError(f"the data loader for {name} gave 0 batches; pass a dataset with images (drop_last off).")
         cls, patch_mean = torch.cat(self.cls), torch.cat(self.patch_mean)
         if not (cls.isfinite().all() and patch_mean.isfinite().all()):
-            raise AdaLAError(f"{name}: features hold nan or infinity; it diverged in training, or overflows float16")
+            raise AdaLAError(
+                f"{name} gives features that hold nan or infinity; it diverged in training, or overflows float16."
+            )
         return FeatureBank(cls, patch_mean, torch.cat(self.labels) if len(self.labels) == len(self.cls) else None)
 
 
 def _features(model: nn.Module, batch: dict[str, Any], autocast_dtype: torch.dtype | None) -> Tensor:
     if "pixel_values" not in batch:
-        raise DataError(f"a batch has {sorted(batch)} but no 'pixel_values': check the transform and collator")
+        raise DataError(f"a batch has {sorted(batch)} but no 'pixel_values'; check the transform and collator.")
     weight = next(model.parameters())
     autocast: AbstractContextManager = nullcontext()
     if autocast_dtype is not None:

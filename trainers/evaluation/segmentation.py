@@ -20,12 +20,12 @@ Windows = tuple[tuple[int, int], tuple[int, int]]
 
 
 def is_segmenter(model: nn.Module) -> bool:
-    """Whether a model is one for semantic segmentation, by the naming of Transformers."""
+    """Return whether a model is one for semantic segmentation, by the naming of Transformers."""
     return type(model).__name__.endswith("ForSemanticSegmentation")
 
 
 def segment(model: nn.Module, pixel_values: Tensor, windows: Windows | None = None) -> Tensor:
-    """Class scores of whole images, or of windows that slide over them and are averaged where they overlap.
+    """Return the class scores of whole images, or of sliding windows that are averaged where they overlap.
 
     Args:
         model (`nn.Module`): A semantic segmentation model.
@@ -54,7 +54,7 @@ def segment(model: nn.Module, pixel_values: Tensor, windows: Windows | None = No
 
 
 def segmentation_processor(image_processor: Any, image_size: tuple[int, int]) -> SegformerImageProcessorPil:
-    """An image processor that feeds a segmenter as it was trained, and turns its scores into masks.
+    """Return an image processor that feeds a segmenter as it was trained, and turns its scores into masks.
 
     A family's own lacks `post_process_semantic_segmentation`, which `pipeline("image-segmentation")` calls.
 
@@ -126,7 +126,7 @@ def evaluate_segmentation(
     autocast_dtype: torch.dtype | None = None,
     disable_progress: bool | None = None,
 ) -> dict[str, float]:
-    """Mean IoU, IoU by class and pixel accuracy over a whole split, at the resolution of its masks.
+    """Return mean IoU, IoU by class and pixel accuracy over a whole split, at the resolution of its masks.
 
     Args:
         model (`PreTrainedModel`): Its `config.id2label` names the classes.
@@ -139,7 +139,7 @@ def evaluate_segmentation(
         `dict`: Those of [`SegmentationMetrics`], and `loss`, a mean over the images.
 
     Raises:
-        DataError: there are no batches.
+        DataError: If there are no batches.
     """
     model.eval()
     losses = []
@@ -154,7 +154,7 @@ def evaluate_segmentation(
         losses.append(loss.cpu())
         metrics.metric.add_batch(predictions=maps, references=batch["labels"])
     if not losses:
-        raise DataError("there are 0 images to evaluate on: choose another split with --eval-split")
+        raise DataError("there are 0 images to evaluate on; choose another split with --eval-split.")
     return {"loss": torch.cat(losses).mean().item()} | metrics.compute()
 
 

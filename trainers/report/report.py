@@ -1,4 +1,4 @@
-"""`report.md` and its pictures: how good the student is, and where it is not."""
+"""Report of a run: `report.md`, its tables and its pictures."""
 
 import json
 import time
@@ -53,7 +53,7 @@ COLUMNS = (
 
 
 def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Path:
-    """Draws the plots, writes `report.md` from the recorded figures, and prints its table.
+    """Draw the plots, write `report.md` from the recorded figures, and print its table.
 
     Args:
         out (`Path`): The run's folder, with `manifest.json`; the curves are drawn from `metrics.jsonl`.
@@ -91,7 +91,7 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
 
 
 def summary_table(evaluations: dict[str, dict], manifest: dict[str, Any]) -> list[list[str]]:
-    """Heading and one row per model, as text; columns without any figure are left out."""
+    """Return a heading and one row per model, as text; columns without any figure are left out."""
     columns = []
     for heading, key, teacher_key, form in COLUMNS:
         values = []
@@ -111,7 +111,7 @@ def summary_table(evaluations: dict[str, dict], manifest: dict[str, Any]) -> lis
 
 
 def draw_alignment(path: Path, lines: list[dict], evaluations: dict[str, dict]) -> bool:
-    """Heat map of stage 1, block by step. False where there is nothing to draw."""
+    """Draw the heat map of stage 1, block by step; return `False` where there is nothing to draw."""
     logs = [line for line in lines if line.get("stage") == "attention-alignment" and "loss" in line]
     if not logs:
         return False
@@ -126,7 +126,7 @@ def draw_alignment(path: Path, lines: list[dict], evaluations: dict[str, dict]) 
 
 
 def draw_blocks(path: Path, lines: list[dict], evaluations: dict[str, dict]) -> bool:
-    """Relative error after each block, one curve per stage. False where there is nothing to draw."""
+    """Draw the relative error after each block, a curve per stage; return `False` where there is nothing to draw."""
     curves = {name: line["block_errors"] for name, line in evaluations.items() if line.get("block_errors")}
     if not curves:
         return False
@@ -141,7 +141,7 @@ def draw_blocks(path: Path, lines: list[dict], evaluations: dict[str, dict]) -> 
 
 
 def draw_features(path: Path, comparison: Comparison, students: dict[str, PreTrainedModel], images: int = 4) -> None:
-    """Images, and the first three principal components of their patch features as colors."""
+    """Draw images, and the first three principal components of their patch features as colors."""
     assert comparison.eval_loader is not None  # write_report asks
     dataset: Any = comparison.eval_loader.dataset
     chosen = torch.linspace(0, len(dataset) - 1, images + 2).long()[1:-1].tolist()  # many datasets are sorted by class
@@ -156,7 +156,7 @@ def draw_features(path: Path, comparison: Comparison, students: dict[str, PreTra
 
 @torch.no_grad()
 def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: float = 20.0) -> dict[str, Any]:
-    """Seconds per image of teacher (SDPA) and student over growing sizes, batch 1, within a time budget.
+    """Measure the seconds per image of teacher (SDPA) and student over growing sizes, within a time budget.
 
     Under bf16 autocast where the hardware multiplies bf16, else in float32. On a GPU also `teacher_bytes` and
     `student_bytes`: the peak of memory above what was in use before.
@@ -199,7 +199,7 @@ def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: fl
 
 
 def draw_speed(path: Path, speed: list[dict[str, float]]) -> None:
-    """Time per image over resolution, teacher and student."""
+    """Draw the time per image over resolution, of teacher and student."""
     figure = new_figure(6, 3.6)
     axes = figure.subplots()
     for name, label in (("teacher", "teacher (softmax, SDPA)"), ("student", "student (linear)")):
@@ -271,7 +271,7 @@ def _print(rows: list[list[str]]) -> None:
 
 
 def _students(out: Path, comparison: Comparison, config: RecipeConfig) -> dict[str, PreTrainedModel]:
-    """The student as it came out of each stage, and the last one once more under `"last"`."""
+    """Return the student of each stage, and the last one once more as `"last"`."""
     device = comparison.teacher.device
     students = {}
     for stage in STAGES.values():

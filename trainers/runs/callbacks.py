@@ -28,7 +28,7 @@ WARNED_ABOVE = 0.2
 
 
 class CompactProgressCallback(ProgressCallback):
-    """The stock progress bar with the time left, its log line shrunk to the loss: the rest is in `metrics.jsonl`."""
+    """Stock progress bar with the time left, its log line shrunk to the loss: the rest is in `metrics.jsonl`."""
 
     def __init__(self, description: str):
         super().__init__()
@@ -45,7 +45,7 @@ class CompactProgressCallback(ProgressCallback):
 
 
 class MetricsFileCallback(TrainerCallback):
-    """Appends every log of a stage to `metrics.jsonl`, one JSON object a line.
+    """Callback that appends every log of a stage to `metrics.jsonl`, one JSON object per line.
 
     A resumed run first drops the lines that it is about to write again, and one cut short by a kill, so that the file
     has the lines of a run which was never interrupted. Figures that are means over a logging window count only the
@@ -75,7 +75,7 @@ class MetricsFileCallback(TrainerCallback):
 
 
 def append_metrics(path: str | Path, values: dict[str, Any]) -> None:
-    """Adds one line, apart from what a kill may have left of the line before."""
+    """Append one line, apart from the torn one that a kill may have left."""
     with Path(path).open("a+b") as file:
         torn = False
         if file.tell():
@@ -85,7 +85,7 @@ def append_metrics(path: str | Path, values: dict[str, Any]) -> None:
 
 
 class TrainingCost(TrainerCallback):
-    """Measures what a training costs, for its log lines.
+    """Callback that measures the cost of a training for its log lines.
 
     - `data_wait_share`, 0 to 1: how much of the steps' time passes in waiting for the data loader. A step lasts from
       the request of its batches to the end of the optimizer's update; logging, evaluation and checkpoints do not
@@ -104,7 +104,7 @@ class TrainingCost(TrainerCallback):
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the request of the batches of one step."""
+        """Measure the request of the batches of one step, as a context."""
         self.requested = time.perf_counter()
         yield
         self.received = time.perf_counter()
@@ -121,7 +121,7 @@ class TrainingCost(TrainerCallback):
                 waiting.seconds += time.perf_counter() - self.requested
 
     def add_to(self, logs: dict[str, float], args: TrainingArguments) -> None:
-        """Completes a log line of the training, and warns once where the images come too slowly."""
+        """Complete a log line of the training, and warn once where images come too slowly."""
         is_last = "train_runtime" in logs
         share = (self.whole if is_last else self.window).share
         if share is not None:
@@ -141,7 +141,7 @@ class TrainingCost(TrainerCallback):
 
 @dataclass
 class _Waiting:
-    """Seconds waited, of how many."""
+    """Seconds spent waiting, and in all."""
 
     waited: float = 0.0
     seconds: float = 0.0
@@ -152,7 +152,7 @@ class _Waiting:
 
 
 def cost_in_words(values: Mapping[str, Any]) -> str:
-    """Such as ", 2 % of them waiting for images, at most 1.3 GiB of memory", of a log line or a manifest."""
+    """Return such as ", 2 % of them waiting for images, at most 1.3 GiB of memory", from a log line or a manifest."""
     share, peak = number(values.get("data_wait_share")), number(values.get("peak_memory_mib"))
     waiting = "" if share is None else f", {100 * share:.0f} % of them waiting for images"
     return waiting + ("" if peak is None else f", at most {peak / 1024:.1f} GiB of memory")

@@ -1,4 +1,4 @@
-"""What a training leaves on record for its model card: `manifest.json` beside the weights."""
+"""Facts of a training for its model card: `manifest.json` beside the weights."""
 
 import hashlib
 import json
@@ -68,7 +68,7 @@ def record_stage(
         facts: What the trainer does not know, such as `seconds` and `dataset`; they win.
 
     Raises:
-        CheckpointError: if the file cannot be written.
+        CheckpointError: If the file cannot be written.
     """
     # read only where a checkpoint of ours can be: a student built in memory has no path, or its teacher's
     earlier = read_manifest(Path(student.config.name_or_path)) if student.config.name_or_path else {}
@@ -93,7 +93,7 @@ def training_settings(args: AdaLATrainingArguments) -> dict[str, Any]:
 
 
 def data_facts(data: DataModule) -> dict[str, Any]:
-    """Name of the data set (`dataset_id` where it is on the Hub), its splits, and the image size in pixels."""
+    """Return the dataset's name (`dataset_id` where it is on the Hub), its splits, and the image size in pixels."""
     name, split = str(data.config.dataset), getattr(data.raw_eval, "split", None)
     is_local = name == DIGITS_NAME or not isinstance(data.config.dataset, str) or Path(name).expanduser().exists()
     return {
@@ -112,7 +112,7 @@ def software_versions() -> dict[str, str]:
 
 
 def hash_weights(model: PreTrainedModel) -> str:
-    """SHA-256 of all names and tensors of a model, 64 hexadecimal digits."""
+    """Return the SHA-256 of all names and tensors of a model, 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -121,7 +121,7 @@ def hash_weights(model: PreTrainedModel) -> str:
 
 
 def describe_machine() -> str:
-    """Device and cores in a few words."""
+    """Return the device and its cores in a few words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()

@@ -45,7 +45,7 @@ FILES = (CONFIG, SPEED, REPORT, CONTROL_METRICS, *PICTURES)
 
 
 def run_recipe(config: RecipeConfig, *, from_stage: int | None = None) -> Path:
-    """Runs the stages of a recipe, or goes on where a killed run of it stopped.
+    """Run the stages of a recipe, or resume where a killed run of it stopped.
 
     Args:
         config (`RecipeConfig`): What to run.
@@ -55,8 +55,8 @@ def run_recipe(config: RecipeConfig, *, from_stage: int | None = None) -> Path:
         `Path`: the report, `output_dir/report.md`.
 
     Raises:
-        UsageError: for settings that do not fit, or an `output_dir` that holds a different run.
-        DataError, CheckpointError: see there. What finished before stays, and the same command goes on.
+        UsageError: For settings that do not fit, or an `output_dir` that holds a different run.
+        DataError, CheckpointError: If a stage fails. What has finished stays, and the same command resumes.
     """
     run = _Run(config, from_stage)
     facts = {"teacher_sha256": hash_weights(run.teacher), "data_fingerprint": fingerprint(run.data.raw_train)}
@@ -100,7 +100,7 @@ class _RunFolder(OutputFolder):
 
 
 class _Run:
-    """The state of one call of `run_recipe`."""
+    """State of one call of `run_recipe`."""
 
     def __init__(self, config: RecipeConfig, from_stage: int | None):
         self.config, self.out = config, Path(config.output_dir)
@@ -212,7 +212,7 @@ class _Run:
             ) from error
 
     def _run_control(self) -> None:
-        """Stage 2 alone for the wall time of stages 1 and 2, from the same start: what stage 1 is worth."""
+        """Run stage 2 alone for the wall time of stages 1 and 2, from the same start: what stage 1 is worth."""
         if "control" in self.manifest["evaluations"] or "feature-alignment" not in self.manifest["stages"]:
             return
         first, second = (self.manifest["stages"].get(n, {}) for n in ("attention-alignment", "feature-alignment"))

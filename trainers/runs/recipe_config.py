@@ -133,7 +133,7 @@ class RecipeConfig(StudentConfig, DataConfig):
         """Read a recipe; `overrides` win, in a section setting by setting.
 
         Raises:
-            UsageError: If the file cannot be read, is no mapping, or holds an unknown setting.
+            UsageError: If the file cannot be read, is not a mapping, or holds an unknown setting.
         """
         content = read_yaml(path)
         unknown = sorted(set(content) - {item.name for item in fields(cls)}, key=str)

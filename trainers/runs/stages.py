@@ -30,7 +30,7 @@ from .output_folder import METRICS, OutputFolder
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the stage table."""
+    """Row of the stage table."""
 
     number: int
     name: str

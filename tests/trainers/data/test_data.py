@@ -1,4 +1,4 @@
-"""Data sets: finding them, and reading them the same way in every worker in spite of broken files."""
+"""Datasets: finding them, and reading them the same way in every worker in spite of broken files."""
 
 import os
 

@@ -83,7 +83,7 @@ def masked(
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> dict[str, str]:
-    """A softmax teacher, its linear student, and data sets in parquet as the Hub has them."""
+    """A softmax teacher, its linear student, and datasets in parquet as the Hub has them."""
     root = tmp_path_factory.mktemp("segmentation")
     teacher = save_teacher(root / "teacher", head=False)
     student = convert(teacher, check_parity=False)
@@ -501,7 +501,7 @@ def test_mistake_is_refused_in_one_line_before_training(places, tmp_path, capsys
 
 
 def test_class_names_are_shown_as_they_are(places, tmp_path, capsys):
-    """Neither rich's markup nor a terminal's own: a data set of others may name its classes as it likes."""
+    """Neither rich's markup nor a terminal's own: a dataset of others may name its classes as it likes."""
     names = ["[/x]", "[link=file:///etc/passwd]b[/link]", "c\x1b]8;;http://x\x07"]
     (tmp_path / "labels.json").write_text(json.dumps(names))
     out = tmp_path / "out"
