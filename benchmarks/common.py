@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from trainers.runs.checkpoints import whole_file
+from trainers.runs.timing import Timing
 from vit_adala.benchmark.facts import run_facts
 from vit_adala.benchmark.floor import Floor
-from vit_adala.benchmark.timing import Timing
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

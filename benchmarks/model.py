@@ -20,9 +20,9 @@ from modeling_adala.configuration_adala import AdaLAViTConfig
 from modeling_adala.errors import AdaLAError
 from modeling_adala.inspection.flops import count_tokens, image_cost
 from modeling_adala.modeling_adala import AdaLAViTModel
+from trainers.runs.timing import time_in_turns
 from vit_adala.benchmark.floor import DEFINITION, measure_floor
 from vit_adala.benchmark.models import TOLERANCES, check_features, expected_features, forward_of, reference_of
-from vit_adala.benchmark.timing import time_in_turns
 
 from .common import dtype_name, floor_columns, floor_facts, parser, progress, timing_columns, write_result
 

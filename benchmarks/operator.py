@@ -17,6 +17,7 @@ from torch import Tensor
 from modeling_adala import build_feature_map
 from modeling_adala.errors import AdaLAError
 from modeling_adala.feature_maps import FeatureMap
+from trainers.runs.timing import time_in_turns
 from vit_adala.benchmark.floor import DEFINITION, Floor, OperatorWork, measure_floor
 from vit_adala.benchmark.operators import (
     BOUNDS,
@@ -29,7 +30,6 @@ from vit_adala.benchmark.operators import (
     operator_inputs,
     operators,
 )
-from vit_adala.benchmark.timing import time_in_turns
 
 from .common import dtype_name, floor_columns, floor_facts, parser, progress, timing_columns, write_result
 

@@ -3,7 +3,7 @@
     python -m benchmarks.scaling            some minutes
     python -m benchmarks.scaling --smoke    seconds, up to 1,024 tokens
 
-Peak memory is measured in a fresh process per N (see vit_adala/benchmark/memory.py), above query, key and value.
+Peak memory is measured in a fresh process per N (see trainers/runs/memory.py), above query, key and value.
 """
 
 import math
@@ -14,10 +14,10 @@ import torch
 
 from modeling_adala import build_feature_map
 from modeling_adala.errors import AdaLAError
-from vit_adala.benchmark.memory import peak_of
+from trainers.runs.memory import peak_of
+from trainers.runs.timing import time_in_turns
 from vit_adala.benchmark.operators import check_operator, forward_of, operator_inputs, operators
 from vit_adala.benchmark.subjects import LINEAR, Settings, prepare_operator
-from vit_adala.benchmark.timing import time_in_turns
 
 from .common import parser, progress, timing_columns, write_result
 

@@ -6,7 +6,7 @@
 The bound of stage 1 is the rate of the teacher's forward pass alone, that of stage 2 the rate of the teacher's forward
 and three times the student's; both are the stock models under the trainers' autocast, on the same batch. Steps are
 whole optimizer steps. Everything of a feature map runs in turns; peak memory comes from a fresh process each (see
-vit_adala/benchmark/memory.py), above weights and optimizer state. The share of waiting for images is that of a run of
+trainers/runs/memory.py), above weights and optimizer state. The share of waiting for images is that of a run of
 `Trainer` on JPEG files of 375 x 500 pixels, cropped at random, with the default loader (no workers).
 """
 
@@ -20,8 +20,8 @@ from modeling_adala.errors import AdaLAError
 from modeling_adala.inspection.flops import count_tokens, image_cost, linear_config
 from trainers.base_config import has_fast_bf16
 from trainers.data.digits import DIGITS_TEACHER
-from vit_adala.benchmark.memory import peak_of
-from vit_adala.benchmark.timing import Timing, time_in_turns
+from trainers.runs.memory import peak_of
+from trainers.runs.timing import Timing, time_in_turns
 
 from .common import ROOT, parser, progress, timing_columns, write_result
 from .training_steps import HOOKS, STAGE_1, STAGE_2, STUDENT, TEACHER, Setting, device, prepare, trainer_of

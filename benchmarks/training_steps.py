@@ -24,9 +24,10 @@ from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.convert import convert
 from modeling_adala.conversion.loading import load_config, load_teacher
 from modeling_adala.inspection.towers import attention_modules, forward_tower
+from trainers.alignment_trainer import AlignmentTrainer
 from trainers.attention_alignment_trainer import AttentionAlignmentTrainer
 from trainers.base_config import has_fast_bf16
-from trainers.base_trainer import AlignmentTrainer, freeze_all_but
+from trainers.base_trainer import freeze_all_but
 from trainers.data.image_dataset import ImageDataset
 from trainers.data.transforms import ImageTransform
 from trainers.feature_alignment_trainer import FeatureAlignmentTrainer

@@ -1,4 +1,4 @@
-"""Train on data of your own: a PyTorch data set and one of `datasets`, through all three stages.
+"""Train on data of your own: a PyTorch dataset and one of `datasets`, through all three stages.
 
     python examples/custom_dataset.py --output_dir out/bits
 
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
-from modeling_adala import convert
-from modeling_adala.inspection.towers import native_size
+from modeling_adala import convert, native_size
 from trainers import (
+    DIGITS_TEACHER,
     AttentionAlignmentConfig,
     AttentionAlignmentTrainer,
     FeatureAlignmentConfig,
@@ -28,8 +28,8 @@ from trainers import (
     ImageTransform,
     SupervisedConfig,
     SupervisedTrainer,
+    load_digits,
 )
-from trainers.data.digits import DIGITS_TEACHER, load_digits
 
 
 def zeros_and_ones(split: str) -> datasets.Dataset:
@@ -81,7 +81,7 @@ def main() -> None:
     )
     size, channels = native_size(teacher.config), teacher.config.num_channels
 
-    # a data set in PyTorch, which decides on everything itself
+    # a dataset in PyTorch, which decides on everything itself
     train = Bits(ImageTransform.from_processor(processor, size, channels, train=True, horizontal_flip=0.0))
     # rows of `datasets` under whatever column names; broken image files would be skipped, counted and named
     rows = zeros_and_ones("test").rename_columns({"image": "scan", "label": "bit"})

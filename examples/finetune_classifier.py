@@ -19,7 +19,7 @@ from datasets import load_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
 from modeling_adala import convert
-from trainers.data.digits import DIGITS_TEACHER, load_digits
+from trainers import DIGITS_TEACHER, load_digits
 
 
 def parse_args() -> argparse.Namespace:

@@ -18,15 +18,16 @@ from transformers import AutoImageProcessor, HfArgumentParser, set_seed
 
 from modeling_adala import UsageError, convert, load_teacher, parity_report
 from trainers import (
+    DIGITS_TEACHER,
     AttentionAlignmentConfig,
     AttentionAlignmentTrainer,
     DataConfig,
     DataModule,
     FeatureAlignmentConfig,
     FeatureAlignmentTrainer,
+    compare_features,
+    evaluate_pair,
 )
-from trainers.data.digits import DIGITS_TEACHER
-from trainers.evaluation.probes import compare_features, evaluate_pair
 
 
 @dataclass

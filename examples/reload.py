@@ -11,7 +11,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import modeling_adala  # noqa: F401
-from trainers.data.digits import load_digits
+from trainers import load_digits
 
 
 def parse_args() -> argparse.Namespace:

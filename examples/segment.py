@@ -19,10 +19,15 @@ import numpy as np
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, set_seed
 
-from modeling_adala import convert
-from modeling_adala.inspection.towers import native_size
-from trainers import SegmentationDataset, SegmentationTransform, SupervisedConfig, SupervisedTrainer
-from trainers.data.digits import DIGITS_TEACHER, load_digits
+from modeling_adala import convert, native_size
+from trainers import (
+    DIGITS_TEACHER,
+    SegmentationDataset,
+    SegmentationTransform,
+    SupervisedConfig,
+    SupervisedTrainer,
+    load_digits,
+)
 
 LABELS = ["background", *(f"digit {digit}" for digit in range(10))]
 

@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hub_cards import plan_push, push
 from modeling_adala import convert
-from trainers.data.digits import DIGITS_TEACHER, load_digits
+from trainers import DIGITS_TEACHER, load_digits
 
 
 def parse_args() -> argparse.Namespace:

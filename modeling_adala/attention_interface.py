@@ -138,9 +138,10 @@ def adala_attention_forward(
         return _softmax_attention(query, key, value, key_mask, dropout, scaling, want_weights)
     backend = getattr(config, "backend", None)
     output = linear_attention(query, key, value, feature_map, key_mask, backend=backend).transpose(1, 2)
-    if hasattr(module, "local_mixing"):
+    mixing: Any = getattr(module, "local_mixing", None)
+    if mixing is not None:
         grid = kwargs.get("patch_grid", getattr(module, "patch_grid_noted", None))
-        output = output + module.local_mixing(value, grid, key_mask)
+        output = output + mixing(value, grid, key_mask)
     return output, attention_weights(query, key, feature_map, key_mask).to(query.dtype) if want_weights else None
 
 

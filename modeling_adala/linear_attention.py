@@ -95,9 +95,9 @@ def linear_attention(
         outputs = []  # image by image
         for first, last in pairwise(cu_seqlens.tolist()):
             if last > first:
-                parts = (x[:, :, first:last] for x in (query, key, value))
+                q, k, v = (x[:, :, first:last] for x in (query, key, value))
                 mask = None if key_mask is None else key_mask[:, first:last]
-                outputs.append(attend(*parts, feature_map, mask, eps).transpose(1, 2))
+                outputs.append(attend(q, k, v, feature_map, mask, eps).transpose(1, 2))
         return torch.cat(outputs, dim=1).transpose(1, 2)
 
 

@@ -51,7 +51,7 @@ class AdaLAMixin:
                 if options.local_mixing:
                     module.local_mixing = LocalMixing(heads * head_dim, options.local_mixing)
         for module in self.modules():
-            is_tower = hasattr(module, "embeddings") and getattr(module.config, "local_mixing", 0)
+            is_tower = hasattr(module, "embeddings") and getattr(module.config, "local_mixing", 0) > 0
             if is_tower and give_patch_grid not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(give_patch_grid, with_kwargs=True)
         super().post_init()

@@ -4,6 +4,7 @@ Each is a process of its own, which takes its time; they share what they leave b
 """
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -98,6 +99,17 @@ def runs(tmp_path_factory) -> Runs:
         return Run(child.stdout, folder, seconds)
 
     return run
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "examples").rglob("*.py")), ids=lambda path: path.stem)
+def test_an_example_imports_from_the_packages_and_not_from_their_modules(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith(
+            ("modeling_adala", "trainers", "hub_cards")
+        ):
+            package = importlib.import_module(str(node.module))
+            assert "." not in str(node.module)
+            assert {alias.name for alias in node.names} <= set(package.__all__)
 
 
 def test_every_example_is_covered():

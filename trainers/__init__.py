@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from .attention_alignment_config import AttentionAlignmentConfig
     from .attention_alignment_trainer import AttentionAlignmentTrainer
     from .data.data_config import DataConfig, DataModule
+    from .data.digits import DIGITS_TEACHER, load_digits
     from .data.image_dataset import ImageDataset, StreamingImageDataset, collate_images
     from .data.segmentation_data import SegmentationData, SegmentationDataset
     from .data.sources import load_images
     from .data.transforms import ImageTransform, SegmentationTransform
     from .evaluation.metrics import Accuracy, FeatureCosine, FeatureRelativeError, KNNAccuracy, MeanIoU
+    from .evaluation.probes import FeatureEvaluator, compare_features, evaluate_pair
     from .evaluation.segmentation import evaluate_segmentation
     from .feature_alignment_config import FeatureAlignmentConfig
     from .feature_alignment_trainer import FeatureAlignmentTrainer
@@ -29,12 +31,14 @@ _MODULES = {
     "attention_alignment_trainer": ["AttentionAlignmentTrainer"],
     "data.image_dataset": ["ImageDataset", "StreamingImageDataset", "collate_images"],
     "data.data_config": ["DataConfig", "DataModule"],
+    "data.digits": ["DIGITS_TEACHER", "load_digits"],
     "feature_alignment_config": ["FeatureAlignmentConfig"],
     "feature_alignment_trainer": ["FeatureAlignmentTrainer"],
     "losses": ["attention_alignment_loss", "feature_alignment_loss"],
     "evaluation.metrics": ["Accuracy", "FeatureCosine", "FeatureRelativeError", "KNNAccuracy", "MeanIoU"],
     "runs.recipe": ["run_recipe"],
     "runs.recipe_config": ["RecipeConfig"],
+    "evaluation.probes": ["FeatureEvaluator", "compare_features", "evaluate_pair"],
     "evaluation.segmentation": ["evaluate_segmentation"],
     "data.segmentation_data": ["SegmentationData", "SegmentationDataset"],
     "data.sources": ["load_images"],
@@ -45,6 +49,7 @@ _MODULES = {
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "DIGITS_TEACHER",
     "Accuracy",
     "AttentionAlignmentConfig",
     "AttentionAlignmentTrainer",
@@ -53,6 +58,7 @@ __all__ = [
     "FeatureAlignmentConfig",
     "FeatureAlignmentTrainer",
     "FeatureCosine",
+    "FeatureEvaluator",
     "FeatureRelativeError",
     "ImageDataset",
     "ImageTransform",
@@ -67,8 +73,11 @@ __all__ = [
     "SupervisedTrainer",
     "attention_alignment_loss",
     "collate_images",
+    "compare_features",
+    "evaluate_pair",
     "evaluate_segmentation",
     "feature_alignment_loss",
+    "load_digits",
     "load_images",
     "run_recipe",
 ]

@@ -1,4 +1,4 @@
-"""Stage 1: every linear block learns, alone, to give what its softmax block gives on the same input."""
+"""Stage 1: every linear attention learns, independently, to match its softmax counterpart on the same input."""
 
 from typing import Any
 
@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling_adala.configuration_adala import vision_config
+from modeling_adala.conversion.loading import load_student
 from modeling_adala.errors import UsageError
 from modeling_adala.inspection.towers import attention_modules
 
+from .alignment_trainer import AlignmentTrainer
 from .attention_alignment_config import AttentionAlignmentConfig
-from .base_trainer import AlignmentTrainer, freeze_all_but
+from .base_trainer import add_adapters, freeze_all_but
 from .early_gradients import EarlyGradients
 from .losses import TeacherVariance, alignment_loss_before_projection, attention_alignment_loss
 from .teacher import Tap, output_projection, visit_attention, without_output_projection
@@ -20,7 +22,7 @@ TRAINED = (".q_proj.", ".k_proj.", ".v_proj.", ".feature_map.")
 
 
 class AttentionAlignmentTrainer(AlignmentTrainer):
-    """Trains query, key and value projections (and learned feature maps) against the teacher's attention outputs.
+    """Trainer of query, key and value projections (and learned feature maps) against the teacher's attention outputs.
 
     The teacher runs once, in softmax mode and frozen, up to the last linear block. Each student attention gets the
     teacher's input of its block and matches the teacher's output after `o_proj`, before LayerScale and residual; the
@@ -28,6 +30,10 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
     as in IronViT; `o_proj` itself stays frozen.
 
     Logged: `loss` (mean over the blocks) and `block_<i>`, each relative to the block's own variance.
+
+    Args:
+        model, teacher_model, args, peft_config, evaluator, kwargs: See `AlignmentTrainer`. Adapters sit on the query,
+            key and value projections; a learned feature map then stays as it is.
 
     Example:
 
@@ -47,19 +53,39 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: str | PreTrainedModel,
         teacher_model: str | PreTrainedModel,
-        args: AttentionAlignmentConfig,
+        args: AttentionAlignmentConfig | None = None,
+        *,
+        peft_config: Any | None = None,
         **kwargs: Any,
     ):
+        model = load_student(model) if isinstance(model, str) else model
         linear_layers = vision_config(model.config).linear_layers
         if not linear_layers:
             raise UsageError(
                 "softmax_layers names every layer, so that none is left to align; leave some of them out."
             )
-        linear = _linear_prefixes(model)
-        freeze_all_but(model, lambda name: any(part in name for part in TRAINED) and name.startswith(linear))
-        super().__init__(model=model, teacher_model=teacher_model, args=args, **kwargs)
+        linear, wrapped = _linear_prefixes(model), model
+        if peft_config is not None:
+            wrapped = add_adapters(model, peft_config)
+        adapters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        others = [name for name in adapters if not any(part in name for part in TRAINED)]
+        if peft_config is not None and (others or not any(name.startswith(linear) for name in adapters)):
+            raise UsageError(
+                "peft_config: stage 1 trains the query, key and value projections and nothing else; pass"
+                " target_modules=['q_proj', 'k_proj', 'v_proj'], or some of them."
+            )
+        freeze_all_but(
+            model,
+            lambda name: (
+                any(part in name for part in TRAINED)
+                and name.startswith(linear)
+                and (peft_config is None or name in adapters)
+            ),
+        )
+        args = AttentionAlignmentConfig() if args is None else args
+        super().__init__(model=wrapped, teacher_model=teacher_model, args=args, **kwargs)
         self.layers: list[int] = linear_layers
         self._variances: list[Tensor] | None = None
         self._grams: dict[int, Tensor | None] | None = None
@@ -71,9 +97,9 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         return (loss, None) if return_outputs else loss
 
     def align_blocks(self, student: PreTrainedModel, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Mean loss of the linear blocks, and the loss of each, detached.
+        """Return the mean loss of the linear blocks, and the loss of each, detached.
 
-        Each block is compared while the teacher stands at it, and back-propagated at once: blocks share no parameters
+        Each block is compared when the teacher has run it, and back-propagated at once: blocks share no parameters
         and no activations, so that the activations of one block are all that is ever kept. See `EarlyGradients`. The
         output projection is frozen and the teacher's own, so that the comparison can do without applying it.
         """
@@ -103,7 +129,7 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
 
     @torch.no_grad()
     def grams(self, student: PreTrainedModel) -> dict[int, Tensor | None]:
-        """W^T W of each linear block's output projection, over its outputs; `None` where the student has another one.
+        """Return W^T W of each linear block's output projection, over its outputs; `None` where the student's differs.
 
         In the precision in which the projection is multiplied. See `alignment_loss_before_projection`.
         """
@@ -119,7 +145,7 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         return self._grams
 
     def variances(self) -> list[Tensor]:
-        """Variance of each linear block's teacher output over the calibration images."""
+        """Return the variance of each linear block's teacher output over the calibration images."""
         if self._variances is None:
             measured = {layer: TeacherVariance() for layer in self.layers}
             with self.compute_loss_context_manager():
@@ -135,7 +161,7 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
 
 
 def same_projection(student: nn.Linear, teacher: nn.Linear) -> bool:
-    """Whether two projections are one, as far as the teacher's precision tells."""
+    """Return whether two projections are equal in the teacher's precision."""
     pairs = [(student.weight, teacher.weight), (student.bias, teacher.bias)]
     return all(
         theirs is ours is None or (ours is not None and theirs is not None and torch.equal(ours.to(theirs), theirs))
@@ -144,7 +170,7 @@ def same_projection(student: nn.Linear, teacher: nn.Linear) -> bool:
 
 
 def _linear_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
-    """What the parameter names of the linear attention modules start with."""
+    """Return the prefixes of the parameter names of the linear attention modules."""
     paths = {id(module): path for path, module in model.named_modules()}
     modules = attention_modules(model)
     return tuple(f"{paths[id(modules[layer])]}." for layer in vision_config(model.config).linear_layers)

@@ -1,4 +1,4 @@
-"""What the three stage configurations share: defaults that differ from `TrainingArguments`, and where they do."""
+"""Base of the three stage configurations: defaults and checks on top of `TrainingArguments`."""
 
 import importlib.util
 import re
@@ -114,8 +114,9 @@ class AdaLATrainingArguments(TrainingArguments):
             raise UsageError(
                 f"torch_compile_backend={self.torch_compile_backend!r} is unknown; choose from {', '.join(backends)}."
             )
-        if self.LOWER_IS_BETTER and self.greater_is_better is None:  # type: ignore[has-type]
-            self.greater_is_better = None if self.metric_for_best_model is None else False
+        metric = self.metric_for_best_model
+        if self.LOWER_IS_BETTER and self.greater_is_better is None and metric:  # type: ignore[has-type]
+            self.greater_is_better = metric.endswith(("cosine", "accuracy"))  # of an evaluator; else errors
         super().__post_init__()
         if self.fsdp and self.parallel_mode != ParallelMode.DISTRIBUTED:
             raise UsageError("fsdp shards over several processes; start them with accelerate launch, or leave it out.")

@@ -1,4 +1,4 @@
-"""What the three stage trainers share: whole checkpoints, named losses, a frozen teacher.
+"""Base of the three stage trainers: sealed checkpoints, named losses, a stop at what is not finite.
 
 No training loop of our own: every method here overrides one hook of `Trainer`.
 """
@@ -7,41 +7,33 @@ import logging
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
-from accelerate import AutocastKwargs
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import CONFIG_NAME
 
 from hub_cards import write_card
-from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion.loading import load_teacher
 from modeling_adala.conversion.stored_weights import nonfinite_names
 from modeling_adala.errors import AdaLAError, CheckpointError, DataError, UsageError
 
 from .data.image_dataset import collate_images
+from .runs.callbacks import TrainingCost
 from .runs.checkpoints import find_damage, intact_checkpoint, is_sealed, seal, unseal, writing
 from .runs.facts import record_stage
-from .runs.monitoring import TrainingCost
-from .teacher import with_cast_weights
 from .upstream import TRAINER_STATE_NAME, TrainOutput
 
 logger = logging.getLogger(__name__)
 
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class _EpochCallback(TrainerCallback):
-    """Tells the dataset its epoch, which accelerate does not do with several processes or after a resume."""
+    """Callback that sets the dataset's epoch, which accelerate omits with several processes and after a resume."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = getattr(train_dataloader, "dataset", None)
@@ -63,20 +55,21 @@ class AdaLATrainer(Trainer):
     loss_is_scaled_for_ga = False
     stage = "supervised"
 
-    def __init__(self, model: PreTrainedModel, args: Any, *, data_collator: Callable | None = None, **kwargs):
+    def __init__(self, model: nn.Module, args: Any, *, data_collator: Callable | None = None, **kwargs):
         dataset = kwargs.get("train_dataset")
         if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
             raise DataError("train_dataset is empty; check the split and the filters that made it.")
         super().__init__(model=model, args=args, data_collator=data_collator or collate_images, **kwargs)
         # a loss that the model normalizes by num_items_in_batch would be divided by the accumulation steps again
         self.model_accepts_loss_kwargs = False
+        self.resumed_from_step = 0
         self._components: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self.add_callback(_EpochCallback())
         self._cost = TrainingCost()
         self.add_callback(self._cost)
 
     def record(self, name: str, value: Tensor) -> None:
-        """Keeps one value of a loss component for the next log line, without waiting for the device."""
+        """Keep one value of a loss component for the next log line, without waiting for the device."""
         self._components["train" if self.model.training else "eval"][name].append(value.detach().float())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -117,8 +110,11 @@ class AdaLATrainer(Trainer):
                 raise CheckpointError(
                     f"resume_from_checkpoint={resume_from_checkpoint!r} is damaged: {damage}; pass an earlier one."
                 )
+        self.resumed_from_step = 0
         if resume_from_checkpoint:
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            self.resumed_from_step = state.global_step
+            logger.warning("stage %s: resuming from step %d", self.stage, state.global_step)
             if self._has_finished(state):
                 return self._take_finished(resume_from_checkpoint, state)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -199,7 +195,7 @@ class AdaLATrainer(Trainer):
         tags: str | list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes the card of an AdaLA model into `output_dir`, from the facts of this training.
+        """Write the card of an AdaLA model into `output_dir`, from the facts of this training.
 
         Args:
             language, license, tags (*optional*): Stated in the card's metadata; tags on top of its own.
@@ -229,117 +225,24 @@ class AdaLATrainer(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
 
-class AlignmentTrainer(AdaLATrainer):
-    """Base of stages 1 and 2: a frozen softmax teacher beside the student, and no labels.
+def base_model(model: nn.Module) -> Any:
+    """Return the model inside PEFT's wrapper; its adapters stay active. Any other model is returned as it is."""
+    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
-    The teacher is an attribute of the trainer and never of the model, so that no checkpoint can contain it.
 
-    Args:
-        model (`PreTrainedModel`): The student.
-        teacher_model (`str` or `PreTrainedModel`): The softmax model it was converted from; frozen here.
-        args: The stage's configuration.
-        kwargs: As for `Trainer`.
+def add_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
+    """Return the model in PEFT's wrapper, with adapters.
 
     Raises:
-        UsageError: if teacher and student do not belong together.
+        UsageError: If it has adapters already, or for prompts, which are for text.
     """
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise UsageError(f"peft_config={type(peft_config).__name__} learns prompts of text; pass a LoraConfig, say.")
+    if base_model(model) is not model:
+        raise UsageError("peft_config: the model has adapters already; leave peft_config out, or pass the base model.")
+    from peft import get_peft_model  # here, because it takes seconds
 
-    def __init__(self, model: PreTrainedModel, teacher_model: str | PreTrainedModel, args: Any, **kwargs):
-        if kwargs.get("compute_metrics") is not None:
-            raise UsageError(
-                "compute_metrics: stages 1 and 2 predict nothing to compute them from; evaluate the student with"
-                " `trainers.evaluation.probes.evaluate_pair`, or in a callback."
-            )
-        teacher = load_teacher(teacher_model)
-        check_pair(teacher, model)
-        super().__init__(model=model, args=args, **kwargs)
-        autocast_dtype = AUTOCAST_DTYPES.get(self.accelerator.mixed_precision) if self.accelerator.native_amp else None
-        if autocast_dtype is not None:
-            teacher = with_cast_weights(teacher, autocast_dtype)
-        # not through accelerator.prepare_model: that would make evaluate() skip preparing the student
-        self.teacher_model = teacher.to(self.args.device)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        # now, in epoch 0: on the way, a resumed run would measure the augmentation of a later epoch
-        if not all(variance.isfinite().all() for variance in _flatten(self.variances())):
-            raise AdaLAError(
-                "teacher_model gives features that are not finite on the calibration images; check its weights and the"
-                " normalization (image_mean, image_std) of its image processor."
-            )
-        return super().train(resume_from_checkpoint, **kwargs)
-
-    def variances(self) -> list:
-        """What the losses are relative to, measured once on the calibration images."""
-        raise NotImplementedError
-
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
-        # accelerate's autocast sits on the student's forward, and neither the teacher nor a redirected forward is it;
-        # every weight is used once, so that a cache of cast weights would only hold memory
-        return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        # the stock step computes no loss for a model without labels, and would gather all hidden states
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
-
-    def calibration_batches(self) -> Iterable[Tensor]:
-        """`pixel_values` of `calibration_images` training images, the same everywhere and on resume.
-
-        They are drawn from the whole data set, as many are sorted by class. Of a stream, they are the first: shuffle
-        it, as `DataModule` does.
-        """
-        dataset, count, size = self.train_dataset, self.args.calibration_images, self.args.per_device_train_batch_size
-        if hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(0)
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            examples = list(islice(iter(dataset), count))
-        else:
-            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed))
-            examples = [dataset[i] for i in order[:count].tolist()]
-        for start in range(0, len(examples), size):
-            yield self.data_collator(examples[start : start + size])["pixel_values"].to(self.args.device)
-
-    def run_as_forward(self, model: nn.Module, method: Callable[..., Any], *args: Any) -> Any:
-        """Runs `method(student, *args)` as the forward of the wrapped model, so that DDP's and FSDP's hooks fire.
-
-        Calling into `model.module` directly would skip them: gradients would silently stay unsynchronized.
-        """
-        student = self.accelerator.unwrap_model(model)
-        original = student.__dict__.get("forward")
-
-        def forward(*inputs):
-            restore()
-            return method(student, *inputs)
-
-        def restore():
-            if original is None:
-                student.__dict__.pop("forward", None)
-            else:
-                student.forward = original
-
-        student.forward = forward
-        try:
-            return model(*args)
-        finally:
-            restore()
-
-
-def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Raises `UsageError` unless the student is the linear counterpart of the teacher, layer for layer."""
-    ours, theirs = vision_config(student.config), vision_config(teacher.config)
-    if ours.model_type != f"adala_{theirs.model_type}":
-        raise UsageError(
-            f"model is of type {ours.model_type!r} and teacher_model of type {theirs.model_type!r}; convert this"
-            f" teacher to get a student of type 'adala_{theirs.model_type}'."
-        )
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_channels"):
-        if getattr(ours, name) != getattr(theirs, name):
-            raise UsageError(
-                f"model and teacher_model differ in {name} ({getattr(ours, name)} and {getattr(theirs, name)}); pass"
-                " the teacher that the student was converted from."
-            )
+    return get_peft_model(cast(Any, model), peft_config)
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -352,18 +255,13 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
         )
 
 
-def _flatten(variances: list) -> Iterator[Tensor]:
-    for variance in variances:
-        yield from variance.values() if isinstance(variance, dict) else [variance]
-
-
 def is_student(model: nn.Module) -> bool:
-    """Whether this is one of our models, without adapters around it."""
+    """Return whether this is an AdaLA model without PEFT's wrapper."""
     return isinstance(model, PreTrainedModel) and model.config.model_type.startswith("adala_")
 
 
 def freeze_all_but(model: nn.Module, trainable: Callable[[str], bool]) -> list[str]:
-    """Sets `requires_grad` by parameter name and returns the names that train."""
+    """Set `requires_grad` by parameter name and return the names that train."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable(name))
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -3,7 +3,7 @@
 `Trainer`, DDP, FSDP and gradient scalers all expect a forward pass that returns a loss and a backward pass that leaves
 gradients in the parameters, in that order. `EarlyGradients` computes the gradient of each part at once, which frees
 what the part kept for it, and puts all of them behind one scalar: to the rest of the world that scalar is a loss like
-any other, and its backward pass hands the gradients on, multiplied by whatever factor arrives (the loss scale, one
+any other, and its backward pass hands the gradients on, multiplied by the factor that arrives (the loss scale, one
 over the accumulation steps). Gradients are synchronized there, once, in the stock way.
 """
 
@@ -18,7 +18,7 @@ from .upstream import multiply_all
 
 
 class EarlyGradients:
-    """A sum of losses, each with parameters of its own.
+    """Sum of losses, each with parameters of its own.
 
     Args:
         scale (`Callable`, *optional*): The loss scale, as a function of a tensor (`GradScaler.scale`): float16
@@ -33,7 +33,7 @@ class EarlyGradients:
         self.gradients: list[Tensor] = []
 
     def add(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-        """Adds a scalar, whose graph is freed here. No later loss may use these parameters, nor this one others."""
+        """Add a scalar, whose graph is freed here. No later loss may use these parameters, nor this one others."""
         value = loss.detach()
         self.total = value if self.total is None else self.total + value
         if not loss.requires_grad:
@@ -47,7 +47,7 @@ class EarlyGradients:
         self.gradients += gradients
 
     def loss(self) -> Tensor:
-        """The sum as a scalar, with a gradient with respect to all the parameters."""
+        """Return the sum as a scalar, with a gradient with respect to all the parameters."""
         assert self.total is not None
         seed = torch.ones_like(self.total)
         seed = self.scale(seed) if self.scale else seed
@@ -55,7 +55,7 @@ class EarlyGradients:
 
 
 class _Known(torch.autograd.Function):
-    """A number whose gradients, multiplied by `seed`, are known."""
+    """Number whose gradients, multiplied by `seed`, are known."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, seed: Tensor, gradients: list[Tensor], *parameters: nn.Parameter) -> Tensor:

@@ -1,5 +1,6 @@
-"""Stage 2: the whole student learns to give the teacher's final features, on its own forward pass."""
+"""Stage 2: the whole student learns to match the teacher's final features, on its own forward pass."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_adala.configuration_adala import vision_config
+from modeling_adala.conversion.loading import load_student
 from modeling_adala.errors import UsageError
 from modeling_adala.inspection.towers import final_features, forward_tower, token_groups, vision_tower
 
-from .base_trainer import AlignmentTrainer, freeze_all_but
+from .alignment_trainer import AlignmentTrainer
+from .base_trainer import add_adapters, freeze_all_but
 from .data.feature_cache import (
     FEATURES,
     CollateWithFeatures,
@@ -34,7 +37,7 @@ UNUSED = ("pooler.", "head.", "embeddings.mask_token")
 
 
 class FeatureAlignmentTrainer(AlignmentTrainer):
-    """Trains the whole student against the frozen teacher's features after the last layer norm.
+    """Trainer of the whole student against the frozen teacher's features after the last layer norm.
 
     Errors of stage 1 pile up over the layers; this stage sees them, because the student runs free on the image
     (ViT-AdaLA, arXiv 2603.16063, stage 2). A head on the student, if it has one, is left alone.
@@ -44,21 +47,22 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
     Logged: `loss`, and `cls`, `registers`, `patches` (relative errors of the final features), `hidden_<i>` if asked.
 
     Args:
-        peft_config (`peft.PeftConfig`, *optional*): Train adapters instead of the weights.
-        model, teacher_model, args, kwargs: See `AlignmentTrainer`.
+        model, teacher_model, args, peft_config, evaluator, kwargs: See `AlignmentTrainer`.
     """
 
     stage = "feature-alignment"
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: str | PreTrainedModel,
         teacher_model: str | PreTrainedModel,
-        args: FeatureAlignmentConfig,
+        args: FeatureAlignmentConfig | None = None,
         *,
         peft_config: Any | None = None,
         **kwargs: Any,
     ):
+        model = load_student(model) if isinstance(model, str) else model
+        args = FeatureAlignmentConfig() if args is None else copy.copy(args)  # hidden_states is filled in
         layers = vision_config(model.config).num_hidden_layers
         if args.hidden_states is None:
             args.hidden_states = sorted({max(layers * quarter // 4 - 1, 0) for quarter in (1, 2, 3)})
@@ -67,15 +71,13 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
             raise UsageError(
                 f"hidden_states={args.hidden_states}: this model has layers 0 to {layers - 1}, not {wrong}."
             )
+        wrapped = model
         if peft_config is not None:
-            from peft import get_peft_model
-
-            wrapped = get_peft_model(model, peft_config)
+            wrapped = add_adapters(model, peft_config)
         else:
             trained = {id(p) for n, p in vision_tower(model).named_parameters() if not n.startswith(UNUSED)}
             names = {name for name, parameter in model.named_parameters() if id(parameter) in trained}
             freeze_all_but(model, names.__contains__)
-            wrapped = model
         if args.teacher_feature_cache is not None:
             check_folder(args.teacher_feature_cache)
             cache_key(kwargs.get("train_dataset"))  # refuses data that cannot be cached
@@ -107,7 +109,7 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
 
     @torch.no_grad()
     def targets(self, pixel_values: Tensor, cached: Tensor | None = None) -> list[Tensor]:
-        """The teacher's `features`; read off `cached`, of shape `(batch, states, tokens, hidden_size)`, if given."""
+        """Return the teacher's `features`, from `cached` `(batch, states, tokens, hidden_size)` if given."""
         if cached is not None:
             return [state.float() for state in cached.unbind(dim=1)]
         return self.features(self.teacher_model, pixel_values)
@@ -118,7 +120,7 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
         return super().train(resume_from_checkpoint, **kwargs)
 
     def _cached_features(self, dataset: ImageDataset) -> Path:
-        """The folder of the teacher's features of all training images, computed where it is not there yet."""
+        """Return the folder of the teacher's features of all training images, which are computed if missing."""
         path, dtype = self.args.teacher_feature_cache, self.args.teacher_feature_cache_dtype
         key = cache_key(
             dataset,
@@ -148,8 +150,7 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
             yield batch["pixel_values"], torch.stack([target.float() for target in targets], dim=1)
 
     def features(self, model: PreTrainedModel, pixel_values: Tensor) -> list[Tensor]:
-        """Final features, then the outputs of the chosen blocks, each `(batch, tokens, hidden_size)`."""
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # past PEFT's wrapper
+        """Return the final features, then the outputs of the chosen blocks, each `(batch, tokens, hidden_size)`."""
         tower = vision_tower(model)
         if hasattr(tower, "rope_embeddings"):  # in training mode DINOv3 moves its positions, the teacher's stay
             tower.rope_embeddings.eval()
@@ -158,7 +159,7 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
 
     @torch.no_grad()
     def variances(self) -> list[dict[str, Tensor]]:
-        """Teacher variance per matched tensor and token group, over the calibration images."""
+        """Return the teacher's variance per matched tensor and token group, over the calibration images."""
         if self._variances is None:
             measured = [{name: TeacherVariance() for name in self.groups} for _ in (None, *self.layers)]
             with self.compute_loss_context_manager():

@@ -2,7 +2,7 @@
 
 Both are relative: the squared error is divided by the teacher's own variance, a constant that the trainers measure
 once (`TeacherVariance`), so that 0.1 means "a tenth of the signal is wrong" in every block and every model. The paper
-says MSE and no more; the division is ours, so that blocks and token groups weigh alike whatever their scale.
+says MSE and no more; the division is ours, so that blocks and token groups of any scale weigh alike.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 class TeacherVariance:
-    """Variance of a target over everything but its channels, averaged over the channels; batch by batch.
+    """Variance of a target over all but its channels, averaged over the channels; measured batch by batch.
 
     Subtracting each channel's mean makes a loss of 1 mean "no better than a constant vector". Means and squared
     deviations of the batches are joined in float64 (Chan, Golub and LeVeque 1979), so that nothing of a batch is kept.
@@ -27,7 +27,7 @@ class TeacherVariance:
         self.deviations: Tensor | None = None
 
     def add(self, target: Tensor) -> None:
-        """Takes `(..., channels)` into account."""
+        """Add a target `(..., channels)`."""
         rows = target.detach().float().flatten(0, -2)
         variance, mean = (x.cpu().double() for x in torch.var_mean(rows, dim=0, correction=0))
         count, deviations = len(rows), variance * len(rows)
@@ -40,13 +40,13 @@ class TeacherVariance:
         self.rows = total
 
     def value(self) -> Tensor:
-        """The variance so far: a scalar in float32, above zero."""
+        """Return the variance so far, a scalar in float32, above zero."""
         assert self.deviations is not None
         return (self.deviations / self.rows).mean().float().clamp(min=1e-12)
 
 
 def attention_alignment_loss(student: Tensor, teacher: Tensor, variance: Tensor | float) -> Tensor:
-    """Stage 1: relative squared error of the attention output of one block.
+    """Return the loss of stage 1: the relative squared error of the attention output of one block.
 
     Args:
         student (`Tensor`), teacher (`Tensor`): `(batch, tokens, hidden_size)`.
@@ -61,7 +61,7 @@ def attention_alignment_loss(student: Tensor, teacher: Tensor, variance: Tensor 
 def alignment_loss_before_projection(
     student: Tensor, teacher: Tensor, gram: Tensor, variance: Tensor | float
 ) -> Tensor:
-    """`attention_alignment_loss`, from what goes into an output projection W that student and teacher share.
+    """Return `attention_alignment_loss`, from the inputs of an output projection W that student and teacher share.
 
     With d the difference, the squared error of the outputs is |W d|^2 = d G d^T and its gradient 2 d G, where
     G = W^T W: one product, where the projection, its backward pass and the losses in float32 take three times as long.
@@ -105,7 +105,7 @@ def feature_alignment_loss(
     weights: Mapping[str, float],
     kind: str = "mse",
 ) -> dict[str, Tensor]:
-    """Stage 2: how far the student's final features are from the teacher's, per token group.
+    """Return the loss of stage 2: the distance of the student's final features from the teacher's, per token group.
 
     - `"mse"`: squared error over the teacher's variance in the group.
     - `"cosine"`: `1 - cos` per token plus 0.1 smooth-L1 on features scaled to unit variance (after IronViT, which

@@ -25,7 +25,7 @@ class SupervisedConfig(AdaLATrainingArguments):
         stride (`int` or `str`, *optional*): Pixels from one window to the next. Default: half a window.
 
     Raises:
-        UsageError: for a stride that is 0, larger than the window, or without one.
+        UsageError: For a stride that is 0, larger than the window, or without one.
     """
 
     METRICS: ClassVar[str] = "loss|accuracy|mean_iou|mean_accuracy|pixel_accuracy|iou_.+"
@@ -57,7 +57,7 @@ class SupervisedConfig(AdaLATrainingArguments):
         """Size and stride of the windows, both (height, width); `None` for whole images."""
         if self.window is None:
             if self.stride is not None:
-                raise UsageError(f"stride={self.stride!r} needs a window: pass window too")
+                raise UsageError(f"stride={self.stride!r} needs a window; pass window too.")
             return None
         height, width = pair(parse_size("window", self.window))
         if min(height, width) < 1:
@@ -66,5 +66,5 @@ class SupervisedConfig(AdaLATrainingArguments):
             return (height, width), (max(1, height // 2), max(1, width // 2))
         down, right = pair(parse_size("stride", self.stride))
         if not (1 <= down <= height and 1 <= right <= width):
-            raise UsageError(f"stride={self.stride!r} must be 1 to the window's {height}x{width}, to leave no gap")
+            raise UsageError(f"stride={self.stride!r} must be 1 to the window's {height}x{width}, to leave no gap.")
         return (height, width), (down, right)

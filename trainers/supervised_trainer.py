@@ -1,30 +1,39 @@
 """Stage 3: labels. Nothing here that plain `transformers.Trainer` cannot do; it adds metrics and defaults."""
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
+from modeling_adala.conversion.loading import load_classifier, load_config
+from modeling_adala.errors import UsageError
 from modeling_adala.families import find_family
 from modeling_adala.inspection.towers import image_inputs, vision_tower
 
-from .base_trainer import AdaLATrainer, freeze_all_but
-from .evaluation.metric_functions import compute_accuracy
+from .base_trainer import AdaLATrainer, add_adapters, base_model, freeze_all_but
+from .data.labels import class_names
+from .data.segmentation_data import IGNORE_INDEX
+from .evaluation.metrics import MeanIoU, compute_accuracy
 from .evaluation.segmentation import SegmentationMetrics, is_segmenter, score_masks, segment
 from .supervised_config import SupervisedConfig
 
 
 class SupervisedTrainer(AdaLATrainer):
-    """Fine-tunes a model, linear or softmax, for image classification or semantic segmentation.
+    """Trainer that fine-tunes a model, linear or softmax, for image classification or semantic segmentation.
 
     Evaluation reports accuracy, or mean IoU, IoU by class and pixel accuracy: over the whole split, at the resolution
     of each mask, on whole images or on windows.
 
     Args:
-        model (`PreTrainedModel`): A model for image classification or semantic segmentation, AdaLA or stock.
-        args (`SupervisedConfig`): Settings.
+        model (`str` or `PreTrainedModel`): A model for image classification or semantic segmentation, AdaLA or stock;
+            or the name or folder of a classifier or backbone for `load_classifier`, with the classes of
+            `train_dataset` where it names them, else those of the checkpoint.
+        args (`SupervisedConfig`, *optional*): Settings. Default: one with its default `output_dir`.
+        peft_config (`peft.PeftConfig`, *optional*): Train adapters instead of the backbone's weights. The head is
+            trained whole, with `head_learning_rate`: it is added to `modules_to_save`.
         compute_metrics (`Callable`, *optional*): As for `Trainer`. Default: as above. For segmentation, it gets the
             confusion matrices of a batch `(batch, num_labels, num_labels)` as predictions, and `compute_result`.
         kwargs: As for `Trainer`; items hold `pixel_values` and `labels`.
@@ -34,25 +43,33 @@ class SupervisedTrainer(AdaLATrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: SupervisedConfig,
+        model: str | nn.Module,
+        args: SupervisedConfig | None = None,
         *,
+        peft_config: Any | None = None,
         compute_metrics: Callable | None = None,
         **kwargs: Any,
     ):
-        self.head: set[nn.Parameter] = set()
-        if isinstance(model, PreTrainedModel):
-            self.head = set(model.parameters()) - set(vision_tower(model).parameters())
+        args = SupervisedConfig() if args is None else copy.copy(args)
+        if isinstance(model, str):
+            labels = class_names(kwargs.get("train_dataset")) or _labels_of(load_config(model))
+            model = cast(nn.Module, load_classifier(model, labels))
+        if peft_config is not None:
+            if args.freeze_backbone:
+                raise UsageError("freeze_backbone=True with peft_config leaves adapters untrained; pass one of them.")
+            model = add_adapters(model, _with_head(peft_config, model))
+        bare, tower = base_model(model), vision_tower(base_model(model))
+        self.head = set(bare.parameters()) - set(tower.parameters())
+        if bare is model:
             names = {name for name, parameter in model.named_parameters() if parameter in self.head}
             # the class token's mask twin never sees a gradient in classification
             freeze_all_but(
                 model, lambda name: "mask_token" not in name and (name in names or not args.freeze_backbone)
             )
-        self.segments = is_segmenter(model)
+        self.segments = is_segmenter(bare)
         if self.segments:
             args.batch_eval_metrics = True
-            labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
-            compute_metrics = compute_metrics or SegmentationMetrics(labels)
+            compute_metrics = compute_metrics or SegmentationMetrics(_labels_of(bare.config))
         super().__init__(model=model, args=args, compute_metrics=compute_metrics or compute_accuracy, **kwargs)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -69,9 +86,10 @@ class SupervisedTrainer(AdaLATrainer):
         return optimizer
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        family = find_family(getattr(self.model.config, "model_type", ""))
+        bare = base_model(self.model)
+        family = find_family(getattr(bare.config, "model_type", ""))
         if family is not None and not self.segments:  # segmentation models take any size by themselves
-            inputs = inputs | image_inputs(vision_tower(self.model).config, inputs["pixel_values"])
+            inputs = inputs | image_inputs(vision_tower(bare).config, inputs["pixel_values"])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -81,7 +99,23 @@ class SupervisedTrainer(AdaLATrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = segment(model, inputs["pixel_values"], self.args.windows)
-        losses, confusions = score_masks(logits, inputs["labels"])
+        losses, maps = score_masks(logits, inputs["labels"])
         if prediction_loss_only:
             return losses.mean(), None, None
+        metric = MeanIoU(logits.shape[1], IGNORE_INDEX)
+        pairs = zip(maps, inputs["labels"], strict=True)
+        confusions = torch.stack([torch.from_numpy(metric.sums([ours], [mask])) for ours, mask in pairs])
+        confusions = confusions.to(logits.device)
         return losses.mean(), confusions, confusions.sum(dim=-1)
+
+
+def _labels_of(config: PretrainedConfig) -> list[str]:
+    return [config.id2label[index] for index in range(len(config.id2label))]
+
+
+def _with_head(peft_config: Any, model: nn.Module) -> Any:
+    """Return the configuration with all modules outside the vision tower in `modules_to_save`."""
+    tower, peft_config = vision_tower(model), copy.copy(peft_config)
+    heads = [name for name, child in model.named_children() if all(part is not tower for part in child.modules())]
+    peft_config.modules_to_save = sorted({*(getattr(peft_config, "modules_to_save", None) or []), *heads})
+    return peft_config

@@ -15,7 +15,7 @@ from modeling_adala.inspection.towers import attention_modules, forward_tower
 
 @dataclass(frozen=True)
 class Tap:
-    """What passes through one attention module.
+    """Inputs and outputs of one attention module.
 
     Args:
         args (`tuple`), kwargs (`dict`): Its arguments: hidden states, and what a family adds, such as DINOv3's rotary
@@ -31,11 +31,11 @@ class Tap:
 
 
 class _SeenAll(Exception):
-    """Ends a forward pass of which nothing more is needed."""
+    """Raised to stop the teacher's forward pass early."""
 
 
 def with_cast_weights(teacher: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy of a teacher whose linear layers hold their weights in `dtype`, to run under autocast to `dtype`.
+    """Return a copy of a teacher whose linear layers hold their weights in `dtype`, to run under autocast to it.
 
     Its outputs are those of the teacher itself, bit for bit: autocast would cast the same weights at every step. All
     else stays in float32, because autocast computes the rest there: targets of a teacher wholly in bf16 are a fifth
@@ -52,7 +52,7 @@ def with_cast_weights(teacher: PreTrainedModel, dtype: torch.dtype) -> PreTraine
 def visit_attention(
     teacher: PreTrainedModel, pixel_values: Tensor, layers: Sequence[int], visit: Callable[[int, Tap], None]
 ) -> None:
-    """Runs a teacher on images and stops at each of some attention modules, as soon as it has run.
+    """Run a teacher on images and visit some attention modules, each as soon as it has run.
 
     Nothing of a block is kept once its visit is over, and nothing after the last of them runs.
 
@@ -90,7 +90,7 @@ def visit_attention(
 
 
 def output_projection(attention: nn.Module) -> nn.Linear:
-    """The projection after the heads, which families name differently."""
+    """Return the projection after the heads, which families name differently."""
     projection = attention.get_submodule(_projection_name(attention))
     assert isinstance(projection, nn.Linear)
     return projection
@@ -98,7 +98,7 @@ def output_projection(attention: nn.Module) -> nn.Linear:
 
 @contextmanager
 def without_output_projection(attention: nn.Module) -> Iterator[None]:
-    """Makes an attention module return what its heads give, `(batch, tokens, channels)`."""
+    """Make an attention module return the output of its heads, `(batch, tokens, channels)`."""
     name = _projection_name(attention)
     projection = attention.get_submodule(name)
     setattr(attention, name, nn.Identity())

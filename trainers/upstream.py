@@ -6,19 +6,19 @@ needs it. The private methods of `Trainer` that base_trainer.py overrides or cal
 
 import torch
 
-# A model out of whatever DDP, FSDP or torch.compile put around it: evaluation.py.
+# The model inside DDP, FSDP and torch.compile: evaluation/probes.py.
 from accelerate.utils import extract_model_from_parallel
 
 # Many gradients times one factor, in one call: early_gradients.py.
 from torch import _foreach_mul as multiply_all
 
-# Where a module looks up its attention and its mask: features.py adds one that it can watch.
+# Where a module looks up its attention and its mask: report/pictures.py adds one that it can watch.
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# How `Trainer` keeps its checkpoints, which base_trainer.py writes beside their place and then renames.
+# How `Trainer` keeps its checkpoints, which base_trainer.py seals and resumes from.
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
@@ -28,7 +28,6 @@ __all__ = [
     "cpu_multiplies_bfloat16",
     "extract_model_from_parallel",
     "multiply_all",
-    "rotate_checkpoints",
 ]
 
 

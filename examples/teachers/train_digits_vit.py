@@ -40,7 +40,7 @@ from transformers import (
 # `ViTImageProcessor` would warn that torchvision is missing; both classes write the same preprocessor_config.json.
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from trainers.digits import DIGITS_TEACHER, load_digits
+from trainers import DIGITS_TEACHER, load_digits
 
 IMAGE_SIZE = 28
 MEAN, STD = 0.1307, 0.3081

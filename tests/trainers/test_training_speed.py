@@ -18,9 +18,9 @@ from modeling_adala import convert
 from modeling_adala.inspection.towers import attention_modules, forward_tower
 from modeling_adala.modeling_adala import MODELS
 from trainers.early_gradients import EarlyGradients
-from trainers.runs import monitoring
-from trainers.runs.callbacks import read_metrics
-from trainers.runs.monitoring import cost_in_words, peak_memory, reset_peak_memory
+from trainers.runs import callbacks
+from trainers.runs.callbacks import cost_in_words, read_metrics
+from trainers.runs.memory import peak_memory, reset_peak_memory
 from trainers.runs.stages import STAGES, run_stage
 from trainers.teacher import output_projection, visit_attention, with_cast_weights, without_output_projection
 
@@ -310,8 +310,8 @@ class SlowSteps(TrainerCallback):
 
 @pytest.fixture
 def warned(monkeypatch, caplog) -> Callable[[], list[str]]:
-    monkeypatch.setattr(monitoring, "WARNED_FROM_STEPS", 4)
-    caplog.set_level(logging.WARNING, logger=monitoring.__name__)
+    monkeypatch.setattr(callbacks, "WARNED_FROM_STEPS", 4)
+    caplog.set_level(logging.WARNING, logger=callbacks.__name__)
     return lambda: [message for message in caplog.messages if "waiting for images" in message]
 
 

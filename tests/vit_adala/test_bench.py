@@ -16,13 +16,13 @@ from modeling_adala import AdaLAError, AdaLAViTModel, build_feature_map, convert
 from modeling_adala.feature_maps import EluFeatureMap, FeatureMap
 from modeling_adala.inspection.towers import attention_modules, forward_features, vision_tower
 from modeling_adala.modeling_adala import MODELS
+from trainers.runs.memory import peak_of
+from trainers.runs.timing import Timing, time_in_turns
 from vit_adala.benchmark import models, operators
 from vit_adala.benchmark.cases import BreakEven, Row, Size, break_even
 from vit_adala.benchmark.floor import Floor, OperatorWork, measure_floor
-from vit_adala.benchmark.memory import peak_of
 from vit_adala.benchmark.output import sentences
 from vit_adala.benchmark.subjects import Settings, prepare_operator
-from vit_adala.benchmark.timing import Timing, time_in_turns
 from vit_adala.cli import main
 from vit_adala.commands import bench
 

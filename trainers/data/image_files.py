@@ -1,4 +1,4 @@
-"""The image that a row holds or names: which files may be opened, opening one, and why one cannot be read."""
+"""Opening the image of a row: which files are allowed, and why one cannot be read."""
 
 import io
 import os
@@ -18,16 +18,16 @@ _ARCHIVES = ("zip", "tar", "gzip", "bz2", "lz4", "xz", "zstd")
 
 
 class Unreadable(Exception):
-    """One image does not decode, or is not opened; the message says why."""
+    """Raised for an image that does not decode or may not be opened; the message says why."""
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Which files rows may name. A row of a table can name any path or URL, and a table can come from anybody.
+    """Files that rows may name. A table from the Hub can name any path or URL.
 
     Args:
         roots (`tuple[str, ...]`, *optional*): Folders whose files may be opened. Default: any local file.
-        hub_id (`str`, *optional*): Data set on the Hub whose files may be read.
+        hub_id (`str`, *optional*): Dataset on the Hub whose files may be read.
         external (`bool`, *optional*, defaults to `False`): Open whatever is named, URLs too.
     """
 
@@ -36,7 +36,7 @@ class ImageFiles:
     external: bool = False
 
     def check(self, path: str) -> None:
-        """Raises `Unreadable` for a path or URL that may not be opened."""
+        """Raise `Unreadable` for a path or URL that may not be opened."""
         if self.external:
             return
         *archives, place = path.split("::")
@@ -47,7 +47,7 @@ class ImageFiles:
         else:
             absolute = os.path.abspath(place)
             is_inside = self.roots is None or any(Path(absolute).is_relative_to(root) for root in self.roots)
-            reason = "it is not inside the folder of the data set"
+            reason = "it is not inside the folder of the dataset"
         if not is_inside or any(archive.partition("://")[0] not in _ARCHIVES for archive in archives):
             raise Unreadable(f"{reason}; allow_external_images=True opens it, if you trust the data")
 
@@ -56,10 +56,10 @@ LOCAL_FILES = ImageFiles()
 
 
 def encoded_bytes(value: Any, files: ImageFiles = LOCAL_FILES) -> bytes | None:
-    """The bytes of an image file, or `None` if they are not at hand (a missing file, a path inside an archive).
+    """Return the bytes of an image file, or `None` for a missing file or a path inside an archive.
 
     Raises:
-        Unreadable: for a path that `files` does not allow.
+        Unreadable: For a path that `files` does not allow.
     """
     if isinstance(value, bytes):
         return value
@@ -78,16 +78,16 @@ def open_image(
     draft_size: Callable[[tuple[int, int]], tuple[int, int] | None] | None = None,
     files: ImageFiles = LOCAL_FILES,
 ) -> Image.Image:
-    """Opens an image as it stands in a row.
+    """Open the image of a row.
 
     Args:
-        value: PIL image, or its file as bytes, path or both.
-        draft_size (`Callable`, *optional*): Of a transform, see `ImageTransform.draft_size`.
-        files (`ImageFiles`, *optional*): Which paths may be opened. Default: those of local files.
+        value (`PIL.Image.Image`, `bytes`, `str` or `dict`): An image, or its file as bytes, path or both.
+        draft_size (`Callable`, *optional*): See `ImageTransform.draft_size`.
+        files (`ImageFiles`, *optional*): Paths that may be opened. Default: those of local files.
 
     Raises:
-        Unreadable: there is no image, its path may not be opened, or its pixels are no numbers. What Pillow raises
-            for a broken file comes through, see `blaming`.
+        Unreadable: If there is no image, its path may not be opened, or it has pixels that are not finite. Errors of
+            Pillow for a broken file pass through, see `blaming`.
     """
     if isinstance(value, Image.Image):
         return _checked(value)
@@ -112,7 +112,7 @@ def open_image(
 
 @contextmanager
 def blaming(value: Any, files: ImageFiles = LOCAL_FILES) -> Iterator[None]:
-    """Raises `Unreadable` for what fails inside if the image does not decode; any other error is not the image's."""
+    """Raise `Unreadable` for an error inside if the image does not decode; any other error passes through."""
     try:
         yield
     except Exception as error:
@@ -134,7 +134,7 @@ def _checked(image: Image.Image) -> Image.Image:
 
 
 def _why_unreadable(value: Any, files: ImageFiles) -> str | None:
-    """Why an image does not decode; None if it does, so that a transform's own error is not blamed on the file."""
+    """Return why an image does not decode; `None` if it does, and the error is that of a transform."""
     try:
         open_image(value, None, files).convert("RGB")
     except Unreadable as error:

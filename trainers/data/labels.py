@@ -1,9 +1,10 @@
-"""Labels: which rows have one, which classes there are, and whether two lists of classes are the same."""
+"""Labels: the rows that have one, the classes, and how two lists of classes correspond."""
 
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -21,7 +22,7 @@ _NAMED = 5
 
 
 def has_class_numbers(dataset: HFDataset, column: str) -> bool:
-    """Whether a data set has this column and it holds class numbers (not, say, texts)."""
+    """Return whether a dataset has this column and it holds class numbers (not, say, strings)."""
     if column not in columns_of(dataset):
         return False
     try:
@@ -31,15 +32,25 @@ def has_class_numbers(dataset: HFDataset, column: str) -> bool:
     return True
 
 
+def class_names(dataset: Any) -> list[str] | None:
+    """Return the class names of a dataset of `datasets` or an `ImageDataset`; `None` where it does not name them."""
+    rows = getattr(dataset, "dataset", dataset)
+    features = getattr(rows, "features", None) or {}
+    for column in (getattr(dataset, "label_column", None), "labels", "label"):
+        if isinstance(features.get(column), datasets.ClassLabel):
+            return list(features[column].names)
+    return None
+
+
 @dataclass(frozen=True)
 class SplitLabels:
-    """What the label column of one split holds.
+    """Content of the label column of one split.
 
     Args:
         place (`str`): Column and split, for messages.
         names (`list[str]`, *optional*): Class names of a `ClassLabel` column.
-        numbers (`np.ndarray`, *optional*): The class numbers that occur, ascending. `None` for a stream, of which only
-            the first row is read ahead.
+        numbers (`np.ndarray`, *optional*): The class numbers that occur, ascending. `None` for a stream, whose
+            first row alone is read ahead.
         rows (`int`): Number of rows; 0 for a stream.
         missing (`int`): Rows without a label: empty, or negative, as in the test splits of many competitions.
         first_missing (`int`, *optional*): The first of them.
@@ -54,14 +65,14 @@ class SplitLabels:
 
     @classmethod
     def read(cls, dataset: HFDataset, column: str) -> "SplitLabels":
-        """Reads the label column, and it alone, in one pass; of a stream, its names.
+        """Read the label column, and nothing else, in one pass; of a stream, only the class names.
 
         Raises:
-            UsageError: the column does not exist, or does not hold class numbers.
+            UsageError: If the column does not exist, or does not hold class numbers.
         """
         columns = columns_of(dataset)
         if column not in columns:
-            raise UsageError(f"label_column={column!r} does not exist: use one of {', '.join(columns)}")
+            raise UsageError(f"label_column={column!r} does not exist; use one of {', '.join(columns)}.")
         check_labels(dataset, column)
         feature = dataset.features[column] if dataset.features is not None else None
         names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
@@ -84,30 +95,30 @@ class SplitLabels:
         return self.numbers is None or self.numbers.size > 0
 
     def classes(self) -> list[str]:
-        """The classes to train on: the column's names, or else the numbers from 0 to the largest.
+        """Return the classes to train on: the column's names, or else the numbers from 0 to the largest.
 
         Raises:
-            UsageError: the classes of a stream have no names.
-            DataError: a row has no label, there are more classes than make sense, or a number has no name.
+            UsageError: If the classes of a stream have no names.
+            DataError: If a row has no label, there are more classes than make sense, or a number has no name.
         """
         self._check_complete()
         if self.numbers is None:
             if self.names is None:
                 raise UsageError(
                     f"streaming=True: {self.place} has no class names, and a stream is not read ahead to count the"
-                    " classes; leave streaming out, or store the labels as datasets.ClassLabel"
+                    " classes; leave streaming out, or store the labels as datasets.ClassLabel."
                 )
             return self.names
         largest = int(self.numbers[-1])
         if self.names is not None:
             if largest >= len(self.names):
-                raise DataError(f"{self.place} holds class {largest:,}, but has {len(self.names):,} names: repair it")
+                raise DataError(f"{self.place} holds class {largest:,}, but has {len(self.names):,} names; repair it.")
             return self.names
         if largest >= min(MAX_CLASSES, max(self.rows, _FEW_CLASSES)):
             raise DataError(
                 f"{self.place} holds class number {largest:,}, but {self.numbers.size:,} different ones in"
-                f" {self.rows:,} rows: repair the stray labels, or number the classes from 0, as datasets'"
-                " class_encode_column does"
+                f" {self.rows:,} rows; repair the stray labels, or number the classes from 0, as datasets'"
+                " class_encode_column does."
             )
         holes = np.setdiff1d(np.arange(largest), self.numbers)
         if holes.size:
@@ -116,10 +127,10 @@ class SplitLabels:
         return [str(number) for number in range(largest + 1)]
 
     def ids(self, classes: Sequence[str]) -> list[int]:
-        """The number in `classes` of each class number of this split, found by name where there are names.
+        """Return the index in `classes` of each class number of this split, by name where there are names.
 
         Raises:
-            DataError: a row has no label, or one that `classes` does not have.
+            DataError: If a row has no label, or one that `classes` does not have.
         """
         self._check_complete()
         if self.names is None:
@@ -127,7 +138,7 @@ class SplitLabels:
             if largest >= len(classes):
                 raise DataError(
                     f"{self.place} holds class {largest:,}, but the training split has {len(classes):,} classes, from"
-                    " 0: add training images of it, or remove these rows"
+                    " 0; add training images of it, or remove these rows."
                 )
             return list(range(len(classes)))
         if self.names == list(classes):
@@ -137,23 +148,25 @@ class SplitLabels:
         unknown = [self.names[number] for number in used if self.names[number] not in numbers]
         if unknown:
             raise DataError(
-                f"{self.place} has class {unknown[0]!r}, which the training split does not have: give both the same"
-                " classes, or name another split with --eval-split"
+                f"{self.place} has class {unknown[0]!r}, which the training split does not have; give both the same"
+                " classes, or name another split with --eval-split."
             )
         return [numbers.get(name, -1) for name in self.names]
 
     def _check_complete(self) -> None:
         if self.missing and not self.is_labeled:
-            raise DataError(f"{self.place} has no labels, only empty or negative ones: name another split or label it")
+            raise DataError(
+                f"{self.place} has no labels, only empty or negative ones; name another split or label it."
+            )
         if self.missing:
             raise DataError(
                 f"{self.place} has no label (none, or a negative number) in {self.missing:,} of {self.rows:,} rows,"
-                f" the first in row {self.first_missing}: remove these rows or label them"
+                f" the first in row {self.first_missing}; remove these rows or label them."
             )
 
 
 def head_ids(id2label: Mapping[int, str], classes: Sequence[str]) -> list[int] | None:
-    """Which output of a classifier each class of the data is, by name; the head may have more classes.
+    """Return the classifier output of each class of the data, by name; the head may have more classes.
 
     A head without names of its own (`"LABEL_0"`, as Transformers fills in) has numbers, as data without names have.
 

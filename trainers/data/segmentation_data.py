@@ -1,4 +1,4 @@
-"""Images with a mask of class numbers: reading them, naming the classes, the datasets of a segmentation run."""
+"""Datasets for semantic segmentation: images, masks of class numbers, class names."""
 
 import json
 from collections.abc import Iterator
@@ -35,35 +35,36 @@ def read_mask(
     reduce_labels: bool = False,
     files: ImageFiles = LOCAL_FILES,
 ) -> np.ndarray:
-    """A mask as it stands in a row.
+    """Return the mask of a row.
 
     Args:
-        value: PIL image, or its file as bytes, path or both (palette images: the palette's indices), or integers
-            (height, width).
-        name: of the row, for errors.
-        num_labels: number of classes; None takes any label below `IGNORE_INDEX`.
-        reduce_labels: label 0 becomes `IGNORE_INDEX`, and all others count from 0, as ADE20K needs it.
-        files: which files the row may name, see `sources.image_files`.
+        value (`PIL.Image.Image`, `bytes`, `str`, `dict` or array): An image (of a palette, its indices), its file as
+            bytes, path or both, or integers (height, width).
+        name (`str`): Name of the row, for errors.
+        num_labels (`int`, *optional*): Number of classes. Default: any label below `IGNORE_INDEX`.
+        reduce_labels (`bool`, *optional*, defaults to `False`): Label 0 becomes `IGNORE_INDEX`, and all others count
+            from 0, as ADE20K needs it.
+        files (`ImageFiles`, *optional*): Files that the row may name, see `sources.image_files`.
 
     Returns:
-        Integers (height, width), 0 to `num_labels - 1` or `IGNORE_INDEX`.
+        `np.ndarray`: Integers (height, width), 0 to `num_labels - 1` or `IGNORE_INDEX`.
 
     Raises:
-        Unreadable: the file does not decode, or may not be opened.
-        RowError: there is no mask, it has no class numbers, or a number that no class has; a `DataError`.
+        Unreadable: If the file does not decode, or may not be opened.
+        RowError: If there is no mask, or it holds no class numbers, or a number without a class; a `DataError`.
     """
     if value is None:
-        raise RowError(f"the mask of {name} is empty: remove the row or label it")
+        raise RowError(f"the mask of {name} is empty; remove the row or label it.")
     if isinstance(value, list | np.ndarray):
         mask = np.asarray(value)
     else:
         image = _decode_mask(value, files)
         if not image.mode.startswith(_INTEGER_MODES):
-            raise RowError(f"the mask of {name} has colors (mode {image.mode}): store class numbers, as a gray PNG")
+            raise RowError(f"the mask of {name} has colors (mode {image.mode}); store class numbers, as a gray PNG.")
         mask = np.asarray(image)
     if mask.ndim != 2 or mask.dtype.kind not in "iub":
         raise RowError(
-            f"the mask of {name} has shape {mask.shape} and type {mask.dtype}: store integers (height, width)"
+            f"the mask of {name} has shape {mask.shape} and type {mask.dtype}; store integers (height, width)."
         )
     mask = mask.astype(np.int64)
     if reduce_labels:
@@ -74,7 +75,7 @@ def read_mask(
         remedy = "store class numbers" if num_labels is None else "name all classes with --labels"
         raise RowError(
             f"the mask of {name} holds label {wrong[0]}, but the classes are 0 to {count - 1}"
-            f" and {IGNORE_INDEX} for none: {remedy}, or repair the mask"
+            f" and {IGNORE_INDEX} for none: {remedy}, or repair the mask."
         )
     return mask
 
@@ -89,7 +90,7 @@ def _decode_mask(value: Any, files: ImageFiles) -> Image.Image:
 
 
 class _MaskReader(ImageReader):
-    """Reads rows of an image and a mask."""
+    """Base of the datasets whose rows hold an image and a mask."""
 
     transform: Any  # a `SegmentationTransform`
 
@@ -117,39 +118,39 @@ class _MaskReader(ImageReader):
             if image.size != mask.shape[::-1]:
                 raise RowError(
                     f"in {name} the image has {image.width}x{image.height} pixels but the mask"
-                    f" {mask.shape[1]}x{mask.shape[0]}: store them in one size"
+                    f" {mask.shape[1]}x{mask.shape[0]}; store them in one size."
                 )
             pixels, labels = self.transform(image, mask, self._rng(key))
         return {"pixel_values": pixels, "labels": labels}
 
 
 class SegmentationDataset(_MaskReader, ImageDataset):
-    """`ImageDataset` of examples `{"pixel_values": float (C, H, W), "labels": int64 (H, W)}`.
+    """Map-style dataset of examples `{"pixel_values": float (C, H, W), "labels": int64 (H, W)}`.
 
     A row whose image or mask does not decode is skipped as there.
 
     Args:
-        dataset: map-style data set.
-        transform: `SegmentationTransform`.
-        num_labels: number of classes.
-        reduce_labels: see `read_mask`.
-        label_column: column of the masks.
-        kwargs: as for `ImageDataset`.
+        dataset (`datasets.Dataset`): Rows with an image and a mask.
+        transform (`SegmentationTransform`): Called with an image and its mask.
+        num_labels (`int`): Number of classes.
+        reduce_labels (`bool`, *optional*, defaults to `False`): See `read_mask`.
+        label_column (`str`, *optional*, defaults to `"label"`): Column of the masks.
+        kwargs: As for `ImageDataset`.
 
     Raises:
-        UsageError: an argument is wrong, or a column is missing or holds no masks.
-        RowError: (from indexing) a mask is missing, differs from its image in size, or has a label without a class;
-            a `DataError`.
-        BrokenImagesError: (from indexing) too many rows are broken; a `DataError`.
+        UsageError: If a column is missing or holds no masks.
+        RowError: On indexing, for a mask that is missing, differs from its image in size, or has a label without a
+            class; a `DataError`.
+        BrokenImagesError: On indexing, if too many rows are broken; a `DataError`.
     """
 
 
 class StreamingSegmentationDataset(_MaskReader, StreamingImageDataset):
-    """`StreamingImageDataset` of the examples that `SegmentationDataset` gives; the arguments are those of both."""
+    """Stream of the examples of `SegmentationDataset`, with the arguments of it and of `StreamingImageDataset`."""
 
 
 def undecoded_masks(dataset: HFDataset, column: str) -> HFDataset:
-    """The data set with the files of its masks undecoded; raises `UsageError` for a column of class numbers."""
+    """Return the dataset with its masks undecoded; raises `UsageError` for a column of class numbers."""
     if dataset.features is None:
         return dataset
     feature = dataset.features[column]
@@ -157,19 +158,19 @@ def undecoded_masks(dataset: HFDataset, column: str) -> HFDataset:
         return dataset.cast_column(column, datasets.Image(decode=False))
     if isinstance(feature, datasets.Value | datasets.ClassLabel) and feature.dtype not in ("string", "binary"):
         raise UsageError(
-            f"label_column={column!r} holds {feature}, not masks: name another of {', '.join(dataset.features)}, or"
-            " use --task image-classification"
+            f"label_column={column!r} holds {feature}, not masks; name another of {', '.join(dataset.features)}, or"
+            " use --task image-classification."
         )
     return dataset
 
 
 def read_labels(text: str) -> list[str]:
-    """Class names in the order of their numbers: `a,b,c`, or the path of a JSON file.
+    """Return the class names in the order of their numbers, from `a,b,c` or a JSON file.
 
-    The file holds a list of names, or a mapping from number to name like the `id2label.json` of data sets on the Hub.
+    The file holds a list of names, or a mapping from number to name like the `id2label.json` of datasets on the Hub.
 
     Raises:
-        UsageError: the file cannot be read, numbers are left out, or a name comes twice.
+        UsageError: If the file cannot be read, numbers are left out, or a name comes twice.
     """
     names: Any = [name.strip() for name in text.split(",")]
     if text.endswith(".json"):
@@ -178,34 +179,34 @@ def read_labels(text: str) -> list[str]:
             if isinstance(names, dict):
                 names = [names[str(number)] for number in range(len(names))]
         except KeyError as error:
-            raise UsageError(f"labels={text!r} has no class {error}: number them from 0, without gaps") from error
+            raise UsageError(f"labels={text!r} has no class {error}; number them from 0, without gaps.") from error
         except (OSError, ValueError) as error:
-            raise UsageError(f"labels={text!r} could not be read: {first_line(error)}") from error
+            raise UsageError(f"labels={text!r} could not be read: {first_line(error)}.") from error
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UsageError(f"labels={text!r}: give names such as sky,road,car, or a JSON list of names")
+        raise UsageError(f"labels={text!r}; give names such as sky,road,car, or a JSON list of names.")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UsageError(f"labels={text!r} names {twice[0]!r} twice")
+        raise UsageError(f"labels={text!r} names {twice[0]!r} twice.")
     return names
 
 
 class SegmentationData(DataModule):
-    """The datasets of a segmentation run: images with masks, training with augmentation, evaluation without.
+    """Datasets of a segmentation run: images with masks, augmented for training.
 
     Args:
         config (`DataConfig`): What to read; `label_column` holds the masks, `image_size` is what whole images are
             resized to for evaluation.
         model_config (`PretrainedConfig`): As for `DataModule`.
         image_processor (*optional*): As for `DataModule`.
-        labels (`list[str]`, *optional*): Class names. Default: those of the data set's features, or else as many
+        labels (`list[str]`, *optional*): Class names. Default: those of the dataset's features, or else as many
             numbers as the masks hold.
         reduce_labels (`bool`, *optional*, defaults to `False`): See `read_mask`.
         window (`tuple[int, int]`, *optional*): Part (height, width) of the resized image that the model sees at a time
             at evaluation, and the size of training crops, which then cover as much less of the image. Default: all.
 
     Raises:
-        UsageError: for a missing column or split, a size that does not fit the patch or the image.
-        DataError: for unreadable or empty data, or masks that do not fit the classes: all masks are looked at if there
+        UsageError: For a missing column or split, a size that does not fit the patch or the image.
+        DataError: For unreadable or empty data, or masks that do not fit the classes: all masks are looked at if there
             are no names, 200 of each split if there are.
     """
 
@@ -226,13 +227,13 @@ class SegmentationData(DataModule):
         if labels is not None and len(labels) > IGNORE_INDEX:
             raise UsageError(
                 f"labels names {len(labels):,} classes, but masks can hold {IGNORE_INDEX} at most, as {IGNORE_INDEX}"
-                " stands for none"
+                " stands for none."
             )
         for raw in self._splits():
             if config.label_column not in columns_of(raw):
                 raise UsageError(
-                    f"label_column={config.label_column!r} does not exist: name the column of the masks, one of"
-                    f" {', '.join(columns_of(raw))}"
+                    f"label_column={config.label_column!r} does not exist; name the column of the masks, one of"
+                    f" {', '.join(columns_of(raw))}."
                 )
         names = labels or _feature_names(self.raw_train, config.label_column)
         largest = self._check_masks(None if names is None else len(names))
@@ -253,7 +254,7 @@ class SegmentationData(DataModule):
         for raw in self._splits():
             if not isinstance(raw, datasets.Dataset):
                 if num_labels is None:
-                    raise UsageError("labels=None with streaming: name the classes with --labels")
+                    raise UsageError("labels=None with streaming; name the classes with --labels.")
                 continue
             column = self.config.label_column
             masks = undecoded_masks(raw, column).select_columns(column)
@@ -263,13 +264,15 @@ class SegmentationData(DataModule):
                     mask = read_mask(masks[row][column], f"row {row}", num_labels, self.reduce_labels, self.files)
                     largest = max(largest, int(mask[mask != IGNORE_INDEX].max(initial=-1)))
         if num_labels is None and largest < 0:
-            raise DataError(f"label_column={self.config.label_column!r} holds no class at all: check the masks")
+            raise DataError(f"label_column={self.config.label_column!r} holds no class at all; check the masks.")
         return largest
 
     def _transforms(self, image_processor: Any | None, channels: int) -> tuple[Any, Any]:
         (height, width), crop = self.image_size, self.window or self.image_size
         if crop[0] > height or crop[1] > width:
-            raise UsageError(f"window={crop[0]}x{crop[1]} is larger than image_size={height}x{width}: make it smaller")
+            raise UsageError(
+                f"window={crop[0]}x{crop[1]} is larger than image_size={height}x{width}; make it smaller."
+            )
         # a crop shows the image at the scale at which evaluation shows it, or larger
         share, aspect = (crop[0] * crop[1]) / (height * width), (crop[1] / crop[0]) / (width / height)
         train = SegmentationTransform.from_processor(
@@ -300,11 +303,11 @@ class SegmentationData(DataModule):
         return raw if raw is None or self.config.eval_split is not None or self._is_labeled(raw) else None
 
     def _label_ids(self, raw: HFDataset) -> None:
-        """Masks have no one number for an image."""
+        """Return `None`: masks have more than one number per image."""
 
 
 def _feature_names(dataset: HFDataset, column: str) -> list[str] | None:
-    """Class names of a column of arrays of `ClassLabel`."""
+    """Return the class names of a column of arrays of `ClassLabel`."""
     feature: Any = dataset.features[column] if dataset.features is not None else None
     while hasattr(feature, "feature"):
         feature = feature.feature

@@ -1,4 +1,4 @@
-"""Finding image data sets: whatever the user names becomes a `datasets` object with undecoded images."""
+"""Opening image datasets: folders, files, Hub ids and objects become `datasets` objects with undecoded images."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ def undecoded(dataset: HFDataset, column: str) -> HFDataset:
         or kind in ("string", "large_string", "binary", "large_binary")
     ):
         raise UsageError(
-            f"image_column={column!r} holds {feature}, not images: name another of {', '.join(dataset.features)}"
+            f"image_column={column!r} holds {feature}, not images; name another of {', '.join(dataset.features)}."
         )
     return dataset.cast_column(column, datasets.Image(decode=False))
 
@@ -60,15 +60,15 @@ def check_labels(dataset: HFDataset, column: str) -> None:
         return
     if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
         raise UsageError(
-            f"label_column={column!r} holds {feature}, not class numbers: name another of "
-            f"{', '.join(dataset.features)}, or convert it with datasets' class_encode_column"
+            f"label_column={column!r} holds {feature}, not class numbers; name another of "
+            f"{', '.join(dataset.features)}, or convert it with datasets' class_encode_column."
         )
 
 
 def _open_local(path: Path, streaming: bool) -> Any:
     if path.is_file():
         if path.suffix != ".parquet":
-            raise UsageError(f"source={str(path)!r} is one file: give its folder, or a .parquet file")
+            raise UsageError(f"source={str(path)!r} is one file; give its folder, or a .parquet file.")
         return datasets.load_dataset("parquet", data_files=str(path), streaming=streaming)
     _check_folder(path)
     if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
@@ -81,7 +81,7 @@ def _open_local(path: Path, streaming: bool) -> Any:
 
 
 def _check_folder(path: Path) -> None:
-    """Raises `DataError` for a folder without data, without walking through a whole file system."""
+    """Raise `DataError` for a folder without data, without walking through a whole file system."""
     real, reason = os.path.realpath(path), ""
     if not path.is_dir() or real == "/" or any(Path(real).is_relative_to(place) for place in _NO_DATA):
         reason = "it is not a folder of files"
@@ -89,13 +89,13 @@ def _check_folder(path: Path) -> None:
         reason = "no image and no table in it"
     if reason:
         raise DataError(
-            f"source={str(path)!r} holds no data set that can be read ({reason}): "
-            "give a folder of images, of one subfolder per class, or of parquet files"
+            f"source={str(path)!r} holds no dataset that can be read ({reason}); "
+            "give a folder of images, of one subfolder per class, or of parquet files."
         )
 
 
 def _file_names(path: Path) -> Iterator[str]:
-    """Names of the files under a folder, the first of them."""
+    """Yield the names of the first files under a folder."""
     count = 0
     for _, folders, files in os.walk(path):
         folders[:] = [name for name in folders if not name.startswith(".")]  # as `datasets` does
@@ -111,7 +111,7 @@ def _data_extensions() -> tuple[str, ...]:
 
 
 def _is_table_of_files(stream: datasets.IterableDataset) -> bool:
-    """Whether a stream gives the paths of files that are there, as one of a local folder of images does."""
+    """Return whether a stream gives the paths of existing files, as that of a local folder of images does."""
     for name, feature in (stream.features or {}).items():
         if isinstance(feature, datasets.Image):
             value = next(iter(stream.cast_column(name, datasets.Image(decode=False))), {}).get(name) or {}
@@ -120,11 +120,11 @@ def _is_table_of_files(stream: datasets.IterableDataset) -> bool:
 
 
 def open_splits(source: Any, streaming: bool = False) -> dict[str, HFDataset]:
-    """Opens a data set with all its splits; the source is what `load_images` takes, which also takes the result.
+    """Open a dataset with all its splits. `load_images` takes the same sources, and the result.
 
     Raises:
-        UsageError: the source is of a wrong type.
-        DataError: the source cannot be opened.
+        UsageError: If the source is of a wrong type.
+        DataError: If the source cannot be opened.
     """
     if isinstance(source, dict):
         return dict(source)
@@ -134,17 +134,17 @@ def open_splits(source: Any, streaming: bool = False) -> dict[str, HFDataset]:
     if source == DIGITS_NAME:
         return {name: load_digits(name) for name in DIGITS_SPLITS}
     if not isinstance(source, str | Path):
-        raise UsageError(f"source={source!r} is not a data set: use a path, a Hub id or a datasets.Dataset")
+        raise UsageError(f"source={source!r} is not a dataset; use a path, a Hub id or a datasets.Dataset.")
     path = Path(source).expanduser()
     try:
         exists = path.exists()
     except OSError as error:  # such as a name that is too long
-        raise DataError(f"source={str(source)!r} cannot be opened: {error.strerror}") from error
+        raise DataError(f"source={str(source)!r} cannot be opened: {error.strerror}.") from error
     try:
         if exists:
             opened = _open_local(path, streaming)
         elif str(source).startswith(("/", ".", "~")) or str(source).count("/") > 1 or path.suffix == ".parquet":
-            raise DataError(f"source={str(source)!r} does not exist: check the path")
+            raise DataError(f"source={str(source)!r} does not exist; check the path.")
         else:
             validate_repo_id(str(source))
             opened = datasets.load_dataset(str(source), streaming=streaming)
@@ -152,18 +152,18 @@ def open_splits(source: Any, streaming: bool = False) -> dict[str, HFDataset]:
         raise
     except HFValidationError as error:
         raise DataError(
-            f"source={str(source)!r} is neither a local path nor the id of a data set on the Hub, such as"
-            " uoft-cs/cifar10: check the name"
+            f"source={str(source)!r} is neither a local path nor the id of a dataset on the Hub, such as"
+            " uoft-cs/cifar10; check the name."
         ) from error
     except Exception as error:
         if exists:
             raise DataError(
-                f"source={str(source)!r} holds no data set that can be read ({first_line(error)}): "
-                "give a folder of images, of one subfolder per class, or of parquet files"
+                f"source={str(source)!r} holds no dataset that can be read ({first_line(error)}); "
+                "give a folder of images, of one subfolder per class, or of parquet files."
             ) from error
         raise DataError(
-            f"source={str(source)!r} is neither a local path nor a data set that the Hub gives out now "
-            f"({first_line(error)}): check the name and the network, or give a folder of images"
+            f"source={str(source)!r} is neither a local path nor a dataset that the Hub gives out now "
+            f"({first_line(error)}); check the name and the network, or give a folder of images."
         ) from error
     return open_splits(opened, streaming)
 
@@ -172,18 +172,18 @@ def _pick_split(splits: dict[str, HFDataset], split: str | None) -> HFDataset:
     available = ", ".join(splits)
     if split is None:
         if len(splits) > 1 and "train" not in splits:
-            raise UsageError(f"split=None: the data set has no split 'train'; name one of {available}")
+            raise UsageError(f"split=None: the dataset has no split 'train'; name one of {available}.")
         return splits["train"] if "train" in splits else next(iter(splits.values()))
     if split in splits:
         return splits[split]
     if any(isinstance(dataset, datasets.IterableDataset) for dataset in splits.values()):
         hint = " (a stream cannot be sliced: use streaming=False)" if "[" in split else ""
-        raise UsageError(f"split={split!r} does not exist{hint}: use one of {available}")
+        raise UsageError(f"split={split!r} does not exist{hint}; use one of {available}.")
     try:
         lengths = {name: len(dataset) for name, dataset in splits.items()}
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
-        raise UsageError(f"split={split!r} does not exist ({first_line(error)}): use one of {available}") from error
+        raise UsageError(f"split={split!r} does not exist ({first_line(error)}); use one of {available}.") from error
     return datasets.concatenate_datasets([splits[p.splitname].select(range(p.from_, p.to)) for p in parts])
 
 
@@ -196,33 +196,34 @@ def load_images(
     streaming: bool = False,
     require_labels: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Opens a data set of images.
+    """Open a dataset of images.
 
     Args:
-        source: an object of `datasets` (also one with splits); the path of a folder of images (subfolders are
-            classes), of a folder of parquet files (splits come from their names), of one parquet file, or of what
-            `save_to_disk` wrote; "mnist-digits"; or else the id of a data set on the Hub.
-        split: such as "train", or "train[:500]" where the data set is not streamed. None takes the only split or
-            "train".
-        image_column: column of the images: their files' bytes, paths, or both.
-        label_column: column of the class numbers.
-        streaming: reads while iterating instead of first preparing the whole data set. What is at hand as a whole (an
-            object of `datasets`, a local folder of images) is put into a fixed random order, as many are sorted by
-            class.
-        require_labels: whether a missing label column is an error.
+        source (`str`, `Path` or a `datasets` object): An object, also one with splits; a folder of images (subfolders
+            are classes), a folder of parquet files (splits come from their names), one parquet file, or a folder of
+            `save_to_disk`; `"mnist-digits"`; or else the id of a dataset on the Hub.
+        split (`str`, *optional*): Such as `"train"`, or `"train[:500]"` where the dataset is not streamed. Default:
+            the only split, or `"train"`.
+        image_column (`str`, *optional*, defaults to `"image"`): Column of the images: their files' bytes, paths, or
+            both.
+        label_column (`str`, *optional*, defaults to `"label"`): Column of the class numbers.
+        streaming (`bool`, *optional*, defaults to `False`): Read while iterating instead of first preparing the whole
+            dataset. An object of `datasets` and a local folder of images are put into a fixed random order, as many
+            are sorted by class.
+        require_labels (`bool`, *optional*, defaults to `False`): Whether a missing label column is an error.
 
     Returns:
-        The data set, its image column undecoded (`datasets.Image(decode=False)`).
+        `datasets.Dataset` or `datasets.IterableDataset`: Its image column is undecoded.
 
     Raises:
-        UsageError: the split or a column does not exist or is of the wrong type.
-        DataError: the source cannot be opened, or is empty.
+        UsageError: If the split or a column does not exist or is of the wrong type.
+        DataError: If the source cannot be opened, or is empty.
     """
     dataset = _pick_split(open_splits(source, streaming), split).with_format(None)
     is_empty = len(dataset) == 0 if isinstance(dataset, datasets.Dataset) else next(iter(dataset), None) is None
     if is_empty:
-        name = f"source={str(source)!r}" if isinstance(source, str | Path) else "the data set"
-        raise DataError(f"{name} with split={split!r} has no images: choose another split or source")
+        name = f"source={str(source)!r}" if isinstance(source, str | Path) else "the dataset"
+        raise DataError(f"{name} with split={split!r} has no images; choose another split or source.")
     if streaming and isinstance(dataset, datasets.Dataset):
         order = np.random.default_rng(0).permutation(len(dataset))
         dataset = dataset.select(order).to_iterable_dataset(num_shards=min(_MAX_SHARDS, len(dataset)))
@@ -231,25 +232,25 @@ def load_images(
         dataset = dataset.reshard()
     columns = columns_of(dataset)
     if image_column not in columns:
-        raise UsageError(f"image_column={image_column!r} does not exist: use one of {', '.join(columns)}")
+        raise UsageError(f"image_column={image_column!r} does not exist; use one of {', '.join(columns)}.")
     if require_labels:
         if label_column not in columns:
             raise UsageError(
-                f"label_column={label_column!r} does not exist: use one of {', '.join(columns)} "
-                "(a folder of images has labels when it has one subfolder per class)"
+                f"label_column={label_column!r} does not exist; use one of {', '.join(columns)} "
+                "(a folder of images has labels when it has one subfolder per class)."
             )
         check_labels(dataset, label_column)
     return undecoded(dataset, image_column)
 
 
 def read_to_cache(stream: HFDataset, source: Any) -> datasets.Dataset:
-    """All rows of a split as a map-style data set; of a stream, in the cache of `datasets`, the next time from there.
+    """Return all rows of a split as a map-style dataset; those of a stream are kept in the cache of `datasets`.
 
     Opening the source map-style would prepare all of its splits, and download them from the Hub.
 
     Args:
-        stream: a split of the source.
-        source: as for `load_images`. A local one is read again when one of its files has changed.
+        stream (`datasets.IterableDataset` or `datasets.Dataset`): A split of the source.
+        source: As for `load_images`. A local one is read again when one of its files has changed.
     """
     if isinstance(stream, datasets.Dataset):
         return stream
@@ -268,13 +269,13 @@ def _rows_of(stream: datasets.IterableDataset, files: Any) -> Iterator[dict[str,
 
 
 def fingerprint(dataset: datasets.Dataset | datasets.IterableDataset) -> str:
-    """Short id of a data set's content, for a manifest: the same in every process and on every machine.
+    """Return a short id of a dataset's content: the same in every process and on every machine.
 
     It covers the number of rows, the columns and their types, and the bytes of the first, middle and last row (of a
     stream, of the first four). `datasets`' own fingerprint also covers paths and times.
 
     Returns:
-        16 hexadecimal digits.
+        `str`: 16 hexadecimal digits.
     """
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, datasets.Image):
@@ -297,7 +298,7 @@ def fingerprint(dataset: datasets.Dataset | datasets.IterableDataset) -> str:
 
 
 def describe(source: Any) -> str:
-    """A source in one short text, such as for a manifest or YAML: a path or id as it is, an object by its content."""
+    """Return a source as short text for a manifest or YAML: a path or id as it is, an object by its content."""
     if isinstance(source, str | Path):
         return str(source)
     if isinstance(source, dict):
@@ -306,13 +307,13 @@ def describe(source: Any) -> str:
 
 
 def image_files(source: Any, external: bool = False) -> ImageFiles:
-    """Which files the rows of a source may name: those of its own folder or repository.
+    """Return the files that the rows of a source may name: those of its own folder or repository.
 
     An object of `datasets` was opened by the caller, who may have listed files from anywhere: all local ones.
 
     Args:
-        source: as for `load_images`.
-        external: any file and URL.
+        source: As for `load_images`.
+        external (`bool`, *optional*, defaults to `False`): Any file and URL.
     """
     if external or not isinstance(source, str | Path):
         return ImageFiles(external=external)
@@ -325,7 +326,7 @@ def image_files(source: Any, external: bool = False) -> ImageFiles:
 
 
 def _unpacked() -> str:
-    """Where `datasets` unpacks archives."""
+    """Return the folder into which `datasets` unpacks archives."""
     return os.path.abspath(datasets.config.DOWNLOADED_DATASETS_PATH)
 
 

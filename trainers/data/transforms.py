@@ -1,4 +1,4 @@
-"""Turning PIL images into model inputs, with randomness that comes from a NumPy generator and nowhere else.
+"""Transforms of PIL images to model inputs, whose only source of randomness is a NumPy generator.
 
 Torchvision is not needed: the crop and the resize are one call to Pillow, which antialiases.
 """
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from modeling_adala.configuration_adala import pair
 from modeling_adala.errors import UsageError
 
 MAX_SIDE = 16_384  # a single image of this side is 3 GB of floats
@@ -21,62 +22,54 @@ _REDUCING_GAP = 2.0
 _MODES = {1: "L", 3: "RGB"}
 
 
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    sides = (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if (
-        not isinstance(sides, Sequence)
-        or len(sides) != 2
-        or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    ):
-        raise UsageError(f"{name}={value!r} is not a size: use an integer or a (height, width) pair of integers")
-    return sides[0], sides[1]
-
-
 def check_image_size(image_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Checks that whole patches tile an image.
+    """Return an image size as (height, width), and check that whole patches tile it.
 
     Args:
-        image_size: side of a square image, or (height, width), in pixels.
-        patch_size: side of a square patch, or (height, width), in pixels.
-
-    Returns:
-        The image size as (height, width).
+        image_size (`int` or `tuple[int, int]`): Side, or (height, width), in pixels.
+        patch_size (`int` or `tuple[int, int]`): Side, or (height, width), in pixels.
 
     Raises:
-        UsageError: a side is not a positive multiple of the patch; the message names the nearest valid sizes.
+        UsageError: If a side is not a positive multiple of the patch; the message names the nearest valid sizes.
     """
-    size, patch = _pair("image_size", image_size), _pair("patch_size", patch_size)
+    size, patch = pair(parse_size("image_size", image_size)), pair(parse_size("patch_size", patch_size))
     if min(patch) < 1:
-        raise UsageError(f"patch_size={patch_size!r} must be positive")
+        raise UsageError(f"patch_size={patch_size!r} must be positive.")
     for side, step, name in zip(size, patch, ("height", "width"), strict=True):
         below = max(side, 0) // step * step
         if side < 1 or below != side:
             nearest = f"{below} or {below + step}" if below else f"{step}"
             raise UsageError(
                 f"image_size={image_size!r}: the {name} {side} is not a positive multiple of the patch size {step}; "
-                f"use {nearest}"
+                f"use {nearest}."
             )
     return size
 
 
 def parse_size(name: str, value: Any) -> int | tuple[int, int]:
-    """A size as written on the command line or in YAML: `224`, `"224"`, or `"336x448"` for height x width.
+    """Return a size as written on the command line, in YAML or in Python.
+
+    Args:
+        name (`str`): Name of the setting, for the message.
+        value (`int`, `str` or `tuple[int, int]`): `224`, `"224"`, or `"336x448"` or `(336, 448)` for height x width.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: For anything else.
     """
-    sides = str(value).lower().split("x")
-    if not all(side.isdecimal() for side in sides) or len(sides) > 2:
-        raise UsageError(f"{name}={value!r} is no size: pass an integer such as 224, or HEIGHTxWIDTH such as 336x448")
-    if any(len(side) > 5 or int(side) > MAX_SIDE for side in sides):
-        raise UsageError(f"{name}={value!r} is more than {MAX_SIDE:,} pixels, which no memory holds: pass less")
+    sides = value if isinstance(value, list | tuple) else str(value).lower().split("x")
+    if len(sides) not in (1, 2) or not all(str(side).isdecimal() for side in sides):
+        raise UsageError(
+            f"{name}={value!r} is an invalid size; pass an integer such as 224, or HEIGHTxWIDTH such as 336x448."
+        )
+    if any(len(str(side)) > 5 or int(side) > MAX_SIDE for side in sides):
+        raise UsageError(f"{name}={value!r} is more than {MAX_SIDE:,} pixels, which no memory holds; pass less.")
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 def _channels(name: str, values: float | Sequence[float], num_channels: int) -> np.ndarray:
     array = np.atleast_1d(np.asarray(values, dtype=np.float64))
     if array.shape not in ((1,), (num_channels,)):
-        raise UsageError(f"{name}={values!r} has {array.size} values for num_channels={num_channels}: give one each")
+        raise UsageError(f"{name}={values!r} has {array.size} values for num_channels={num_channels}; give one each.")
     return np.broadcast_to(array, (num_channels,))
 
 
@@ -91,7 +84,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 
 class _Transform:
-    """What transforms of images, with or without masks, share: how a box of the image becomes a normalized tensor."""
+    """Base of the transforms with and without masks: turns a box of an image into a normalized tensor."""
 
     def __init__(
         self,
@@ -108,20 +101,20 @@ class _Transform:
     ) -> None:
         self.image_size = check_image_size(image_size, 1)
         if num_channels not in _MODES:
-            raise UsageError(f"num_channels={num_channels!r} is not supported: use 3 (RGB) or 1 (grayscale)")
+            raise UsageError(f"num_channels={num_channels!r} is not supported; use 3 (RGB) or 1 (grayscale).")
         if resample not in list(Image.Resampling):
             raise UsageError(
-                f"resample={resample!r} is not a Pillow filter: use 2 (bilinear), 3 (bicubic) or 1 (Lanczos)"
+                f"resample={resample!r} is not a Pillow filter; use 2 (bilinear), 3 (bicubic) or 1 (Lanczos)."
             )
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise UsageError(f"crop_scale={crop_scale!r} must be two shares of the area with 0 < low <= high <= 1")
+            raise UsageError(f"crop_scale={crop_scale!r} must be two shares of the area with 0 < low <= high <= 1.")
         if not 0 < crop_ratio[0] <= crop_ratio[1]:
-            raise UsageError(f"crop_ratio={crop_ratio!r} must be two aspect ratios with 0 < low <= high")
+            raise UsageError(f"crop_ratio={crop_ratio!r} must be two aspect ratios with 0 < low <= high.")
         if not 0 <= horizontal_flip <= 1:
-            raise UsageError(f"horizontal_flip={horizontal_flip!r} is not a probability: use a value of 0..1")
+            raise UsageError(f"horizontal_flip={horizontal_flip!r} is not a probability; use a value of 0..1.")
         mean, std = _channels("image_mean", image_mean, num_channels), _channels("image_std", image_std, num_channels)
         if not (std > 0).all():
-            raise UsageError(f"image_std={image_std!r} must be positive")
+            raise UsageError(f"image_std={image_std!r} must be positive.")
         self.num_channels, self.resample, self.train = num_channels, int(resample), bool(train)
         self.crop_scale, self.crop_ratio = tuple(crop_scale), tuple(crop_ratio)
         self.horizontal_flip = horizontal_flip
@@ -138,17 +131,18 @@ class _Transform:
         train: bool = False,
         **overrides: Any,
     ) -> Self:
-        """Builds the transform that normalizes as an image processor of Transformers does.
+        """Return the transform that normalizes as an image processor of Transformers does.
 
         Args:
-            image_processor: such as `BitImageProcessor`, or None for pixels of 0..1 without normalization.
-            image_size: output side or (height, width); the processor's own size is not used.
-            num_channels: 3 or 1; with 1, a mean and a standard deviation of three channels are averaged.
-            train: whether to augment.
-            overrides: arguments of the class that win over the processor's.
+            image_processor (`BaseImageProcessor`, *optional*): Default: pixels of 0..1 without normalization.
+            image_size (`int` or `tuple[int, int]`): Output side or (height, width); the processor's is not used.
+            num_channels (`int`, *optional*, defaults to 3): 3 or 1; with 1, a mean and a standard deviation of three
+                channels are averaged.
+            train (`bool`, *optional*, defaults to `False`): Whether to augment.
+            overrides: Arguments of the class that win over the processor's.
 
         Raises:
-            UsageError: as the class does.
+            UsageError: As the class does.
         """
         options: dict[str, Any] = {"image_mean": 0.0, "image_std": 1.0, "rescale_factor": 1 / 255}
         if image_processor is not None:
@@ -166,14 +160,14 @@ class _Transform:
         return cls(image_size, **{**options, "num_channels": num_channels, "train": train, **overrides})
 
     def settings(self) -> dict[str, Any]:
-        """All that decides what becomes of an image, as plain values."""
+        """Return all settings of the transform as plain values."""
         values = {name.removeprefix("_"): value for name, value in vars(self).items()}
         arrays = {name: value.tolist() for name, value in values.items() if isinstance(value, np.ndarray)}
         return {"kind": type(self).__name__, **values, **arrays}
 
     def _check_rng(self, rng: np.random.Generator | None) -> np.random.Generator:
         if rng is None:
-            raise UsageError("rng=None with train=True: pass numpy.random.default_rng(seed), or use train=False")
+            raise UsageError("rng=None with train=True; pass numpy.random.default_rng(seed), or use train=False.")
         return rng
 
     def _cut(self, image: Image.Image, box: tuple[float, float, float, float], flip: bool) -> torch.Tensor:
@@ -216,7 +210,7 @@ class _Transform:
 
 
 class ImageTransform(_Transform):
-    """PIL image of any mode and size -> float32 tensor of shape (C, H, W).
+    """Transform of a PIL image of any mode and size to a float32 tensor `(channels, height, width)`.
 
     For evaluation (`train=False`), the largest centered crop of the output's aspect ratio is resized to `image_size`:
     the same as resizing the shortest edge and cropping the center. For training, a random crop (torchvision's
@@ -225,33 +219,30 @@ class ImageTransform(_Transform):
     8 bits.
 
     Args:
-        image_size: output side or (height, width) in pixels.
-        image_mean: one value, or one per channel, subtracted after rescaling.
-        image_std: one value, or one per channel, divided by after that.
-        rescale_factor: factor for pixels of 0..255.
-        num_channels: 3 for RGB or 1 for grayscale.
-        resample: Pillow's number of a filter; 3 is bicubic.
-        train: whether to augment.
-        crop_scale: range of the crop's share of the image's area.
-        crop_ratio: range of the crop's width / height.
-        horizontal_flip: probability of a flip.
+        image_size (`int` or `tuple[int, int]`): Output side or (height, width) in pixels.
+        image_mean (`float` or `Sequence[float]`): One value, or one per channel, subtracted after rescaling.
+        image_std (`float` or `Sequence[float]`): One value, or one per channel, divided by after that.
+        rescale_factor (`float`, *optional*, defaults to 1/255): Factor for pixels of 0..255.
+        num_channels (`int`, *optional*, defaults to 3): 3 for RGB or 1 for grayscale.
+        resample (`int`, *optional*, defaults to 3): Pillow's number of a filter; 3 is bicubic.
+        train (`bool`, *optional*, defaults to `False`): Whether to augment.
+        crop_scale (`tuple[float, float]`, *optional*, defaults to `(0.5, 1.0)`): Range of the crop's share of area.
+        crop_ratio (`tuple[float, float]`, *optional*, defaults to `(3/4, 4/3)`): Range of the crop's width / height.
+        horizontal_flip (`float`, *optional*, defaults to 0.5): Probability of a flip.
 
     Raises:
-        UsageError: an argument is out of its range.
+        UsageError: If an argument is out of its range.
     """
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
-        """Transforms one image.
+        """Transform one image.
 
         Args:
-            image: of any mode and size.
-            rng: source of the crop and the flip; needed for training, ignored for evaluation.
+            image (`PIL.Image.Image`): An image of any mode and size.
+            rng (`numpy.random.Generator`, *optional*): Source of the crop and the flip; required for training.
 
         Returns:
-            Float32 tensor of shape (C, H, W).
-
-        Raises:
-            UsageError: `rng` is missing in training.
+            `Tensor`: Float32 `(channels, height, width)`.
         """
         if not self.train:
             return self._cut(image, self._center_box(image.size), flip=False)
@@ -260,7 +251,7 @@ class ImageTransform(_Transform):
         return self._cut(image, box, flip=rng.random() < self.horizontal_flip)
 
     def draft_size(self, size: tuple[int, int]) -> tuple[int, int] | None:
-        """Smallest (width, height) at which a JPEG of `size` may be decoded without blurring any crop.
+        """Return the smallest (width, height) at which a JPEG of `size` may be decoded without blurring any crop.
 
         None for evaluation, where every pixel counts.
         """
@@ -286,7 +277,7 @@ class ImageTransform(_Transform):
 
 
 class SegmentationTransform(_Transform):
-    """PIL image and its mask -> float32 tensor (C, H, W) and int64 labels, cut and flipped alike.
+    """Transform of a PIL image and its mask to a float32 tensor and int64 labels, cut and flipped alike.
 
     For training, a random crop is resized to `image_size` (the mask by nearest neighbor) and flipped at random. For
     evaluation, the whole image is resized to `image_size`, and the mask stays as it is: what counts is the prediction
@@ -299,18 +290,16 @@ class SegmentationTransform(_Transform):
     def __call__(
         self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Transforms one image and its mask.
+        """Transform one image and its mask.
 
         Args:
-            image: of any mode and size.
-            mask: integers (height, width) of the image.
-            rng: source of the crop and the flip; needed for training, ignored for evaluation.
+            image (`PIL.Image.Image`): An image of any mode and size.
+            mask (`np.ndarray`): Integers (height, width) of the image.
+            rng (`numpy.random.Generator`, *optional*): Source of the crop and the flip; required for training.
 
         Returns:
-            Float32 pixels (C, H, W), and int64 labels: (H, W) for training, (height, width) for evaluation.
-
-        Raises:
-            UsageError: `rng` is missing in training.
+            `tuple[Tensor, Tensor]`: Float32 pixels `(channels, height, width)`, and int64 labels of the output's size
+            for training, of the mask's for evaluation.
         """
         if not self.train:
             return self._cut(image, (0, 0, *image.size), flip=False), torch.from_numpy(mask.astype(np.int64))

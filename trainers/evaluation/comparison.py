@@ -1,4 +1,4 @@
-"""Teacher beside student, on the student's own forward pass: the figures that a run is judged by."""
+"""Comparison of student and teacher on the student's own forward pass: the figures that a run is judged by."""
 
 import logging
 from contextlib import ExitStack
@@ -14,14 +14,14 @@ from modeling_adala.mixins import image_inputs
 from ..base_config import has_fast_bf16
 from ..data.data_config import DataModule
 from ..data.labels import head_ids
-from .metric_functions import accuracy, root_ratio
+from .metrics import Accuracy, FeatureRelativeError
 from .probes import FeatureBank, evaluate_pair, extract_features
 
 logger = logging.getLogger(__name__)
 
 
 class Comparison:
-    """Evaluates any number of students against one teacher; the teacher's k-NN features are computed once.
+    """Comparison of any number of students with one teacher, whose k-NN features are computed once.
 
     Args:
         teacher (`PreTrainedModel`): Softmax model.
@@ -51,7 +51,7 @@ class Comparison:
         self._bank: FeatureBank | None = None
 
     def __call__(self, student: PreTrainedModel, quick: bool = False) -> dict[str, Any]:
-        """All figures of `evaluate_pair`, `head_accuracy` of a student with a classifier, and `block_errors`.
+        """Return the figures of `evaluate_pair`, `head_accuracy` of a student with a classifier, and `block_errors`.
 
         With `quick`, on a tenth of the evaluation images (at least 500) and without the linear probe. Returns an empty
         dictionary where there are no images to evaluate on.
@@ -79,7 +79,7 @@ class Comparison:
 
     @torch.no_grad()
     def classifier_accuracy(self, model: PreTrainedModel) -> float | None:
-        """Accuracy of the model's own head; `None` without a head, or without labels of classes that the head has."""
+        """Return the accuracy of the model's own head; `None` without a head, or without labels of its classes."""
         if not hasattr(model, "classifier") or self.eval_loader is None or self.labels is None:
             return None
         ids = head_ids(model.config.id2label, self.labels)
@@ -92,19 +92,19 @@ class Comparison:
             )
         if ids is None:
             return None
-        predictions, labels = [], []
+        accuracy = Accuracy()
         model.eval()
         for batch in self.eval_loader:
             if "labels" not in batch:
                 return None
             inputs = image_inputs(vision_tower(model).config, batch["pixel_values"].to(model.device))
             with self._autocast(model.device):
-                predictions.append(model(**inputs).logits.argmax(-1).cpu())
-            labels.append(batch["labels"])
-        return accuracy(torch.cat(predictions), torch.tensor(ids)[torch.cat(labels)])
+                logits = model(**inputs).logits
+            accuracy.add_batch(predictions=logits, references=torch.tensor(ids)[batch["labels"]])
+        return accuracy.compute()["accuracy"]
 
     def block_errors(self, student: PreTrainedModel) -> list[float]:
-        """Relative error of the patch tokens after each block, on the first evaluation batch."""
+        """Return the relative error of the patch tokens after each block, on the first evaluation batch."""
         if self.eval_loader is None:
             return []
         pixels = next(iter(self.eval_loader))["pixel_values"].to(self.teacher.device)
@@ -117,7 +117,7 @@ class Comparison:
 
 @torch.no_grad()
 def block_errors(teacher: PreTrainedModel, student: PreTrainedModel, pixel_values: Tensor) -> list[float]:
-    """Relative error of the student's patch tokens after each block, each model on its own forward pass.
+    """Return the relative error of the student's patch tokens after each block, each model on its own forward pass.
 
     The blocks of both run in turn, so that the states of two blocks are all that is ever kept: those of all blocks,
     of both models, would not fit for large images.
@@ -142,8 +142,8 @@ def block_errors(teacher: PreTrainedModel, student: PreTrainedModel, pixel_value
     def compare(block: nn.Module, args: tuple, output: Any) -> None:
         rest, kwargs = calls[len(errors)]
         state[0] = _state(blocks[len(errors)](state[0], *rest, **kwargs))
-        ours, theirs = (x[:, patches].float() for x in (state[0], _state(output)))
-        errors.append(root_ratio((ours - theirs).square().sum().item(), theirs.square().sum().item()))
+        ours, theirs = (x[:, patches] for x in (state[0], _state(output)))
+        errors.append(FeatureRelativeError().compute(predictions=ours, references=theirs)["relative_error"])
 
     with ExitStack() as hooks:
         for block in blocks:

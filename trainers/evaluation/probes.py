@@ -1,4 +1,4 @@
-"""Teacher beside student: what is left of the teacher's features, judged on the student's own forward pass.
+"""Features of teacher and student compared, on the student's own forward pass.
 
 Three views of the same frozen features: how close they are (cosine and relative error per token group), whether images
 of a class stay neighbors (k-NN on the CLS token), and whether the classes stay linearly separable (linear probe).
@@ -11,22 +11,27 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
+import evaluate
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
+from modeling_adala.conversion.loading import load_teacher
 from modeling_adala.errors import AdaLAError, DataError, UsageError
 from modeling_adala.inspection.towers import forward_features, token_groups
 
+from ..data.image_dataset import collate_images
 from ..upstream import extract_model_from_parallel
-from .metric_functions import accuracy, cosine_similarities, knn_predict, root_ratio
+from .metrics import Accuracy, FeatureCosine, FeatureRelativeError, KNNAccuracy
 
 Batches = Iterable[dict[str, Any]]
 
 
 @dataclass
 class FeatureBank:
-    """Features of a data set, on the CPU, one row per image.
+    """Features of a dataset, on the CPU, one row per image.
 
     Args:
         cls (`Tensor`): Final CLS features `(n, dim)`, float32.
@@ -43,7 +48,7 @@ class FeatureBank:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Transformers model inside DDP, FSDP, `torch.compile` and PEFT wrappers (adapters stay active in it)."""
+    """Return the Transformers model inside DDP, FSDP, `torch.compile` and PEFT wrappers; adapters stay active."""
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -56,7 +61,7 @@ def extract_features(
     description: str = "features",
     disable_progress: bool | None = None,
 ) -> FeatureBank:
-    """Run a model over a data set and keep its pooled features.
+    """Run a model over a dataset and keep its pooled features.
 
     Args:
         model (`nn.Module`): Runs in eval mode without gradients; its modes are restored afterwards.
@@ -69,8 +74,8 @@ def extract_features(
         [`FeatureBank`].
 
     Raises:
-        DataError: There are no batches, or one has no `pixel_values`.
-        AdaLAError: The features hold nan or infinity.
+        DataError: If there are no batches, or one has no `pixel_values`.
+        AdaLAError: If the features hold nan or infinity.
     """
     groups, bank = token_groups(unwrap(model).config), _BankBuilder()
     with _evaluating(model):
@@ -101,11 +106,12 @@ def compare_features(
         of all teacher tokens; `patch_mean_cosine` of the mean patch per image; `relative_error` over all tokens.
 
     Raises:
-        UsageError: The features of the student have another shape.
+        UsageError: If the features of the student have another shape.
         DataError, AdaLAError: As [`extract_features`].
     """
     groups = token_groups(unwrap(teacher).config)
-    tallies = {name: _Tally() for name in groups}
+    distances = {name: evaluate.combine([FeatureCosine(), FeatureRelativeError()]) for name in groups}
+    overall = FeatureRelativeError()
     teacher_bank, student_bank = _BankBuilder(), _BankBuilder()
     with _evaluating(teacher, student):
         for batch in tqdm(dataloader, desc=description, disable=disable_progress, leave=False):
@@ -113,25 +119,59 @@ def compare_features(
             actual = _features(student, batch, autocast_dtype).to(expected.device)
             if actual.shape != expected.shape:
                 raise UsageError(
-                    f"the student gives features {tuple(actual.shape)} but the teacher {tuple(expected.shape)}:"
-                    " compare a student with the teacher that it was converted from"
+                    f"the student gives features {tuple(actual.shape)} but the teacher {tuple(expected.shape)};"
+                    " compare a student with the teacher that it was converted from."
                 )
             for name, where in groups.items():
-                tallies[name].add(actual[:, where], expected[:, where])
+                distances[name].add_batch(predictions=actual[:, where], references=expected[:, where])
+            overall.add_batch(predictions=actual, references=expected)
             teacher_bank.add(expected, groups, batch.get("labels"))
             student_bank.add(actual, groups, batch.get("labels"))
     banks = teacher_bank.build("the teacher"), student_bank.build("the student")
 
-    metrics = {f"{name}_cosine": tally.cosine / tally.tokens for name, tally in tallies.items()}
-    metrics["patch_mean_cosine"] = cosine_similarities(banks[1].patch_mean, banks[0].patch_mean).mean().item()
-    for name, tally in tallies.items():
-        metrics[f"{name}_relative_error"] = root_ratio(tally.difference, tally.teacher)
-    differences, teachers = (sum(getattr(t, name) for t in tallies.values()) for name in ("difference", "teacher"))
-    return {**metrics, "relative_error": root_ratio(differences, teachers)}, *banks
+    metrics = {f"{name}_{key}": value for name, pair in distances.items() for key, value in pair.compute().items()}
+    pooled = FeatureCosine().compute(predictions=banks[1].patch_mean, references=banks[0].patch_mean)
+    return {**metrics, "patch_mean_cosine": pooled["cosine"], **overall.compute()}, *banks
+
+
+class FeatureEvaluator:
+    """Evaluator for stages 1 and 2: the student's final features beside the teacher's, by `compare_features`.
+
+    Args:
+        teacher (`str` or `PreTrainedModel`): The teacher; a model is frozen in place.
+        dataset (`Dataset`): Evaluation images, items with `pixel_values`.
+        num_images (`int`, *optional*, defaults to 256): How many of them, spread over the dataset.
+        batch_size (`int`, *optional*, defaults to 32): Images at a time.
+
+    Example:
+
+    ```python
+    trainer = FeatureAlignmentTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=FeatureAlignmentConfig(eval_strategy="steps", eval_steps=100),
+        train_dataset=data.train_dataset(seed=0),
+        eval_dataset=data.eval_dataset(),
+        evaluator=FeatureEvaluator(teacher, data.eval_dataset()),  # logs eval_patches_cosine and others
+    )
+    ```
+    """
+
+    def __init__(
+        self, teacher: str | PreTrainedModel, dataset: Any, *, num_images: int = 256, batch_size: int = 32
+    ) -> None:
+        self.teacher = load_teacher(teacher)
+        # many datasets are sorted by class
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:num_images].sort().values
+        self.loader = DataLoader(Subset(dataset, order.tolist()), batch_size=batch_size, collate_fn=collate_images)
+
+    def __call__(self, student: nn.Module) -> dict[str, float]:
+        self.teacher.to(next(student.parameters()).device)
+        return compare_features(self.teacher, student, self.loader, disable_progress=True)[0]
 
 
 def linear_probe(train: FeatureBank, test: FeatureBank, *, max_iter: int = 300, tol: float = 1e-3) -> float:
-    """Accuracy on `test` of logistic regression on `train`, over standardized CLS and mean patch features together.
+    """Return the accuracy on `test` of logistic regression on `train`, on standardized CLS and mean patch features.
 
     Deterministic; 2 to 7 seconds on 2 CPU cores for 5,000 images of width 768.
 
@@ -145,7 +185,7 @@ def linear_probe(train: FeatureBank, test: FeatureBank, *, max_iter: int = 300, 
         `float` between 0 and 1.
 
     Raises:
-        UsageError: A bank has no labels.
+        UsageError: If a bank has no labels.
     """
     # Imported here because it takes a second, which every import of the trainers would pay.
     from sklearn.exceptions import ConvergenceWarning
@@ -154,17 +194,20 @@ def linear_probe(train: FeatureBank, test: FeatureBank, *, max_iter: int = 300, 
     from sklearn.preprocessing import StandardScaler
 
     if train.labels is None or test.labels is None:
-        raise UsageError("train, test: a linear probe needs FeatureBanks with labels, from batches with 'labels' (n,)")
+        raise UsageError(
+            "train, test: a linear probe needs FeatureBanks with labels, from batches with 'labels' (n,)."
+        )
     if train.labels.unique().numel() == 1:
         # sklearn refuses a single class; there is only one thing that a classifier could answer.
-        return accuracy(train.labels[:1].expand(len(test)), test.labels)
+        predicted = train.labels[:1].expand(len(test))
+        return Accuracy().compute(predictions=predicted, references=test.labels)["accuracy"]
     inputs = [torch.cat([bank.cls, bank.patch_mean], dim=1).double().numpy() for bank in (train, test)]
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=max_iter, tol=tol))
     with warnings.catch_warnings():
         # Stopping at max_iter is what bounds the time.
         warnings.simplefilter("ignore", ConvergenceWarning)
         probe.fit(inputs[0], train.labels.numpy())
-    return accuracy(probe.predict(inputs[1]), test.labels)
+    return Accuracy().compute(predictions=probe.predict(inputs[1]), references=test.labels)["accuracy"]
 
 
 def evaluate_pair(
@@ -179,7 +222,7 @@ def evaluate_pair(
     teacher_train_bank: FeatureBank | None = None,
     disable_progress: bool | None = None,
 ) -> dict[str, Any]:
-    """All comparisons of a student with its teacher.
+    """Return all comparisons of a student with its teacher.
 
     Args:
         teacher (`nn.Module`): Stock softmax model.
@@ -213,11 +256,11 @@ def evaluate_pair(
                 description = "teacher, training images"
                 teacher_train_bank = extract_features(teacher, train_loader, description=description, **options)
             elif teacher_train_bank.labels is None:
-                raise UsageError("teacher_train_bank has no labels: extract it from batches with 'labels' (n,)")
+                raise UsageError("teacher_train_bank has no labels; extract it from batches with 'labels' (n,).")
             train_banks = teacher_train_bank, student_bank
             for name, train, test in zip(("teacher", "student"), train_banks, eval_banks, strict=True):
-                predicted = knn_predict(train.cls, train.labels, test.cls, k=k)
-                results[f"{name}_knn_accuracy"] = accuracy(predicted, test.labels)
+                knn = KNNAccuracy(train.cls, train.labels, k=k).compute(predictions=test.cls, references=test.labels)
+                results[f"{name}_knn_accuracy"] = knn["knn_accuracy"]
                 if probe:
                     results[f"{name}_linear_probe_accuracy"] = linear_probe(train, test)
             reached, possible = results["student_knn_accuracy"], results["teacher_knn_accuracy"]
@@ -228,27 +271,8 @@ def evaluate_pair(
     return results
 
 
-class _Tally:
-    """Float64 sums over the tokens of one group."""
-
-    def __init__(self) -> None:
-        self.cosine = self.difference = self.teacher = 0.0
-        self.tokens = 0
-
-    def add(self, student: Tensor, teacher: Tensor) -> None:
-        # The sum over the width in the precision of the features, on their device, where float64 may be missing or
-        # slow; only the sums per token go on in float64.
-        products = [(student * teacher), student.square(), teacher.square(), (student - teacher).square()]
-        dot, student_square, teacher_square, difference = (p.sum(dim=-1).cpu().double() for p in products)
-        norms = (student_square * teacher_square).sqrt()
-        self.cosine += (dot / torch.where(norms == 0, 1.0, norms)).sum().item()
-        self.difference += difference.sum().item()
-        self.teacher += teacher_square.sum().item()
-        self.tokens += dot.numel()
-
-
 class _BankBuilder:
-    """Collects pooled features batch by batch."""
+    """Pooled features, collected batch by batch."""
 
     def __init__(self) -> None:
         self.cls: list[Tensor] = []
@@ -263,16 +287,18 @@ class _BankBuilder:
 
     def build(self, name: str) -> FeatureBank:
         if not self.cls:
-            raise DataError(f"the data loader for {name} gave 0 batches: pass a data set with images (drop_last off)")
+            raise DataError(f"the data loader for {name} gave 0 batches; pass a dataset with images (drop_last off).")
         cls, patch_mean = torch.cat(self.cls), torch.cat(self.patch_mean)
         if not (cls.isfinite().all() and patch_mean.isfinite().all()):
-            raise AdaLAError(f"{name}: features hold nan or infinity; it diverged in training, or overflows float16")
+            raise AdaLAError(
+                f"{name} gives features that hold nan or infinity; it diverged in training, or overflows float16."
+            )
         return FeatureBank(cls, patch_mean, torch.cat(self.labels) if len(self.labels) == len(self.cls) else None)
 
 
 def _features(model: nn.Module, batch: dict[str, Any], autocast_dtype: torch.dtype | None) -> Tensor:
     if "pixel_values" not in batch:
-        raise DataError(f"a batch has {sorted(batch)} but no 'pixel_values': check the transform and collator")
+        raise DataError(f"a batch has {sorted(batch)} but no 'pixel_values'; check the transform and collator.")
     weight = next(model.parameters())
     autocast: AbstractContextManager = nullcontext()
     if autocast_dtype is not None:

@@ -14,18 +14,18 @@ from transformers import EvalPrediction, PreTrainedModel, SegformerImageProcesso
 from modeling_adala.errors import DataError
 
 from ..data.segmentation_data import IGNORE_INDEX
-from .metric_functions import as_tensor, confusion_matrix, iou_from_confusion
+from .metrics import MeanIoU
 
 Windows = tuple[tuple[int, int], tuple[int, int]]
 
 
 def is_segmenter(model: nn.Module) -> bool:
-    """Whether a model is one for semantic segmentation, by the naming of Transformers."""
+    """Return whether a model is one for semantic segmentation, by the naming of Transformers."""
     return type(model).__name__.endswith("ForSemanticSegmentation")
 
 
 def segment(model: nn.Module, pixel_values: Tensor, windows: Windows | None = None) -> Tensor:
-    """Class scores of whole images, or of windows that slide over them and are averaged where they overlap.
+    """Return the class scores of whole images, or of sliding windows that are averaged where they overlap.
 
     Args:
         model (`nn.Module`): A semantic segmentation model.
@@ -54,7 +54,7 @@ def segment(model: nn.Module, pixel_values: Tensor, windows: Windows | None = No
 
 
 def segmentation_processor(image_processor: Any, image_size: tuple[int, int]) -> SegformerImageProcessorPil:
-    """An image processor that feeds a segmenter as it was trained, and turns its scores into masks.
+    """Return an image processor that feeds a segmenter as it was trained, and turns its scores into masks.
 
     A family's own lacks `post_process_semantic_segmentation`, which `pipeline("image-segmentation")` calls.
 
@@ -69,61 +69,52 @@ def segmentation_processor(image_processor: Any, image_size: tuple[int, int]) ->
     return SegformerImageProcessorPil(size={"height": height, "width": width}, do_normalize=normalize, **known)
 
 
-def score_masks(logits: Tensor, masks: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Loss and confusion matrix of each image, at the resolution of its mask.
+def score_masks(logits: Tensor, masks: Tensor | list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss and the label map of each image, at the resolution of its mask.
 
     Args:
         logits (`Tensor`): `(batch, num_labels, rows, columns)` of any resolution; interpolated bilinearly.
         masks (`Tensor` or `list[Tensor]`): int64, a (height, width) for each image.
 
     Returns:
-        Cross-entropy `(batch,)`, a mean over the pixels that count, and int64 confusion matrices
-        `(batch, num_labels, num_labels)`, rows true, columns predicted.
+        `tuple`: Cross-entropy `(batch,)`, a mean over the pixels that count, and int64 maps (height, width).
     """
-    losses, confusions = [], []
+    losses, maps = [], []
     for scores, mask in zip(logits, masks, strict=True):
         scores = _resize(scores[None], tuple(mask.shape))
         loss = cross_entropy(scores, mask[None], ignore_index=IGNORE_INDEX, reduction="sum")
         losses.append(loss / (mask != IGNORE_INDEX).sum().clamp(min=1))
-        confusion = confusion_matrix(scores.argmax(dim=1)[0], mask, len(scores[0]), IGNORE_INDEX)
-        confusions.append(torch.from_numpy(confusion).to(logits.device))
-    return torch.stack(losses), torch.stack(confusions)
-
-
-def segmentation_metrics(confusion: np.ndarray, labels: list[str]) -> dict[str, float]:
-    """`mean_iou`, `pixel_accuracy`, `mean_accuracy` (over classes) and `iou_<label>` of every class that occurs.
-
-    Args:
-        confusion: Counts `(num_labels, num_labels)`, rows true, columns predicted.
-        labels: Class names.
-    """
-    result = iou_from_confusion(confusion)
-    classes = {f"iou_{label}": iou for label, iou in zip(labels, result["per_category_iou"], strict=True)}
-    totals = {"mean_iou": "mean_iou", "pixel_accuracy": "overall_accuracy", "mean_accuracy": "mean_accuracy"}
-    # a class that is nowhere has no IoU, and nan is no JSON
-    return {name: result[key] for name, key in totals.items()} | {k: v for k, v in classes.items() if not np.isnan(v)}
+        maps.append(scores.argmax(dim=1)[0])
+    return torch.stack(losses), maps
 
 
 class SegmentationMetrics:
-    """`compute_metrics` for `Trainer` with `batch_eval_metrics`: sums confusion matrices, so memory stays constant.
+    """`compute_metrics` for `Trainer` with `batch_eval_metrics`, by `MeanIoU`, whose sums stay small.
 
-    Called with the confusion matrices `(batch, num_labels, num_labels)` of a batch as predictions; returns
-    `segmentation_metrics` over the whole split with `compute_result`, and starts anew.
+    Called with the sums `(batch, num_labels, num_labels)` of the images of a batch as predictions. With
+    `compute_result`, returns `mean_iou`, `pixel_accuracy`, `mean_accuracy` (over classes) and `iou_<label>` of every
+    class that occurs, over the whole split, and starts anew.
 
     Args:
-        labels: Class names.
+        labels (`list[str]`): Class names.
     """
 
     def __init__(self, labels: list[str]) -> None:
-        self.labels = labels
-        self.confusion: np.ndarray | int = 0
+        self.labels, self.metric = labels, MeanIoU(len(labels), IGNORE_INDEX)
 
     def __call__(self, eval_prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
-        self.confusion = self.confusion + as_tensor(eval_prediction.predictions).sum(dim=0).cpu().numpy()
-        if not compute_result:
-            return {}
-        confusion, self.confusion = self.confusion, 0
-        return segmentation_metrics(confusion, self.labels)
+        sums = torch.as_tensor(eval_prediction.predictions).cpu().numpy()
+        self.metric.add_sums(sums.sum(axis=0), len(sums))
+        return self.compute() if compute_result else {}
+
+    def compute(self) -> dict[str, float]:
+        """Return the figures over all that was added."""
+        result = self.metric.compute()
+        scores = {"mean_iou": result["mean_iou"], "pixel_accuracy": result["overall_accuracy"]}
+        scores["mean_accuracy"] = result["mean_accuracy"]
+        classes = zip(self.labels, result["per_category_iou"], strict=True)
+        # a class that does not occur has no IoU, and JSON has no nan
+        return scores | {f"iou_{label}": iou for label, iou in classes if not np.isnan(iou)}
 
 
 @torch.no_grad()
@@ -135,7 +126,7 @@ def evaluate_segmentation(
     autocast_dtype: torch.dtype | None = None,
     disable_progress: bool | None = None,
 ) -> dict[str, float]:
-    """Mean IoU, IoU by class and pixel accuracy over a whole split, at the resolution of its masks.
+    """Return mean IoU, IoU by class and pixel accuracy over a whole split, at the resolution of its masks.
 
     Args:
         model (`PreTrainedModel`): Its `config.id2label` names the classes.
@@ -145,26 +136,26 @@ def evaluate_segmentation(
         disable_progress (`bool`, *optional*): Default: a progress bar only in a terminal.
 
     Returns:
-        That of [`segmentation_metrics`], and `loss`, a mean over the images.
+        `dict`: Those of [`SegmentationMetrics`], and `loss`, a mean over the images.
 
     Raises:
-        DataError: there are no batches.
+        DataError: If there are no batches.
     """
     model.eval()
-    losses, total = [], None
+    losses = []
+    metrics = SegmentationMetrics([model.config.id2label[index] for index in range(model.config.num_labels)])
     for batch in tqdm(batches, desc="mean IoU", disable=disable_progress, leave=False):
         autocast: AbstractContextManager = nullcontext()
         if autocast_dtype is not None:
             autocast = torch.autocast(model.device.type, dtype=autocast_dtype)
         with autocast:
             logits = segment(model, batch["pixel_values"].to(model.device), windows)
-        loss, confusion = score_masks(logits, [mask.to(model.device) for mask in batch["labels"]])
+        loss, maps = score_masks(logits, [mask.to(model.device) for mask in batch["labels"]])
         losses.append(loss.cpu())
-        total = confusion.sum(dim=0) if total is None else total + confusion.sum(dim=0)
-    if total is None:
-        raise DataError("there are 0 images to evaluate on: choose another split with --eval-split")
-    labels = [model.config.id2label[index] for index in range(len(total))]
-    return {"loss": torch.cat(losses).mean().item()} | segmentation_metrics(total.cpu().numpy(), labels)
+        metrics.metric.add_batch(predictions=maps, references=batch["labels"])
+    if not losses:
+        raise DataError("there are 0 images to evaluate on; choose another split with --eval-split.")
+    return {"loss": torch.cat(losses).mean().item()} | metrics.compute()
 
 
 def _starts(length: int, window: int, stride: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Pictures of what models see: patch features as colors, and what one patch attends to."""
+"""Pictures of patch features as colors, and of the attention of one patch."""
 
 import warnings
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ _TAP = "adala_tap"
 
 @dataclass(frozen=True)
 class ColorBasis:
-    """The first three principal components of some features, as red, green and blue.
+    """First three principal components of features, as red, green and blue.
 
     Args:
         mean (`Tensor`): `(channels,)`.
@@ -52,7 +52,7 @@ class ColorBasis:
 
     @classmethod
     def fit(cls, features: Tensor) -> Self:
-        """The basis of `(..., channels)` features."""
+        """Return the basis of `(..., channels)` features."""
         rows = features.flatten(0, -2).double()
         mean = rows.mean(dim=0)
         components = torch.linalg.eigh((rows - mean).T @ (rows - mean)).eigenvectors[:, -3:].flip(1)
@@ -62,22 +62,22 @@ class ColorBasis:
         return cls(*(x.float() for x in (mean, components, low, high)))
 
     def __call__(self, features: Tensor) -> Tensor:
-        """`(..., channels)` features as `(..., 3)` colors in 0..1."""
+        """Return `(..., channels)` features as `(..., 3)` colors in 0..1."""
         return (((features - self.mean) @ self.components - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
 @torch.no_grad()
 def patch_features(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-    """Final features of the patches, `(batch, rows, columns, hidden_size)`, in float32 on the CPU."""
+    """Return the final patch features `(batch, rows, columns, hidden_size)`, in float32 on the CPU."""
     patches = forward_features(model.eval(), pixel_values)[:, token_groups(model.config)["patches"]]
     return patches.float().cpu().unflatten(1, patch_grid(vision_config(model.config), pixel_values))
 
 
 def check_layer(config: PretrainedConfig, layer: int) -> int:
-    """The index from 0 of a layer that may be counted from the end.
+    """Return the index from 0 of a layer that may be counted from the end.
 
     Raises:
-        UsageError: if the vision tower does not have it.
+        UsageError: If the vision tower does not have it.
     """
     layers = vision_config(config).num_hidden_layers
     if not -layers <= layer < layers:
@@ -88,10 +88,10 @@ def check_layer(config: PretrainedConfig, layer: int) -> int:
 def check_query(
     config: PretrainedConfig, image_size: tuple[int, int], query: tuple[int, int] | None = None
 ) -> tuple[int, int]:
-    """The row and column of a patch; by default, of the one in the middle.
+    """Return the row and column of a patch; by default, of the one in the middle.
 
     Raises:
-        UsageError: if an image of `image_size`, `(height, width)` in pixels, does not have it.
+        UsageError: If an image of `image_size`, `(height, width)` in pixels, does not have it.
     """
     rows, columns = (side // patch for side, patch in zip(image_size, patch_size(config), strict=True))
     row, column = query or (rows // 2, columns // 2)
@@ -105,10 +105,10 @@ def check_query(
 
 @torch.no_grad()
 def query_attention(model: PreTrainedModel, pixel_values: Tensor, layer: int, query: tuple[int, int]) -> Tensor:
-    """What one patch attends to: a row of the attention weights, effective ones where attention is linear.
+    """Return the attention weights of one patch, the effective ones where attention is linear.
 
     The same as that row of `modeling_adala.attention_map`, for stock models, too, and in `O(tokens)`: a tap in the
-    attention interface multiplies this one query with the keys of the layer, while all layers attend as ever. The
+    attention interface multiplies this one query with the keys of the layer, while all layers attend as usual. The
     N x N weights exist nowhere.
 
     Args:
@@ -121,7 +121,7 @@ def query_attention(model: PreTrainedModel, pixel_values: Tensor, layer: int, qu
         `Tensor`: `(batch, heads, tokens)`, float32 on the CPU, class token and registers first (see `token_groups`).
 
     Raises:
-        UsageError: for a layer or a patch that does not exist.
+        UsageError: For a layer or a patch that does not exist.
     """
     height, width = pixel_values.shape[-2:]
     row, column = check_query(model.config, (height, width), query)
@@ -135,7 +135,7 @@ def query_attention(model: PreTrainedModel, pixel_values: Tensor, layer: int, qu
 
 @contextmanager
 def _tap(model: PreTrainedModel, target: nn.Module, token: int) -> Iterator[list[Tensor]]:
-    """Collects the attention weights of one query token in one module, `(batch, heads, 1, tokens)`."""
+    """Yield a list that collects the weights of one query token in one module, `(batch, heads, 1, tokens)`."""
     is_linear = vision_tower(model).config._attn_implementation == "adala"
     name = "adala" if is_linear else "sdpa"
     attend = ALL_ATTENTION_FUNCTIONS[name]
@@ -161,21 +161,21 @@ def _tap(model: PreTrainedModel, target: nn.Module, token: int) -> Iterator[list
 
 
 def new_figure(width: float, height: float, **kwargs: Any) -> Any:
-    """A `matplotlib.figure.Figure` in inches. Not by `pyplot`, whose backend and figures are those of the user."""
+    """Return a figure with a size in inches, without `pyplot`, whose backend and figures are the user's."""
     from matplotlib.figure import Figure  # here, because only pictures need it
 
     return Figure(figsize=(width, height), **kwargs)
 
 
 def save_figure(figure: Any, path: Path, **kwargs: Any) -> None:
-    """Writes a figure as PNG. Characters that the font lacks, such as of a file's name, are drawn as boxes."""
+    """Write a figure as PNG. Characters that the font lacks, such as in a file name, are drawn as boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path, **kwargs)
 
 
 def draw_colors(path: Path, images: Tensor, colors: dict[str, Tensor]) -> None:
-    """One row per image: the image, and the colored features of each model beside it.
+    """Draw one row per image: the image, and the colored features of each model beside it.
 
     Args:
         path (`Path`): PNG to write.
@@ -198,7 +198,7 @@ def draw_colors(path: Path, images: Tensor, colors: dict[str, Tensor]) -> None:
 
 
 def draw_attention(path: Path, image: Tensor, query: tuple[int, int], weights: dict[str, Tensor], title: str) -> None:
-    """What one patch attends to: the mean over heads of each model in the first row, then head by head.
+    """Draw the attention of one patch: the mean over heads of each model in the first row, then head by head.
 
     Each map is scaled to its own 99th percentile: where attention goes is told by color, how much by no map.
 

@@ -1,8 +1,9 @@
-"""`report.md` and its pictures: how good the student is, and where it is not."""
+"""Report of a run: `report.md`, its tables and its pictures."""
 
 import json
-import statistics
 import time
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from hub_cards.card import code, plain
-from hub_cards.records import mapping, number, read_json
+from hub_cards.records import read_json, read_metrics
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.convert import convert
 from modeling_adala.conversion.loading import load_student
@@ -22,12 +23,13 @@ from modeling_adala.inspection.towers import forward_features, patch_size
 
 from ..base_config import has_fast_bf16
 from ..evaluation.comparison import Comparison
-from ..runs.callbacks import read_metrics
+from ..runs.callbacks import cost_in_words
 from ..runs.checkpoints import whole_file
 from ..runs.facts import describe_machine
-from ..runs.monitoring import cost_in_words
+from ..runs.memory import peak_above
 from ..runs.recipe_config import RecipeConfig
 from ..runs.stages import STAGES
+from ..runs.timing import time_in_turns
 from .pictures import ColorBasis, draw_colors, new_figure, patch_features, save_figure
 
 ROWS = {
@@ -51,10 +53,10 @@ COLUMNS = (
 
 
 def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Path:
-    """Draws the plots, writes `report.md` from the recorded figures, and prints its table.
+    """Draw the plots, write `report.md` from the recorded figures, and print its table.
 
     Args:
-        out (`Path`): The run's folder, with `manifest.json` and `metrics.jsonl`.
+        out (`Path`): The run's folder, with `manifest.json`; the curves are drawn from `metrics.jsonl`.
         comparison (`Comparison`): The teacher and the evaluation images.
         config (`RecipeConfig`): The run's settings.
 
@@ -63,7 +65,7 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
     """
     manifest = json.loads((out / "manifest.json").read_text())
     lines = read_metrics(out / "metrics.jsonl")
-    evaluations = {line["evaluation"]: line for line in lines if "evaluation" in line}
+    evaluations = manifest["evaluations"]
     table = summary_table(evaluations, manifest)
     students = _students(out, comparison, config)
     pictures = {}
@@ -77,7 +79,7 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
         draw_features(out / "features.png", comparison, students)
         pictures["features.png"] = "Patch features as PCA colors, one basis (the teacher's) for all"
     speed = read_json(out / "speed.json")
-    if not _is_speed(speed):  # once for all stages: they change the weights, not what these cost
+    if not speed.get("rows"):  # once for all stages: they change the weights, not what these cost
         speed = measure_speed(comparison.teacher, students["last"])
         whole_file(out / "speed.json", json.dumps(speed, indent=2) + "\n")
     draw_speed(out / "speed.png", speed["rows"])
@@ -89,7 +91,7 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
 
 
 def summary_table(evaluations: dict[str, dict], manifest: dict[str, Any]) -> list[list[str]]:
-    """Heading and one row per model, as text; columns without any figure are left out."""
+    """Return a heading and one row per model, as text; columns without any figure are left out."""
     columns = []
     for heading, key, teacher_key, form in COLUMNS:
         values = []
@@ -109,7 +111,7 @@ def summary_table(evaluations: dict[str, dict], manifest: dict[str, Any]) -> lis
 
 
 def draw_alignment(path: Path, lines: list[dict], evaluations: dict[str, dict]) -> bool:
-    """Heat map of stage 1, block by step. False where there is nothing to draw."""
+    """Draw the heat map of stage 1, block by step; return `False` where there is nothing to draw."""
     logs = [line for line in lines if line.get("stage") == "attention-alignment" and "loss" in line]
     if not logs:
         return False
@@ -124,7 +126,7 @@ def draw_alignment(path: Path, lines: list[dict], evaluations: dict[str, dict]) 
 
 
 def draw_blocks(path: Path, lines: list[dict], evaluations: dict[str, dict]) -> bool:
-    """Relative error after each block, one curve per stage. False where there is nothing to draw."""
+    """Draw the relative error after each block, a curve per stage; return `False` where there is nothing to draw."""
     curves = {name: line["block_errors"] for name, line in evaluations.items() if line.get("block_errors")}
     if not curves:
         return False
@@ -139,7 +141,7 @@ def draw_blocks(path: Path, lines: list[dict], evaluations: dict[str, dict]) -> 
 
 
 def draw_features(path: Path, comparison: Comparison, students: dict[str, PreTrainedModel], images: int = 4) -> None:
-    """Images, and the first three principal components of their patch features as colors."""
+    """Draw images, and the first three principal components of their patch features as colors."""
     assert comparison.eval_loader is not None  # write_report asks
     dataset: Any = comparison.eval_loader.dataset
     chosen = torch.linspace(0, len(dataset) - 1, images + 2).long()[1:-1].tolist()  # many datasets are sorted by class
@@ -154,7 +156,7 @@ def draw_features(path: Path, comparison: Comparison, students: dict[str, PreTra
 
 @torch.no_grad()
 def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: float = 20.0) -> dict[str, Any]:
-    """Seconds per image of teacher (SDPA) and student over growing sizes, batch 1, within a time budget.
+    """Measure the seconds per image of teacher (SDPA) and student over growing sizes, within a time budget.
 
     Under bf16 autocast where the hardware multiplies bf16, else in float32. On a GPU also `teacher_bytes` and
     `student_bytes`: the peak of memory above what was in use before.
@@ -163,31 +165,27 @@ def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: fl
         `dict`: `machine`, `batch_size`, `dtype`, `autocast` (`None` without), `teacher_attention`, and one of `rows`
         per size.
     """
-    teacher, student = teacher.eval(), student.eval()
-    config, rows, start = vision_config(teacher.config), [], time.perf_counter()
+    models, start = {"teacher": teacher.eval(), "student": student.eval()}, time.perf_counter()
+    config, device, rows = vision_config(teacher.config), teacher.device, []
     height, width = patch_size(config)
     bf16 = has_fast_bf16()
-    sides = (8, 16, 32, 48, 64, 96, 128)
-    for side, following in zip(sides, (*sides[1:], 0), strict=True):
+
+    def run(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return forward_features(model, pixels)
+
+    for side, following in pairwise((8, 16, 32, 48, 64, 96, 128, 0)):
         size = side * height, side * width
-        pixels = torch.randn(1, config.num_channels, *size, device=teacher.device)
-        times: dict[str, list[float]] = {"teacher": [], "student": []}
-        peaks: dict[str, float] = {}
-        for repeat in range(4):  # the first is the warm-up
-            for name, model in (("teacher", teacher), ("student", student)):
-                in_use = _reset_peak(pixels.device)
-                begin = time.perf_counter()
-                with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
-                    forward_features(model, pixels)
-                if pixels.is_cuda:
-                    torch.cuda.synchronize()
-                    peaks[f"{name}_bytes"] = torch.cuda.max_memory_allocated(pixels.device) - in_use
-                if repeat:
-                    times[name].append(time.perf_counter() - begin)
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        rows.append({"size": size[1], "tokens": count_tokens(config, size), **medians, **peaks})
+        pixels = torch.randn(1, config.num_channels, *size, device=device)
+        runs = {name: partial(run, model, pixels) for name, model in models.items()}
+        timings = time_in_turns(runs, device, seconds=budget / 40)
+        medians = {name: timing.median for name, timing in timings.items()}
+        row: dict[str, Any] = {"size": size[1], "tokens": count_tokens(config, size), **medians}
+        if device.type == "cuda":
+            row |= {f"{name}_bytes": peak_above(call, device) for name, call in runs.items()}
+        rows.append(row)
         # softmax costs the square of the tokens, and the tokens grow with the square of the side
-        forecast = 4 * (medians["teacher"] + medians["student"]) * (following / side) ** 4
+        forecast = 5 * sum(medians.values()) * (following / side) ** 4
         if time.perf_counter() - start + forecast > budget:
             break
     return {
@@ -200,16 +198,8 @@ def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: fl
     }
 
 
-def _is_speed(speed: dict[str, Any]) -> bool:
-    """Whether a record is one of `measure_speed`, and whole."""
-    rows = speed.get("rows")
-    names = ("size", "tokens", "teacher", "student")
-    is_whole = isinstance(rows, list) and all(number(mapping(row).get(name)) for row in rows for name in names)
-    return bool(rows) and is_whole and {"machine", "batch_size", "dtype"} <= speed.keys()
-
-
 def draw_speed(path: Path, speed: list[dict[str, float]]) -> None:
-    """Time per image over resolution, teacher and student."""
+    """Draw the time per image over resolution, of teacher and student."""
     figure = new_figure(6, 3.6)
     axes = figure.subplots()
     for name, label in (("teacher", "teacher (softmax, SDPA)"), ("student", "student (linear)")):
@@ -281,7 +271,7 @@ def _print(rows: list[list[str]]) -> None:
 
 
 def _students(out: Path, comparison: Comparison, config: RecipeConfig) -> dict[str, PreTrainedModel]:
-    """The student as it came out of each stage, and the last one once more under `"last"`."""
+    """Return the student of each stage, and the last one once more as `"last"`."""
     device = comparison.teacher.device
     students = {}
     for stage in STAGES.values():
@@ -290,13 +280,6 @@ def _students(out: Path, comparison: Comparison, config: RecipeConfig) -> dict[s
     if not students:
         students["swapped"] = convert(comparison.teacher, check_parity=False, **config.feature_options)
     return {**students, "last": list(students.values())[-1]}
-
-
-def _reset_peak(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
 
 
 def _save(figure: Any, path: Path) -> bool:

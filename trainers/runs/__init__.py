@@ -1,1 +1,1 @@
-"""What a run is made of: its folder, checkpoints, facts, stages and recipe."""
+"""Parts of a run: its folder, checkpoints, facts, stages and recipe."""

@@ -1,4 +1,4 @@
-"""What a training leaves on record for its model card: `manifest.json` beside the weights."""
+"""Facts of a training for its model card: `manifest.json` beside the weights."""
 
 import hashlib
 import json
@@ -53,8 +53,10 @@ RARE_SETTINGS = (
 LOCAL_SETTINGS = ("teacher_feature_cache",)
 
 
-def record_stage(directory: str | Path, trainer: Trainer, student: PreTrainedModel, stage: str, **facts: Any) -> None:
-    """Writes what is known of a stage into the `manifest.json` of a checkpoint folder.
+def record_stage(
+    directory: str | Path, trainer: Trainer, student: PreTrainedModel, stage: str, **facts: Any
+) -> dict[str, Any]:
+    """Write the facts of a stage into the `manifest.json` of a checkpoint folder, and return them.
 
     The stages before it are taken over from the folder that the student was loaded from.
 
@@ -66,19 +68,21 @@ def record_stage(directory: str | Path, trainer: Trainer, student: PreTrainedMod
         facts: What the trainer does not know, such as `seconds` and `dataset`; they win.
 
     Raises:
-        CheckpointError: if the file cannot be written.
+        CheckpointError: If the file cannot be written.
     """
     # read only where a checkpoint of ours can be: a student built in memory has no path, or its teacher's
     earlier = read_manifest(Path(student.config.name_or_path)) if student.config.name_or_path else {}
     stages = {name: known for name, known in mapping(earlier.get("stages")).items() if name != stage}
     vision = vision_config(student.config)
     found = find_license(vision.teacher_name_or_path, vision.teacher_revision, download=True)
+    facts = _trainer_facts(trainer) | facts
     manifest = {
         "teacher_license": earlier.get("teacher_license") or found,
         "versions": software_versions(),
-        "stages": {**stages, stage: _trainer_facts(trainer) | facts},
+        "stages": {**stages, stage: facts},
     }
     whole_file(Path(directory) / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    return facts
 
 
 def training_settings(args: AdaLATrainingArguments) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def training_settings(args: AdaLATrainingArguments) -> dict[str, Any]:
 
 
 def data_facts(data: DataModule) -> dict[str, Any]:
-    """Name of the data set (`dataset_id` where it is on the Hub), its splits, and the image size in pixels."""
+    """Return the dataset's name (`dataset_id` where it is on the Hub), its splits, and the image size in pixels."""
     name, split = str(data.config.dataset), getattr(data.raw_eval, "split", None)
     is_local = name == DIGITS_NAME or not isinstance(data.config.dataset, str) or Path(name).expanduser().exists()
     return {
@@ -108,7 +112,7 @@ def software_versions() -> dict[str, str]:
 
 
 def hash_weights(model: PreTrainedModel) -> str:
-    """SHA-256 of all names and tensors of a model, 64 hexadecimal digits."""
+    """Return the SHA-256 of all names and tensors of a model, 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -117,7 +121,7 @@ def hash_weights(model: PreTrainedModel) -> str:
 
 
 def describe_machine() -> str:
-    """Device and cores in a few words."""
+    """Return the device and its cores in a few words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()

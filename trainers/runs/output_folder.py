@@ -1,4 +1,4 @@
-"""The output folder of a command: what is written there, resumed and removed, and nothing else anywhere.
+"""Output folder of a command: all files that it writes, resumes from and removes are there.
 
 `manifest.json` says what the folder is: under `run`, the command, its settings, whether it has finished, and every
 file that it left. A folder that holds other files is refused, and only listed files are ever removed.
@@ -38,7 +38,7 @@ class OutputFolder:
             link to a folder is followed.
         command (`str`): What writes into it, such as `"align"`.
         settings (`dict`): All that decides the result, as plain JSON values.
-        inputs (`Iterable[str]`, *optional*): Teacher, model and data; names that are no local path are passed over.
+        inputs (`Iterable[str]`, *optional*): Teacher, model and data; names that are not a local path are ignored.
         files (`Iterable[str]`, *optional*): Names that the command may leave, on top of those in the manifest.
         stages (`Iterable[str]`, *optional*): Folders in it that have a manifest of their own.
         checkpoints (`Path`, *optional*): Where checkpoints to resume from are kept until the command has finished.
@@ -72,7 +72,7 @@ class OutputFolder:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the manifest says of the folder; empty where there is none."""
+        """Record of the folder in its manifest; empty where there is none."""
         return read_record(self.path)
 
     @property
@@ -268,7 +268,7 @@ def is_finished(path: Path) -> bool:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return what the manifest of a folder says of its run; empty where there is no manifest of ours."""
+    """Return the record of a run in the manifest of a folder; empty where there is none."""
     record = read_manifest_file(path).get("run")
     return record if isinstance(record, dict) and isinstance(record.get("files"), list) else {}
 

@@ -1,7 +1,7 @@
-"""YAML as recipes and `--set` use it: null, true and false, numbers, texts, lists and mappings, each spelled out.
+"""YAML of recipes and `--set`: null, true and false, numbers, strings, lists and mappings, each spelled out.
 
-YAML 1.2 decides what is a number: `1e-4` is one, while `no` and `2024-01-01` are texts. What settings have no use for,
-and what hides a mistake or an attack, is refused: a name given twice, aliases, tags, deep nesting.
+YAML 1.2 decides what is a number: `1e-4` is one, while `no` and `2024-01-01` are strings. A name given twice,
+aliases, tags and deep nesting, which settings do not need and mistakes or attacks use, are refused.
 """
 
 import re
@@ -48,12 +48,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-# a text that only YAML 1.2 takes for a number needs quotes as well
+# a string that only YAML 1.2 takes for a number needs quotes as well
 _Dumper.add_implicit_resolver(f"{_TAG}float", _FLOAT, list(_DIGITS))
 
 
 def parse_yaml(text: str) -> Any:
-    """Return what a YAML text holds.
+    """Return the content of a YAML string.
 
     Raises:
         ValueError: Saying in one line what is wrong, and where.
@@ -90,7 +90,7 @@ def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
 
 
 def dump_yaml(settings: dict[str, Any]) -> str:
-    """Return settings as a text that `parse_yaml`, and any other YAML reader, reads as the same values."""
+    """Return settings as a string that `parse_yaml`, and any other YAML reader, reads as the same values."""
     return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

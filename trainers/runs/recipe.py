@@ -1,6 +1,5 @@
 """All stages in order, resumable at any point, with a manifest of facts and a report at the end."""
 
-import copy
 import json
 import logging
 import time
@@ -21,7 +20,6 @@ from modeling_adala.conversion.loading import (
     load_image_processor,
     load_student,
     load_teacher,
-    load_teacher_config,
 )
 from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
 
@@ -47,7 +45,7 @@ FILES = (CONFIG, SPEED, REPORT, CONTROL_METRICS, *PICTURES)
 
 
 def run_recipe(config: RecipeConfig, *, from_stage: int | None = None) -> Path:
-    """Runs the stages of a recipe, or goes on where a killed run of it stopped.
+    """Run the stages of a recipe, or resume where a killed run of it stopped.
 
     Args:
         config (`RecipeConfig`): What to run.
@@ -57,8 +55,8 @@ def run_recipe(config: RecipeConfig, *, from_stage: int | None = None) -> Path:
         `Path`: the report, `output_dir/report.md`.
 
     Raises:
-        UsageError: for settings that do not fit, or an `output_dir` that holds a different run.
-        DataError, CheckpointError: see there. What finished before stays, and the same command goes on.
+        UsageError: For settings that do not fit, or an `output_dir` that holds a different run.
+        DataError, CheckpointError: If a stage fails. What has finished stays, and the same command resumes.
     """
     run = _Run(config, from_stage)
     facts = {"teacher_sha256": hash_weights(run.teacher), "data_fingerprint": fingerprint(run.data.raw_train)}
@@ -102,7 +100,7 @@ class _RunFolder(OutputFolder):
 
 
 class _Run:
-    """The state of one call of `run_recipe`."""
+    """State of one call of `run_recipe`."""
 
     def __init__(self, config: RecipeConfig, from_stage: int | None):
         self.config, self.out = config, Path(config.output_dir)
@@ -113,9 +111,9 @@ class _Run:
         if from_stage is not None:
             self._check_from(from_stage)
         teacher = find_teacher(config.teacher)
-        student_config(load_teacher_config(teacher), **config.feature_options)  # before any time is spent
         self.image_processor = load_image_processor(teacher)
         self.teacher = load_teacher(teacher)
+        student_config(self.teacher.config, **config.feature_options)  # refuses layers that it does not have
         supervised = "supervised" in config.stages
         self.data = DataModule(config, self.teacher.config, self.image_processor, require_labels=supervised)
         device = PartialState().device
@@ -140,15 +138,20 @@ class _Run:
                 student = self._open_finished(stage)
                 if self.main:
                     remove_checkpoints(self._checkpoints(directory))  # a kill may have come between the two
-                self._finish(stage, student)
-                continue
-            student = self._run_stage(stage, student).model
+                facts = read_manifest(directory)["stages"][stage.name]
+            else:
+                result = self._run_stage(stage, student)
+                student, facts = result.model, result.facts
+            self._record(stages={**self.manifest["stages"], stage.name: facts})
+            if self.main and stage.name not in self.manifest["evaluations"]:
+                self._evaluate(stage.name, student)
+            PartialState().wait_for_everyone()
         if self.config.control:
             self._run_control()
         if self.main:
             write_report(self.out, self.comparison, self.config)
             for stage in self.stages:
-                write_card(self.out / stage.directory)  # with speed and pictures
+                write_card(self.out / stage.directory)  # with figures, speed and pictures
             self.folder.write_record("finished", **self.manifest)
         return self.out / "report.md"
 
@@ -160,10 +163,10 @@ class _Run:
             parity = parity_report(self.teacher, student)
             parity.check()
             self._record(parity=parity.differences)
-        if self.main and "teacher" not in self._evaluated():
+        if self.main and "teacher" not in self.manifest["evaluations"]:
             head = self.comparison.classifier_accuracy(self.teacher)
-            self._evaluate("teacher", None, {} if head is None else {"head_accuracy": head})
-        if self.main and "swapped" not in self._evaluated():
+            self._keep_evaluation("teacher", {} if head is None else {"head_accuracy": head})
+        if self.main and "swapped" not in self.manifest["evaluations"]:
             self._evaluate("swapped", student)
         return student
 
@@ -180,7 +183,7 @@ class _Run:
             args.check_evaluation(kwargs["eval_dataset"] is not None)
         else:
             kwargs["teacher_model"] = self.teacher
-        result = run_stage(
+        return run_stage(
             stage,
             student,
             args,
@@ -189,8 +192,6 @@ class _Run:
             facts=data_facts(self.data),
             **kwargs,
         )
-        self._finish(stage, result.model)
-        return result
 
     def _stage_folder(self, stage: Stage, args: AdaLATrainingArguments) -> OutputFolder:
         directory = Path(args.output_dir)
@@ -210,56 +211,50 @@ class _Run:
                 f"stage {stage.number} has finished, but its model does not open: {reason}.{again}"
             ) from error
 
-    def _finish(self, stage: Stage, student: PreTrainedModel) -> None:
-        """Records a stage, also one whose process was killed between its checkpoint and this line."""
-        facts = read_manifest(self.out / stage.directory)["stages"][stage.name]
-        self._record(stages={**self.manifest["stages"], stage.name: facts})
-        if self.main and stage.name not in self._evaluated():
-            self._evaluate(stage.name, student)
-        if self.main:
-            write_card(self.out / stage.directory)  # with its figures, which a stage alone does not have
-        PartialState().wait_for_everyone()
-
     def _run_control(self) -> None:
-        """Stage 2 alone for the wall time of stages 1 and 2, from the same start: what stage 1 is worth."""
-        if "control" in self._evaluated() or "feature-alignment" not in self.manifest["stages"]:
+        """Run stage 2 alone for the wall time of stages 1 and 2, from the same start: what stage 1 is worth."""
+        if "control" in self.manifest["evaluations"] or "feature-alignment" not in self.manifest["stages"]:
             return
         first, second = (self.manifest["stages"].get(n, {}) for n in ("attention-alignment", "feature-alignment"))
         if not second.get("seconds") or first.get("resumed_from_step") or second["resumed_from_step"]:
             logger.warning("control: skipped, because the wall time of an interrupted stage is not known")
             return
-        stage = STAGES["feature-alignment"]
-        args = self.config.stage_arguments(stage)
-        extra = first.get("seconds", 0.0) * second["steps"] / second["seconds"]
-        args.max_steps = round(second["steps"] + extra)
-        args.output_dir = str(self.out / CONTROL)
-        set_seed(self.config.seed)
-        student = convert(copy.deepcopy(self.teacher).cpu(), check_parity=False, **self.config.feature_options)
-        result = run_stage(
-            stage,
-            student,
-            args,
-            folder=self._stage_folder(stage, args),
-            image_processor=self.image_processor,
-            metrics_file=self.out / CONTROL_METRICS,
-            teacher_model=self.teacher,
-            train_dataset=self.data.train_dataset(self.config.seed),
-            facts=data_facts(self.data),
-        )
-        self._record(control={"seconds": round(result.seconds, 1), "steps": result.steps})
+        stage, directory = STAGES["feature-alignment"], self.out / CONTROL
+        if is_finished(directory):  # and was killed before it was evaluated
+            student, facts = load_student(str(directory)), read_manifest(directory)["stages"][stage.name]
+        else:
+            args = self.config.stage_arguments(stage)
+            extra = first.get("seconds", 0.0) * second["steps"] / second["seconds"]
+            args.max_steps = round(second["steps"] + extra)
+            args.output_dir = str(directory)
+            set_seed(self.config.seed)
+            student = convert(self.teacher, check_parity=False, **self.config.feature_options)
+            result = run_stage(
+                stage,
+                student,
+                args,
+                folder=self._stage_folder(stage, args),
+                image_processor=self.image_processor,
+                metrics_file=self.out / CONTROL_METRICS,
+                teacher_model=self.teacher,
+                train_dataset=self.data.train_dataset(self.config.seed),
+                facts=data_facts(self.data),
+            )
+            student, facts = result.model, result.facts
+        self._record(control={name: facts[name] for name in ("seconds", "steps")})
         if self.main:
-            self._evaluate("control", result.model)
+            self._evaluate("control", student)
 
-    def _evaluate(self, row: str, student: PreTrainedModel | None, values: dict[str, Any] | None = None) -> None:
+    def _evaluate(self, row: str, student: PreTrainedModel) -> None:
         start = time.perf_counter()
         # earlier rows show the way, the last one is the result
         quick = row not in ("control", self.stages[-1].name)
-        values = self.comparison(student, quick=quick) if student is not None else values or {}
-        append_metrics(self.out / METRICS, {"evaluation": row, **values})
+        self._keep_evaluation(row, self.comparison(student, quick=quick))
         logger.info("evaluated %s in %.0f s", row, time.perf_counter() - start)
 
-    def _evaluated(self) -> set[str]:
-        return {line["evaluation"] for line in read_metrics(self.out / METRICS) if "evaluation" in line}
+    def _keep_evaluation(self, row: str, values: dict[str, Any]) -> None:
+        append_metrics(self.out / METRICS, {"evaluation": row, **values})
+        self._record(evaluations={**self.manifest["evaluations"], row: values})
 
     def _last_directory(self, stage: Stage) -> str | None:
         before = [self.out / s.directory for s in self.stages if s.number < stage.number]
@@ -281,6 +276,14 @@ class _Run:
             remove_folder(self.out / stage.directory)
             remove_checkpoints(self._checkpoints(self.out / stage.directory))
         names = {stage.name for stage in forgotten}
+        if STAGES["feature-alignment"] in forgotten:  # and with it what it is compared with
+            names.add("control")
+            remove_folder(self.out / CONTROL)
+            remove_checkpoints(self._checkpoints(self.out / CONTROL))
+        found = read_manifest_file(self.out)
+        for key in ("stages", "evaluations"):
+            found[key] = {name: known for name, known in found.get(key, {}).items() if name not in names}
+        self.folder.write_record("running", **found)
         lines = read_metrics(self.out / METRICS)
         kept = [line for line in lines if line.get("stage") not in names and line.get("evaluation") not in names]
         if lines:
@@ -289,7 +292,7 @@ class _Run:
     def _open_manifest(self) -> dict[str, Any]:
         found = read_manifest_file(self.out)
         if "teacher_sha256" in found:
-            return found
+            return {"evaluations": {}, **found}
         manifest = {
             "teacher": self.config.teacher,
             "teacher_revision": getattr(self.teacher.config, "_commit_hash", None),
@@ -303,6 +306,7 @@ class _Run:
             "machine": describe_machine(),
             "bf16": has_fast_bf16(),
             "stages": {},
+            "evaluations": {},
         }
         self.manifest = manifest
         self._record()

@@ -13,7 +13,7 @@ from ..base_config import COUNT, RANGES, AdaLATrainingArguments
 from ..data.data_config import DataConfig, check_streaming
 from ..data.sources import describe
 from .plain_yaml import dump_yaml, read_yaml
-from .settings import build, check_settings, did_you_mean, fit_type
+from .settings import build, did_you_mean, fit_type
 from .stages import STAGES, Stage
 
 FEATURE_MAP_HELP = f"phi: {', '.join(sorted(FEATURE_MAPS))}. Default: {DEFAULT_FEATURE_MAP}"
@@ -76,10 +76,9 @@ class RecipeConfig(StudentConfig, DataConfig):
         default=None, metadata={"help": "Evaluation images. Default: all.", "range": COUNT}
     )
     control: bool = field(default=False, metadata={"help": "Also train by stage 2 alone for the same wall time."})
-    seed: int = field(default=42, metadata={"help": "Seed of everything random."})
+    seed: int = field(default=42, metadata={"help": "Seed of everything random.", "range": RANGES["seed"]})
 
     def __post_init__(self):
-        check_settings(self, RANGES)
         super().__post_init__()
         if not self.teacher:
             raise UsageError("teacher is missing; pass a Hub id or the folder of a softmax checkpoint.")
@@ -134,7 +133,7 @@ class RecipeConfig(StudentConfig, DataConfig):
         """Read a recipe; `overrides` win, in a section setting by setting.
 
         Raises:
-            UsageError: If the file cannot be read, is no mapping, or holds an unknown setting.
+            UsageError: If the file cannot be read, is not a mapping, or holds an unknown setting.
         """
         content = read_yaml(path)
         unknown = sorted(set(content) - {item.name for item in fields(cls)}, key=str)

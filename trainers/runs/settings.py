@@ -1,4 +1,4 @@
-"""Settings from a command line, a recipe or Python: what type and what range each has, and what to say otherwise."""
+"""Settings from a command line, a recipe or Python: their types and ranges, and the messages for others."""
 
 import contextlib
 import dataclasses
@@ -52,7 +52,7 @@ class Interval(NamedTuple):
 
 
 def build(config_class: type[_Config], settings: Mapping[str, Any], where: str = "") -> _Config:
-    """Make a config of texts from a command line or values from a recipe.
+    """Make a config of strings from a command line or values from a recipe.
 
     Args:
         config_class (`type`): A dataclass.
@@ -108,7 +108,7 @@ def check_settings(config: Any, ranges: Mapping[str, Interval]) -> None:
 def fit_type(name: str, value: Any, hint: Any) -> Any:
     """Return a value from YAML or a command line as the type that a field declares.
 
-    A text may stand for a number, for true or false, for a list (`0,11` or `[0, 11]`) or a mapping (`{scale: 2}`); a
+    A string may stand for a number, for true or false, for a list (`0,11` or `[0, 11]`) or a mapping (`{scale: 2}`); a
     list of one needs no brackets. Objects that no YAML holds, such as a dataset, pass, and so does what a field of
     another type is given.
 

@@ -1,13 +1,13 @@
 """One stage from start to end: build its trainer, train or resume, leave a loadable checkpoint."""
 
 import copy
-import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -24,16 +24,13 @@ from ..feature_alignment_trainer import FeatureAlignmentTrainer
 from ..supervised_config import SupervisedConfig
 from ..supervised_trainer import SupervisedTrainer
 from .callbacks import CompactProgressCallback, MetricsFileCallback
-from .checkpoints import intact_checkpoint, step_of
 from .facts import record_stage, training_settings
 from .output_folder import METRICS, OutputFolder
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the stage table."""
+    """Row of the stage table."""
 
     number: int
     name: str
@@ -57,14 +54,17 @@ STAGES = {
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a finished stage reports: its checkpoint, wall time in seconds and steps of this process, last metrics."""
+    """Result of a finished stage: the model, wall time in seconds and steps of this process, last metrics, facts.
 
-    directory: Path
+    `facts` are those of the main process, as `manifest.json` has them; none for a stock model.
+    """
+
     model: PreTrainedModel
     seconds: float
     steps: int
     resumed_from_step: int
     metrics: dict[str, float]
+    facts: dict[str, Any]
 
 
 def run_stage(
@@ -116,17 +116,14 @@ def run_stage(
         if not args.disable_tqdm:
             trainer.add_callback(CompactProgressCallback(f"stage {stage.number}, {stage.name}"))
         trainer.add_callback(MetricsFileCallback(metrics_file or directory / METRICS, stage.name))
-        found = intact_checkpoint(folder.checkpoints)
-        resumed = 0 if found is None else step_of(found)
-        if resumed:
-            logger.warning("stage %d, %s: resuming from step %d", stage.number, stage.name, resumed)
         start = time.perf_counter()
-        output = trainer.train(resume_from_checkpoint=None if found is None else str(found))
-        seconds = time.perf_counter() - start
+        output = trainer.train(resume_from_checkpoint=True)  # fresh where there is no checkpoint
+        seconds, resumed = time.perf_counter() - start, trainer.resumed_from_step
 
         student = _finished_student(trainer, stage)
         state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if student is trainer.model else None
         check_finite(student.state_dict() if state_dict is None else state_dict, f"stage {stage.name}: the weights")
+        recorded: list[dict[str, Any]] = [{}]
         if trainer.is_world_process_zero():
             with folder.staging() as staging:
                 student.save_pretrained(staging, state_dict=state_dict)
@@ -138,10 +135,10 @@ def run_stage(
                         "steps": output.global_step - resumed,
                         "resumed_from_step": resumed,
                     }
-                    record_stage(staging, trainer, student, stage.name, **clock, **(facts or {}))
+                    recorded = [record_stage(staging, trainer, student, stage.name, **clock, **(facts or {}))]
                     write_card(staging)
-        trainer.accelerator.wait_for_everyone()
-    return StageResult(directory, student, seconds, output.global_step - resumed, resumed, output.metrics)
+        broadcast_object_list(recorded)
+    return StageResult(student, seconds, output.global_step - resumed, resumed, output.metrics, recorded[0])
 
 
 def _finished_student(trainer: AdaLATrainer, stage: Stage) -> PreTrainedModel:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from modeling_adala.errors import AdaLAError
+from trainers.runs.timing import Timing, time_in_turns
 
 from .floor import Floor
-from .timing import Timing, time_in_turns
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from .timing import time_in_turns
+from trainers.runs.timing import time_in_turns
 
 DEFINITION = (
     "floor = max(bytes / copy bandwidth, FLOPs / matrix throughput), both measured in this run. Operator: query, key,"

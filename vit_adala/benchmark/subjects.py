@@ -12,11 +12,11 @@ from modeling_adala.attention_interface import feature_map_of
 from modeling_adala.errors import UsageError
 from modeling_adala.inspection.flops import head_dim, image_cost, linear_config, num_features
 from modeling_adala.inspection.towers import attention_modules, forward_features
+from trainers.runs.memory import peak_of
 
 from . import models, operators
 from .cases import Case, Size, compiled_or_error
 from .floor import OperatorWork
-from .memory import peak_of
 
 LINEAR, SOFTMAX, SDPA, EAGER = "linear", "softmax", "SDPA", "eager softmax"
 COMPILED = ", compiled"

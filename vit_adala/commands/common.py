@@ -16,9 +16,9 @@ from trainers.base_config import AdaLATrainingArguments
 from trainers.base_trainer import is_student
 from trainers.data.data_config import DataConfig, DataModule, check_streaming
 from trainers.data.sources import fingerprint
+from trainers.runs.callbacks import cost_in_words
 from trainers.runs.checkpoints import whole_file
 from trainers.runs.facts import data_facts, training_settings
-from trainers.runs.monitoring import cost_in_words
 from trainers.runs.output_folder import EVALUATION, OutputFolder
 from trainers.runs.stages import STAGES, StageResult, run_stage
 

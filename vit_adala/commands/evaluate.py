@@ -8,8 +8,8 @@ from rich.table import Table
 
 from modeling_adala.conversion.loading import load_student, load_teacher, load_teacher_config
 from modeling_adala.errors import UsageError
+from trainers.alignment_trainer import check_pair
 from trainers.base_config import COUNT
-from trainers.base_trainer import check_pair
 from trainers.data.data_config import DataConfig
 from trainers.evaluation.comparison import Comparison
 from trainers.runs.facts import data_facts

@@ -22,10 +22,10 @@ from modeling_adala.conversion.loading import (
 from modeling_adala.errors import DataError, UsageError
 from modeling_adala.families import get_family
 from modeling_adala.inspection.towers import attention_modules, native_size, patch_size, token_groups
-from trainers.base_trainer import check_pair
+from trainers.alignment_trainer import check_pair
 from trainers.data.image_files import ImageFiles, Unreadable, blaming, open_image
 from trainers.data.transforms import ImageTransform, check_image_size, parse_size
-from trainers.evaluation.metric_functions import cosine_similarity_mean
+from trainers.evaluation.metrics import FeatureCosine
 from trainers.report.pictures import (
     ColorBasis,
     check_layer,
@@ -113,7 +113,7 @@ def _draw_features(path: Path, models: dict[str, PreTrainedModel], pixels: Tenso
     first, *others = features
     basis, colors = ColorBasis.fit(features[first]), {}
     for label, values in features.items():
-        cosine = cosine_similarity_mean(values.flatten(0, 2), features[first].flatten(0, 2))
+        cosine = FeatureCosine().compute(predictions=values, references=features[first])["cosine"]
         colors[f"{label}, cosine {cosine:.3f}" if label in others else label] = basis(values)
     draw_colors(path, pictures, colors)
     print(path)

@@ -1,4 +1,4 @@
-"""What may be opened: the data set's own files, no URLs, nothing else of this machine; and what is no data set."""
+"""What may be opened: the dataset's own files, no URLs, nothing else of this machine; and what is no dataset."""
 
 import contextlib
 import io
@@ -71,7 +71,7 @@ def server():
 
 
 def table(folder: Path, paths: list[str], kind: str = "parquet") -> str:
-    """A data set of rows that name files, and its folder."""
+    """A dataset of rows that name files, and its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "csv":
         (folder / "train.csv").write_text("image\n" + "".join(f"{path}\n" for path in paths))
@@ -225,7 +225,7 @@ def test_share_of_broken_images_is_a_flag(tmp_path, capsys, teacher, options, co
     assert ("1 skipped as unreadable" in captured.out) if code == 0 else ("max_broken_fraction" in captured.err)
 
 
-# --- what is no data set ---------------------------------------------------------------------------------------------
+# --- what is no dataset ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["/proc", "/proc/self", "/sys", "/"])

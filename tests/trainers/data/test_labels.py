@@ -65,6 +65,13 @@ def test_labels_of_a_slice_are_read_without_its_images():
     assert SplitLabels.read(table, "label").numbers.tolist() == [3, 4, 5, 6]
 
 
+def test_label_column_of_each_split_is_read_once(monkeypatch):
+    read, columns = SplitLabels.read, []
+    monkeypatch.setattr(SplitLabels, "read", lambda raw, column: columns.append(str(raw.split)) or read(raw, column))
+    DataModule(DataConfig(dataset="mnist-digits"), SimpleNamespace(image_size=28, patch_size=7, num_channels=1))
+    assert sorted(columns) == ["test", "train"]
+
+
 def test_classes_are_the_names_or_else_the_numbers(caplog):
     assert SplitLabels.read(rows([1, 1], NAMED), "label").classes() == LABELS
     assert SplitLabels.read(rows([2, 0, 1]), "label").classes() == ["0", "1", "2"]

@@ -141,13 +141,6 @@ def test_repeated_stream_without_a_readable_image_ends(tmp_path):
     assert list(StreamingImageDataset(raw, max_broken_fraction=1.0, **options)) == []
 
 
-@pytest.mark.parametrize("buffer", [0, -1, 1.5, True])
-def test_other_buffers_are_refused(places, buffer):
-    raw = load_images(places["parquet"], streaming=True)
-    with pytest.raises(UsageError, match="shuffle_buffer"):
-        StreamingImageDataset(raw, ImageTransform(28, 0.0, 1.0), shuffle_buffer=buffer)
-
-
 # --- training --------------------------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ def test_valid_image_sizes(image_size, patch_size, expected):
         ((224, 230), 14, ["width 230", "224 or 238"]),
         (5, 14, ["use 14"]),
         (0, 16, ["use 16"]),
-        (-3, 16, ["use 16"]),
+        (-3, 16, ["image_size=-3"]),
         (2.5, 14, ["image_size=2.5"]),
         ((1, 2, 3), 1, ["image_size=(1, 2, 3)"]),
         (True, 1, ["image_size=True"]),

@@ -16,7 +16,7 @@ from modeling_adala.inspection.towers import forward_tower, token_groups, transf
 from modeling_adala.modeling_adala import MODELS
 from trainers import DataConfig, DataModule, RecipeConfig
 from trainers.evaluation.comparison import Comparison, block_errors
-from trainers.evaluation.metric_functions import relative_error
+from trainers.evaluation.metrics import FeatureRelativeError
 
 DIGITS = {"dataset": "mnist-digits", "train_split": "train[:40]", "eval_split": "test[:30]"}
 
@@ -47,7 +47,7 @@ def test_errors_are_those_of_two_free_runs(name, size):
     pixels = torch.randn(2, 3, *size)
     patches = token_groups(teacher.config)["patches"]
     expected = [
-        relative_error(ours[:, patches], theirs[:, patches])
+        FeatureRelativeError().compute(predictions=ours[:, patches], references=theirs[:, patches])["relative_error"]
         for ours, theirs in zip(outputs_of_blocks(student, pixels), outputs_of_blocks(teacher, pixels), strict=True)
     ]
     assert block_errors(teacher, student, pixels) == pytest.approx(expected, rel=1e-5)

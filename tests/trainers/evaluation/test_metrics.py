@@ -11,18 +11,32 @@ from sklearn.metrics import jaccard_score
 from transformers import EvalPrediction
 
 from modeling_adala.errors import DataError, UsageError
-from trainers.evaluation.metric_functions import (
-    accuracy,
+from trainers.evaluation.metrics import (
+    Accuracy,
+    FeatureCosine,
+    FeatureRelativeError,
+    KNNAccuracy,
+    MeanIoU,
     compute_accuracy,
-    confusion_matrix,
-    cosine_similarity_mean,
-    iou_from_confusion,
-    knn_predict,
-    relative_error,
 )
-from trainers.evaluation.metrics import Accuracy, FeatureCosine, FeatureRelativeError, KNNAccuracy, MeanIoU
 
 RNG = np.random.default_rng(0)
+
+
+def accuracy(predictions, references):
+    return Accuracy().compute(predictions=predictions, references=references)["accuracy"]
+
+
+def cosine(student, teacher):
+    return FeatureCosine().compute(predictions=student, references=teacher)["cosine"]
+
+
+def relative_error(student, teacher):
+    return FeatureRelativeError().compute(predictions=student, references=teacher)["relative_error"]
+
+
+def mean_iou(predictions, references, num_labels, **options):
+    return MeanIoU(num_labels, **options).compute(predictions=predictions, references=references)
 
 
 def dino_knn(train, train_labels, queries, k, temperature):
@@ -48,12 +62,9 @@ class TestAccuracy:
         assert accuracy(logits.bfloat16(), torch.tensor(labels)) == 0.75
         assert accuracy(logits.numpy(), np.array(labels, dtype=np.uint16)) == 0.75
 
-    def test_no_labels_is_nan(self):
-        assert math.isnan(accuracy([], []))
-
     def test_mistakes(self):
         with pytest.raises(UsageError, match="shape"):
-            accuracy([0, 1], [0, 1, 2])
+            accuracy(np.zeros((3, 1, 2), int), [[0], [1], [2]])
         with pytest.raises(UsageError, match="integer labels"):
             accuracy(torch.rand(3), [0, 1, 2])
 
@@ -103,7 +114,7 @@ class TestMeanIoU:
         true, predicted = (np.concatenate([m.ravel() for m in maps]) for maps in (references, predictions))
         assert result["per_category_iou"] == pytest.approx(jaccard_score(true, predicted, average=None))
         assert result["mean_iou"] == pytest.approx(jaccard_score(true, predicted, average="macro"))
-        np.testing.assert_array_equal(confusion_matrix(predicted, true, 4), sklearn_confusion_matrix(true, predicted))
+        assert np.array_equal(MeanIoU(4).sums(predictions, references), sklearn_confusion_matrix(true, predicted))
 
     def test_stacked_tensors(self):
         maps = torch.randint(0, 3, (2, 4, 4))
@@ -117,22 +128,29 @@ class TestMeanIoU:
         assert len(numbers) == 5 and all(math.isnan(number) for number in numbers)
 
     def test_a_class_only_predicted_counts_as_zero(self):
-        result = iou_from_confusion(confusion_matrix([0, 1], [0, 0], num_labels=2))
+        result = mean_iou([[0, 1]], [[0, 0]], num_labels=2)
         assert result["per_category_iou"] == [0.5, 0.0]
         assert result["mean_accuracy"] == 0.5
 
     def test_no_ignore_index(self):
-        assert confusion_matrix([1, 0], [1, 1], num_labels=2, ignore_index=None).tolist() == [[0, 0], [1, 1]]
+        assert MeanIoU(2, ignore_index=None).sums([[1, 0]], [[1, 1]]).tolist() == [[0, 0], [1, 1]]
+
+    def test_sums_of_several_processes(self):
+        maps = [RNG.integers(0, 3, (4, 5)) for _ in range(4)]
+        metric = MeanIoU(3)
+        for part in (slice(0, 1), slice(1, 2)):
+            metric.add_sums(metric.sums(maps[part], maps[2:][part]), 1)
+        assert metric.compute() == mean_iou(maps[:2], maps[2:], 3)
 
     def test_mistakes(self):
         with pytest.raises(UsageError, match=r"num_labels=2"):
-            confusion_matrix([0, 2], [0, 1], num_labels=2)
+            mean_iou([[0, 2]], [[0, 1]], num_labels=2)
         with pytest.raises(UsageError, match="ignore_index"):
-            confusion_matrix([0, 0], [0, 255], num_labels=2, ignore_index=None)
+            mean_iou([[0, 0]], [[0, 255]], num_labels=2, ignore_index=None)
         with pytest.raises(UsageError, match="resize"):
             MeanIoU(num_labels=2).compute(predictions=[np.zeros((2, 2), int)], references=[np.zeros((4, 4), int)])
         with pytest.raises(UsageError, match="argmax"):
-            confusion_matrix(np.random.rand(2, 2), np.zeros((2, 2), int), num_labels=2)
+            mean_iou([np.random.rand(2, 2)], [np.zeros((2, 2), int)], num_labels=2)
         with pytest.raises(UsageError, match="num_labels=0"):
             MeanIoU(num_labels=0)
 
@@ -144,75 +162,66 @@ class TestMeanIoU:
 
 
 class TestKNN:
-    def test_against_loops(self):
+    def test_against_loops_and_batch_by_batch(self):
         train, queries = RNG.normal(size=(60, 8)), RNG.normal(size=(33, 8))
-        labels = RNG.choice([-3, 4, 900], 60)
-        for k, temperature in ((1, 0.07), (5, 0.07), (20, 1.0)):
-            expected = dino_knn(train, labels, queries, k, temperature)
-            predicted = knn_predict(train, labels, torch.tensor(queries), k, temperature, chunk_size=7)
-            np.testing.assert_array_equal(predicted, expected)
-
-    def test_more_neighbors_than_images(self):
-        train, labels, queries = RNG.normal(size=(6, 4)), RNG.integers(0, 2, 6), RNG.normal(size=(9, 4))
-        np.testing.assert_array_equal(knn_predict(train, labels, queries), dino_knn(train, labels, queries, 6, 0.07))
+        labels, true = RNG.choice([-3, 4, 900], 60), RNG.choice([-3, 4, 900], 33)
+        for k, temperature in ((1, 0.07), (5, 0.07), (20, 1.0), (200, 0.07)):
+            expected = (dino_knn(train, labels, queries, k, temperature) == true).mean()
+            metric = KNNAccuracy(train, labels, k, temperature)
+            whole = metric.compute(predictions=torch.tensor(queries), references=true)
+            assert whole == {"knn_accuracy": pytest.approx(expected)}
+            metric.add_batch(predictions=queries[:4], references=true[:4])
+            metric.add_batch(predictions=queries[4:].tolist(), references=true[4:])
+            assert metric.compute() == whole
 
     def test_zero_vectors_and_small_temperatures_stay_finite(self):
         train, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), [0, 1, 1]
-        assert knn_predict(train, labels, torch.tensor([[2.0, 0.1]]), k=3, temperature=1e-4).tolist() == [0]
-        assert knn_predict(train, labels, torch.zeros(1, 2), k=3).tolist() == [1], "equal cosines: the majority"
-
-    def test_metric(self):
-        train, labels = RNG.normal(size=(40, 8)), RNG.integers(0, 3, 40)
-        queries, true = RNG.normal(size=(15, 8)), RNG.integers(0, 3, 15)
-        expected = (dino_knn(train, labels, queries, 20, 0.07) == true).mean()
-        metric = KNNAccuracy(train, labels)
-        assert metric.compute(predictions=queries, references=true) == {"knn_accuracy": pytest.approx(expected)}
-        metric.add_batch(predictions=queries[:4], references=true[:4])
-        metric.add_batch(predictions=queries[4:], references=true[4:])
-        assert metric.compute()["knn_accuracy"] == pytest.approx(expected)
-
-    def test_no_queries(self):
-        assert knn_predict(np.ones((2, 3)), [0, 1], np.ones((0, 3))).shape == (0,)
+        near = KNNAccuracy(train, labels, k=3, temperature=1e-4)
+        assert near.compute(predictions=torch.tensor([[2.0, 0.1]]), references=[0])["knn_accuracy"] == 1
+        zero = KNNAccuracy(train, labels, k=3).compute(predictions=torch.zeros(1, 2), references=[1])
+        assert zero["knn_accuracy"] == 1, "equal cosines: the majority"
 
     def test_mistakes(self):
         with pytest.raises(UsageError, match="k=0"):
-            knn_predict(np.ones((2, 3)), [0, 1], np.ones((1, 3)), k=0)
-        with pytest.raises(UsageError, match="expected"):
-            knn_predict(np.ones((2, 3)), [0, 1], np.ones((1, 4)))
+            KNNAccuracy(np.ones((2, 3)), [0, 1], k=0)
+        with pytest.raises(UsageError, match=r"\(m,\)"):
+            KNNAccuracy(np.ones((2, 3)), [0])
+        with pytest.raises(UsageError, match=r"\(n, 3\)"):
+            KNNAccuracy(np.ones((2, 3)), [0, 1]).compute(predictions=np.ones((1, 4)), references=[0])
         with pytest.raises(DataError, match="empty"):
-            knn_predict(np.ones((0, 3)), np.ones(0, int), np.ones((1, 3)))
+            KNNAccuracy(np.ones((0, 3)), np.ones(0, int))
 
 
 class TestFeatureDistances:
     def test_against_numpy(self):
         student, teacher = RNG.normal(size=(30, 5)), RNG.normal(size=(30, 5))
         norms = np.linalg.norm(student, axis=1) * np.linalg.norm(teacher, axis=1)
-        cosine = ((student * teacher).sum(1) / norms).mean()
+        expected = ((student * teacher).sum(1) / norms).mean()
         error = np.linalg.norm(student - teacher) / np.linalg.norm(teacher)
-        assert cosine_similarity_mean(student, teacher) == pytest.approx(cosine, rel=1e-12)
+        assert cosine(student, teacher) == pytest.approx(expected, rel=1e-12)
         assert relative_error(torch.tensor(student), torch.tensor(teacher)) == pytest.approx(error, rel=1e-12)
 
         both = evaluate.combine([FeatureCosine(), FeatureRelativeError()])
         both.add_batch(predictions=student[:11], references=teacher[:11])
         both.add_batch(predictions=student[11:].tolist(), references=teacher[11:].tolist())
-        assert both.compute() == {"feature_cosine": pytest.approx(cosine), "relative_error": pytest.approx(error)}
+        assert both.compute() == {"cosine": pytest.approx(expected), "relative_error": pytest.approx(error)}
 
     def test_equal_features(self):
         features = torch.randn(2, 7, 5)
-        assert cosine_similarity_mean(features, features) == pytest.approx(1)
+        assert cosine(features, features) == pytest.approx(1)
         assert relative_error(features.bfloat16(), features.bfloat16()) == 0
 
     def test_zero_vectors(self):
         zeros, ones = np.zeros((2, 3)), np.ones((2, 3))
-        assert cosine_similarity_mean(zeros, ones) == 0
-        assert cosine_similarity_mean(zeros, zeros) == 0
+        assert cosine(zeros, ones) == 0
+        assert cosine(zeros, zeros) == 0
         assert relative_error(zeros, ones) == 1
         assert relative_error(ones, zeros) == math.inf
         assert relative_error(zeros, zeros) == 0
 
     def test_tiny_values_do_not_underflow(self):
         tiny = np.full((2, 3), 1e-25, dtype=np.float32)
-        assert cosine_similarity_mean(tiny, tiny) == pytest.approx(1)
+        assert cosine(tiny, tiny) == pytest.approx(1)
 
     def test_shapes_that_differ(self):
         with pytest.raises(UsageError, match="converted from"):
@@ -235,4 +244,4 @@ class TestEvaluateModules:
         metric = FeatureCosine()
         assert isinstance(metric, evaluate.Metric)
         assert set(metric.features) == {"predictions", "references"}
-        assert "feature_cosine" in repr(metric)
+        assert '{"cosine": float}' in repr(metric)

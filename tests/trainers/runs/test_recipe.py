@@ -12,9 +12,20 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_helpers import assert_same_tensors, moved, one_thread, save_teacher, short_speed_measurement  # noqa: F401
+from training_helpers import (  # noqa: F401
+    Interrupted,
+    assert_same_tensors,
+    moved,
+    one_thread,
+    save_teacher,
+    short_speed_measurement,
+)
 
+from modeling_adala.conversion import loading
 from modeling_adala.conversion.loading import load_student
+from trainers import base_trainer
+from trainers.base_trainer import AdaLATrainer
+from trainers.runs import checkpoints
 from trainers.runs.callbacks import read_metrics
 from trainers.runs.checkpoints import is_sealed, list_checkpoints
 from trainers.runs.stages import STAGES
@@ -141,10 +152,50 @@ def test_figures_that_a_kill_prevented_are_taken_by_the_next_run(teacher, copied
     (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept) + torn)
     manifest = json.loads((copied / "manifest.json").read_text())
     manifest["stages"].pop(row, None)
+    manifest["evaluations"].pop(row)
     (copied / "manifest.json").write_text(json.dumps(manifest))
     assert main(arguments(teacher, copied)) == 0
     assert sorted(map(str, figures_of(copied))) == sorted(map(str, expected))
     assert list(json.loads((copied / "manifest.json").read_text())["stages"]) == list(STAGES)
+
+
+def test_lost_log_changes_neither_what_is_done_nor_the_figures_of_the_report(teacher, copied):
+    def tables():
+        return [line for line in (copied / "report.md").read_text().splitlines() if line.startswith(("| s", "| t"))]
+
+    before, figures = (copied / "manifest.json").read_text(), tables()
+    (copied / "metrics.jsonl").write_text("")
+    assert main(arguments(teacher, copied)) == 0
+    assert (copied / "metrics.jsonl").read_text() == ""
+    assert (copied / "manifest.json").read_text() == before
+    assert tables() == figures and len(figures) > 3
+
+
+def test_checksums_and_teacher_are_read_once(teacher, tmp_path, monkeypatch):
+    """A run that was killed and goes on opens the teacher's configuration once and verifies a checkpoint once."""
+    out, opened, verified = tmp_path / "out", [], []
+    original = AdaLATrainer.training_step
+
+    def interrupted(trainer, *args, **kwargs):
+        if (trainer.stage, trainer.state.global_step) == ("feature-alignment", 3):
+            raise Interrupted
+        return original(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(AdaLATrainer, "training_step", interrupted)
+        assert main(arguments(teacher, out)) != 0
+    for module, name, calls in (
+        (loading, "load_config", opened),
+        (checkpoints, "find_damage", verified),
+        (base_trainer, "find_damage", verified),
+    ):
+        function = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda path, *a, f=function, c=calls, **k: c.append(str(path)) or f(path, *a, **k)
+        )
+    assert main(arguments(teacher, out)) == 0
+    assert opened.count(teacher) == 1
+    assert len(verified) == 1 and verified[0].endswith("checkpoint-2")
 
 
 def test_other_settings_in_the_same_folder_are_refused_in_one_line(teacher, finished, capsys):

@@ -1,4 +1,4 @@
-"""Time of several things side by side, in turns, so that whatever else the machine does hits all of them alike.
+"""Timing of several functions in turns, so that other work of the machine slows all of them alike.
 
 `torch.utils.benchmark.Timer` warms up twice before every sample: it cannot take turns where a pass takes seconds.
 """
@@ -6,7 +6,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -39,21 +39,21 @@ class Timing:
         return cls(median, lower, upper, len(seconds))
 
     def overlaps(self, other: "Timing") -> bool:
-        """Whether the quartiles of the two overlap: the medians then differ by less than the spread."""
+        """Return whether the quartiles overlap: the medians then differ by less than the spread."""
         return self.lower <= other.upper and other.lower <= self.upper
 
 
 def time_in_turns(
-    runs: dict[str, Callable[[], Any]], device: torch.device | str = "cpu", seconds: float = 2.0
+    runs: Mapping[str, Callable[[], Any]], device: torch.device | str = "cpu", seconds: float = 2.0
 ) -> dict[str, Timing]:
-    """Times all `runs` in turns: A, B, C, A, B, C, ...
+    """Time all `runs` in turns: A, B, C, A, B, C, ...
 
     Args:
         runs (`dict[str, Callable]`): What to time, without arguments.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where they run; a sample on a GPU ends when
             the device is done.
         seconds (`float`, *optional*, defaults to 2): How long each of them is timed in all, after a warm-up; at least
-            `MIN_ROUNDS` and at most `MAX_ROUNDS` samples are taken whatever it says.
+            `MIN_ROUNDS` and at most `MAX_ROUNDS` samples are taken.
 
     Returns:
         `dict[str, Timing]`: one per run.
@@ -75,7 +75,7 @@ def time_in_turns(
 
 
 def _sample(run: Callable[[], Any], calls: int, device: torch.device | str) -> float:
-    """Seconds per call."""
+    """Return the seconds per call."""
     wait_for(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -85,6 +85,6 @@ def _sample(run: Callable[[], Any], calls: int, device: torch.device | str) -> f
 
 
 def wait_for(device: torch.device | str) -> None:
-    """Returns when the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

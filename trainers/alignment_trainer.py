@@ -1,0 +1,160 @@
+"""Base of stages 1 and 2: a frozen teacher, and a student that learns to match it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import AutocastKwargs
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel
+
+from modeling_adala.configuration_adala import vision_config
+from modeling_adala.conversion.loading import load_teacher
+from modeling_adala.errors import AdaLAError, UsageError
+
+from .base_trainer import AdaLATrainer, base_model
+from .teacher import with_cast_weights
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class AlignmentTrainer(AdaLATrainer):
+    """Base of stages 1 and 2: a frozen softmax teacher beside the student, and no labels.
+
+    The teacher is an attribute of the trainer and never of the model, so that no checkpoint can contain it.
+
+    Args:
+        model (`str` or `PreTrainedModel`): The student, or its name or folder for `load_student`.
+        teacher_model (`str` or `PreTrainedModel`): The softmax model it was converted from; frozen here.
+        args (*optional*): The stage's configuration. Default: one with its default `output_dir`.
+        peft_config (`peft.PeftConfig`, *optional*): Train adapters instead of the weights.
+        evaluator (`Callable`, *optional*): Called with the student at each evaluation, in eval mode and without
+            gradients, in every process. The figures that it returns, `dict[str, float]`, are logged with the prefix
+            of the evaluation, such as `eval_`. See `FeatureEvaluator`.
+        kwargs: As for `Trainer`.
+
+    Raises:
+        UsageError: If teacher and student do not belong together, or for `compute_metrics`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher_model: str | PreTrainedModel,
+        args: Any,
+        *,
+        evaluator: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        **kwargs,
+    ):
+        if kwargs.get("compute_metrics") is not None:
+            raise UsageError(
+                "compute_metrics: stages 1 and 2 predict nothing to compute metrics from; pass an evaluator, such as"
+                " FeatureEvaluator(teacher, dataset)."
+            )
+        self.evaluator = evaluator
+        teacher = load_teacher(teacher_model)
+        check_pair(teacher, model)
+        super().__init__(model=model, args=args, **kwargs)
+        autocast_dtype = AUTOCAST_DTYPES.get(self.accelerator.mixed_precision) if self.accelerator.native_amp else None
+        if autocast_dtype is not None:
+            teacher = with_cast_weights(teacher, autocast_dtype)
+        # not through accelerator.prepare_model: that would make evaluate() skip preparing the student
+        self.teacher_model = teacher.to(self.args.device)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        # now, in epoch 0: on the way, a resumed run would measure the augmentation of a later epoch
+        if not all(variance.isfinite().all() for variance in _flatten(self.variances())):
+            raise AdaLAError(
+                "teacher_model gives features that are not finite on the calibration images; check its weights and the"
+                " normalization (image_mean, image_std) of its image processor."
+            )
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.evaluator is not None:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                figures = self.evaluator(self.model)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def variances(self) -> list:
+        """Return the variances that the losses are relative to, measured once on the calibration images."""
+        raise NotImplementedError
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        # accelerate's autocast sits on the student's forward, and neither the teacher nor a redirected forward is it;
+        # every weight is used once, so that a cache of cast weights would only hold memory
+        return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        # the stock step computes no loss for a model without labels, and would gather all hidden states
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def calibration_batches(self) -> Iterable[Tensor]:
+        """Yield the `pixel_values` of `calibration_images` training images, the same in every process and on resume.
+
+        They are drawn from the whole dataset, as many are sorted by class. Of a stream, they are the first: shuffle
+        it, as `DataModule` does.
+        """
+        dataset, count, size = self.train_dataset, self.args.calibration_images, self.args.per_device_train_batch_size
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(0)
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            examples = list(islice(iter(dataset), count))
+        else:
+            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed))
+            examples = [dataset[i] for i in order[:count].tolist()]
+        for start in range(0, len(examples), size):
+            yield self.data_collator(examples[start : start + size])["pixel_values"].to(self.args.device)
+
+    def run_as_forward(self, model: nn.Module, method: Callable[..., Any], *args: Any) -> Any:
+        """Run `method(student, *args)` as the forward of the wrapped model, so that DDP's and FSDP's hooks fire.
+
+        Calling into `model.module` directly would skip them: gradients would silently stay unsynchronized. Adapters
+        are active in `student`, which is the model without PEFT's wrapper.
+        """
+        student = self.accelerator.unwrap_model(model)
+        original = student.__dict__.get("forward")
+
+        def forward(*inputs):
+            restore()
+            return method(base_model(student), *inputs)
+
+        def restore():
+            if original is None:
+                student.__dict__.pop("forward", None)
+            else:
+                student.forward = original
+
+        student.forward = forward
+        try:
+            return model(*args)
+        finally:
+            restore()
+
+
+def check_pair(teacher: PreTrainedModel, student: nn.Module) -> None:
+    """Raise `UsageError` unless the student is the linear counterpart of the teacher, layer for layer."""
+    ours, theirs = vision_config(base_model(student).config), vision_config(teacher.config)
+    if ours.model_type != f"adala_{theirs.model_type}":
+        raise UsageError(
+            f"model is of type {ours.model_type!r} and teacher_model of type {theirs.model_type!r}; convert this"
+            f" teacher to get a student of type 'adala_{theirs.model_type}'."
+        )
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_channels"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise UsageError(
+                f"model and teacher_model differ in {name} ({getattr(ours, name)} and {getattr(theirs, name)}); pass"
+                " the teacher that the student was converted from."
+            )
+
+
+def _flatten(variances: list) -> Iterator[Tensor]:
+    for variance in variances:
+        yield from variance.values() if isinstance(variance, dict) else [variance]
