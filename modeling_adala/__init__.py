@@ -2,8 +2,22 @@
 
 __version__ = "0.1.0"
 
-from . import configuration_adala, modeling_adala
-from .configuration_adala import *  # noqa: F403
+from . import modeling_adala
+from .configuration_adala import (
+    AdaLACLIPConfig,
+    AdaLACLIPVisionConfig,
+    AdaLADeiTConfig,
+    AdaLADinov2Config,
+    AdaLADinov2WithRegistersConfig,
+    AdaLADINOv3ViTConfig,
+    AdaLAIJepaConfig,
+    AdaLASiglip2Config,
+    AdaLASiglip2VisionConfig,
+    AdaLASiglipConfig,
+    AdaLASiglipVisionConfig,
+    AdaLAViTConfig,
+    LinearAttentionConfig,
+)
 from .conversion.convert import ParityReport, convert, parity_report
 from .conversion.loading import load_classifier, load_image_processor, load_segmenter, load_student, load_teacher
 from .conversion.registration import register
@@ -39,6 +53,18 @@ __all__ = [
     "load_teacher",
     "native_size",
     "parity_report",
-    *configuration_adala.__all__,
+    "AdaLACLIPConfig",
+    "AdaLACLIPVisionConfig",
+    "AdaLADINOv3ViTConfig",
+    "AdaLADeiTConfig",
+    "AdaLADinov2Config",
+    "AdaLADinov2WithRegistersConfig",
+    "AdaLAIJepaConfig",
+    "AdaLASiglip2Config",
+    "AdaLASiglip2VisionConfig",
+    "AdaLASiglipConfig",
+    "AdaLASiglipVisionConfig",
+    "AdaLAViTConfig",
+    "LinearAttentionConfig",
     *modeling_adala.__all__,
 ]

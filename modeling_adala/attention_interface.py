@@ -35,10 +35,6 @@ class LocalMixing(nn.Module):
 
     Linear attention loses locality first; this gives it back for about 1 % of the FLOPs. Tokens before the patches
     take no part. Inspired by JetViT (arXiv 2605.26636), whose kernels depend on the image.
-
-    Args:
-        channels (`int`): Heads times their width.
-        kernel_size (`int`): Side of the kernel in patches, an odd number.
     """
 
     def __init__(self, channels: int, kernel_size: int):
@@ -49,9 +45,9 @@ class LocalMixing(nn.Module):
         init.zeros_(self.weight)
 
     def forward(self, value: Tensor, grid: tuple[int, int] | Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Return `(batch, tokens, heads, dim)` for values `(batch, heads, tokens, dim)`.
+        """Return `(batch, tokens, heads, dim)` for values `(batch, heads, tokens, dim)` on a grid of rows and columns.
 
-        `grid` is rows and columns, of all images or, `(batch, 2)`, of each of those that were padded to one length.
+        The grid of images that were padded to one length is a tensor `(batch, 2)`.
         """
         if key_mask is not None:
             value = value.masked_fill(~key_mask[:, None, :, None], 0)
@@ -111,7 +107,7 @@ def adala_attention_forward(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention interface `"adala"` of Transformers: `(batch, tokens, heads, head_dim)` output, and weights if asked.
+    """Return `(batch, tokens, heads, head_dim)` and, if asked, the weights: attention interface `"adala"`.
 
     phi is that of `feature_map_of`. Keys and values may have fewer heads than queries.
     `scaling` belongs to softmax and `dropout` to a weight matrix that linear attention never forms; both act in
@@ -174,7 +170,7 @@ def adala_attention_mask(
     config=None,
     **kwargs,
 ) -> Tensor | None:
-    """Mask function of `"adala"`: the key-padding mask as bool, `(batch, 1, 1, tokens)`, or `None`.
+    """Return the key-padding mask as bool, `(batch, 1, 1, tokens)`, or `None`: mask function of `"adala"`.
 
     Without one registered, Transformers would drop the user's mask without a word. Unlike `flash_attention_mask` this
     never looks at the values, so that it compiles and exports. Causal, window and block masks raise a `UsageError`.
@@ -186,7 +182,7 @@ def adala_attention_mask(
 
 
 def _key_padding_mask(module: nn.Module, mask: Tensor | None, tokens: int) -> Tensor | None:
-    """Reads a `(batch, tokens)` or `(batch, 1, 1, tokens)` mask, and refuses what says more than which keys exist."""
+    """Return `(batch, tokens)` of a key-padding mask, and refuse one that says more than which keys exist."""
     if mask is None:
         return None
     additive = mask.ndim == 4 and mask.is_floating_point()

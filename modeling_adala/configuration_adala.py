@@ -28,12 +28,7 @@ BACKENDS = ("torch", "triton", "reference")
 DEFAULT_FEATURE_MAP = "hedgehog"
 
 _PLAIN, _PROJECTED = ("scale", "center_keys"), ("scale", "center_keys", "feature_dim")
-FEATURE_MAP_OPTIONS = {
-    "elu": _PLAIN,
-    "relu": _PLAIN,
-    "hedgehog": _PROJECTED,
-    "t2r": _PROJECTED,
-}
+FEATURE_MAP_OPTIONS = {"elu": _PLAIN, "relu": _PLAIN, "hedgehog": _PROJECTED, "t2r": _PROJECTED}
 """Names of the feature maps, and the options of each."""
 
 # in words, and as a test
@@ -51,8 +46,7 @@ class LinearAttentionConfig:
     """Options of linear attention: the argument of `convert`, and fields of every AdaLA configuration.
 
     Args:
-        feature_map (`str`, *optional*, defaults to `"hedgehog"`): phi, one of `FEATURE_MAP_OPTIONS`. The paper
-            probably used `"elu"`; the default measures best (docs/experiments.md).
+        feature_map (`str`, *optional*, defaults to `"hedgehog"`): phi, one of `FEATURE_MAP_OPTIONS`.
         feature_map_kwargs (`dict`, *optional*): Options of the feature map, such as `scale` or `center_keys`.
         softmax_layers (`list[int]`, *optional*): Layers that keep softmax attention, from 0; negative numbers count
             from the end. Default: none, all layers are linear.
@@ -84,8 +78,8 @@ class AdaLAConfigMixin(LinearAttentionConfig):
         teacher_name_or_path (`str`, *optional*): The softmax checkpoint that this model was converted from. Of a local
             path, the last part is saved.
         teacher_revision (`str`, *optional*): Its commit, where it came from the Hub.
-        adala_stage (`str`, *optional*): The training stage that this checkpoint has behind it: `converted`,
-            `attention-alignment`, `feature-alignment` or `supervised`.
+        adala_stage (`str`, *optional*): `converted`, or the last training stage: `attention-alignment`,
+            `feature-alignment` or `supervised`.
         adala_version (`str`, *optional*): Version of vit-adala that saved the checkpoint.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255): Label that a segmentation loss leaves out.
 
@@ -106,8 +100,8 @@ class AdaLAConfigMixin(LinearAttentionConfig):
         warn_if_newer(self.adala_version)
         self._validate_linear_attention()
 
-    # Linear is what a model built from this configuration does unless somebody asks for softmax, be it ours or a stock
-    # class inside a larger model, whose own configuration resets this one's to None.
+    # A model of this configuration is linear unless softmax is asked for, also a stock class inside a larger model,
+    # whose own configuration resets this one's to None.
     @property
     def _attn_implementation(self):
         return self._attn_implementation_internal or "adala"
@@ -159,21 +153,13 @@ class AdaLAConfigMixin(LinearAttentionConfig):
 
     @property
     def linear_layers(self) -> list[int]:
-        """Indices of the layers whose attention is linear."""
+        """Return the indices of the layers whose attention is linear."""
         return [layer for layer in range(self.num_hidden_layers) if layer not in self.softmax_layers]
 
 
 @dataclass(kw_only=True)
 class AdaLABackboneConfigMixin(BackboneConfigMixin, AdaLAConfigMixin):
-    """Backbone fields for the families whose stock configuration has none; named and used as in `Dinov2Config`.
-
-    Args:
-        apply_layernorm (`bool`, *optional*, defaults to `True`): Normalize the feature maps of a backbone.
-        reshape_hidden_states (`bool`, *optional*, defaults to `True`): Feature maps as `(batch, channels, height,
-            width)` rather than tokens.
-        out_features (`list[str]`), out_indices (`list[int]`, *optional*): Stages to return, `"stem"` (0) to
-            `"stage<layers>"`. Default: the last.
-    """
+    """Backbone fields for the families whose stock configuration has none, with the meaning of `Dinov2Config`."""
 
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
@@ -220,13 +206,9 @@ class AdaLAVisionTextConfigMixin:
 
 
 def from_stock_dict(config_class: type[PretrainedConfig], config_dict: dict, teacher: str | None, **options) -> dict:
-    """The dictionary of a stock softmax configuration as that of its AdaLA class; any other one as it is.
+    """Return the values of a stock configuration as those of its AdaLA class; any others as they are.
 
-    Args:
-        config_class (`type`): The AdaLA class.
-        config_dict (`dict`): Of a stock or an AdaLA checkpoint.
-        teacher (`str`): Where it came from, for `teacher_name_or_path`.
-        options: Further fields of `AdaLAConfigMixin`.
+    `teacher` is where they came from, `options` are further fields of `AdaLAConfigMixin`.
     """
     model_type = config_dict.get("model_type", "")
     family = find_family(model_type)
@@ -243,12 +225,12 @@ def from_stock_dict(config_class: type[PretrainedConfig], config_dict: dict, tea
 
 
 def vision_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration of the vision tower: `config` itself, or its part in a model with a text tower."""
+    """Return the configuration of the vision tower: `config` itself, or its part in a model with a text tower."""
     return getattr(config, "vision_config", config)
 
 
 def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """`(height, width)` of a size in a configuration, which may be one number for both."""
+    """Return `(height, width)` of a size in a configuration, which may be one number for both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -388,29 +370,3 @@ class AdaLASiglip2Config(AdaLAVisionTextConfigMixin, transformers.Siglip2Config)
 
     model_type = "adala_siglip2"
     sub_configs_defaults = {"vision_config": AdaLASiglip2VisionConfig, "text_config": transformers.Siglip2TextConfig}
-
-
-CONFIGS = (
-    AdaLAViTConfig,
-    AdaLADeiTConfig,
-    AdaLAIJepaConfig,
-    AdaLADinov2Config,
-    AdaLADinov2WithRegistersConfig,
-    AdaLADINOv3ViTConfig,
-    AdaLACLIPVisionConfig,
-    AdaLACLIPConfig,
-    AdaLASiglipVisionConfig,
-    AdaLASiglipConfig,
-    AdaLASiglip2VisionConfig,
-    AdaLASiglip2Config,
-)
-
-__all__ = [
-    "CONFIGS",
-    "DEFAULT_FEATURE_MAP",
-    "AdaLAConfigMixin",
-    "LinearAttentionConfig",
-    "from_stock_dict",
-    "vision_config",
-]
-__all__ += [_config.__name__ for _config in CONFIGS]

@@ -17,18 +17,16 @@ class Family:
         stock (`str`): `model_type` of the stock configuration.
         adala (`str`): `model_type` of ours.
         image_processor (`str`): Class of Transformers that prepares its images.
-        vision (`str`, *optional*): Row of the vision tower, for a model that also has a text tower.
+        vision (`str`): Row of the vision tower, for a model that also has a text tower.
         aliases (`tuple[str, ...]`): Stock model types of the same architecture with the same names on disk.
-        class_tokens (`int`, *optional*, defaults to 1): Tokens before the patches, registers aside.
-        any_size (`bool`, *optional*, defaults to `False`): Takes images of any size without being told
-            (`interpolate_pos_encoding`).
-        packed (`bool`, *optional*, defaults to `False`): Takes packed patches with their grid (NaFlex), not images.
-        last_norm (`str`, *optional*, defaults to `"layernorm"`): Name of the norm after the last block.
-        normalizes_last (`bool`, *optional*, defaults to `True`): `last_hidden_state` comes after that norm.
-        output_projection (`str`, *optional*, defaults to `"o_proj"`): Name of the projection after the heads.
-        pooler (`str`, *optional*, defaults to `"pooler"`): Module of the base model that a backbone leaves out.
-        passes_kwargs (`bool`, *optional*, defaults to `True`): Attention modules hand their keyword arguments on to
-            the attention interface.
+        class_tokens (`int`): Tokens before the patches, registers aside.
+        any_size (`bool`): Takes images of any size without `interpolate_pos_encoding`.
+        packed (`bool`): Takes packed patches with their grid (NaFlex), not images.
+        last_norm (`str`): Name of the norm after the last block.
+        normalizes_last (`bool`): `last_hidden_state` comes after that norm.
+        output_projection (`str`): Name of the projection after the heads.
+        pooler (`str`): Module of the base model that a backbone leaves out.
+        passes_kwargs (`bool`): Attention modules hand their keyword arguments on to the attention interface.
     """
 
     stock: str

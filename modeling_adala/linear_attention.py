@@ -44,7 +44,7 @@ def linear_attention(
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Linear attention in O(N) time and memory. Reads strided views as they come: no copy of query, key or value.
+    """Return linear attention, in O(N) time and memory. Reads strided views as they come, without a copy.
 
     Features, state, normalizer and division are float32 for any input (float64 if it is), also under autocast. Kernels
     may multiply 16-bit inputs in 16 bits; see theirs for what that means.
@@ -101,24 +101,15 @@ def linear_attention(
         return torch.cat(outputs, dim=1).transpose(1, 2)
 
 
-def linear_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    feature_map: FeatureMap | str,
-    key_mask: Tensor | None = None,
-    eps: float | None = None,
-    *,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """The same as `linear_attention` from the explicit weights, O(N^2). Arguments and result are the same."""
-    return linear_attention(query, key, value, feature_map, key_mask, eps, cu_seqlens=cu_seqlens, backend="reference")
+def linear_attention_reference(*args: Any, **kwargs: Any) -> Tensor:
+    """Return what `linear_attention` returns for the same arguments, from the explicit weights, O(N^2)."""
+    return linear_attention(*args, **kwargs, backend="reference")
 
 
 def attention_weights(
     query: Tensor, key: Tensor, feature_map: FeatureMap | str, key_mask: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    """The weights that linear attention applies, `(batch, heads, query_tokens, tokens)`: rows sum to just below 1."""
+    """Return the weights that linear attention applies, `(batch, heads, query_tokens, tokens)`."""
     _check_tensors(query=query, key=key)
     feature_map = _checked_feature_map(feature_map, query)
     key_mask = _checked_mask(key_mask, key)

@@ -124,15 +124,10 @@ def num_special_tokens(config) -> int:
 
 
 def image_inputs(config, pixel_values: torch.Tensor) -> dict[str, Any]:
-    """Return the arguments with which a vision tower's `forward` takes images of any size.
+    """Return the arguments with which a vision tower's `forward` takes `(batch, channels, height, width)` of any size.
 
-    Args:
-        config (`PretrainedConfig`): Of the vision tower, stock or AdaLA.
-        pixel_values (`Tensor`): `(batch, channels, height, width)`, sides multiples of the patch.
-
-    Returns:
-        `dict`: `pixel_values` and, where the family wants to be told, `interpolate_pos_encoding`; for SigLIP 2 the
-        packed patches `(batch, patches, patch * patch * channels)` with their mask and shapes.
+    `config` is that of the tower, stock or AdaLA; sides are multiples of the patch. SigLIP 2 gets packed patches
+    `(batch, patches, patch * patch * channels)` with their mask and shapes.
     """
     family = get_family(config.model_type)
     if family.packed:
@@ -174,13 +169,9 @@ class AdaLABackboneMixin(BackboneMixin):
     @can_return_tuple
     @filter_output_hidden_states
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BackboneOutput:
-        """Feature maps of the chosen stages.
+        """Return `feature_maps`, one `(batch, hidden_size, rows, columns)` per chosen stage.
 
-        Args:
-            pixel_values (`Tensor`): `(batch, channels, height, width)`, sides multiples of the patch, any size.
-
-        Returns:
-            `BackboneOutput`: `feature_maps`, one `(batch, hidden_size, rows, columns)` per chosen stage.
+        `pixel_values` are `(batch, channels, height, width)` of any size, sides multiples of the patch.
         """
         inputs = image_inputs(self.config, pixel_values)
         # past BackboneMixin, whose forward is a placeholder
@@ -224,16 +215,10 @@ class AdaLASegmentationMixin:
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
     ) -> SemanticSegmenterOutput:
-        """Class scores per patch, and the loss at the resolution of the labels.
+        """Return `logits` `(batch, num_labels, rows, columns)` and, with labels, the loss at their resolution.
 
-        Args:
-            pixel_values (`Tensor`): `(batch, channels, height, width)`, sides multiples of the patch.
-            labels (`Tensor`, *optional*): `(batch, height, width)`, class indices; those equal to
-                `config.semantic_loss_ignore_index` do not count. The loss is the mean cross-entropy over the others,
-                after bilinear up-sampling of the scores.
-
-        Returns:
-            `SemanticSegmenterOutput`: `logits` of `(batch, num_labels, rows, columns)`, one score per patch.
+        `labels` are class indices `(batch, height, width)`; `config.semantic_loss_ignore_index` does not count. The
+        loss is the mean cross-entropy over the others, after bilinear up-sampling of the scores.
         """
         output = self.base_model(pixel_values, **kwargs)
         logits = self.classifier(self.batch_norm(torch.cat(output.feature_maps, dim=1)))

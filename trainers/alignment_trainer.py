@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 
+from modeling_adala.attention_interface import is_new_parameter
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.loading import load_teacher
 from modeling_adala.errors import AdaLAError, UsageError
 
-from .base_trainer import AdaLATrainer, base_model
+from .base_trainer import AdaLATrainer, base_model, split_groups
 from .teacher import with_cast_weights
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,6 +72,13 @@ class AlignmentTrainer(AdaLATrainer):
                 " normalization (image_mean, image_std) of its image processor."
             )
         return super().train(resume_from_checkpoint, **kwargs)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As in `Trainer`, with `new_learning_rate` for the parameters that the teacher lacks."""
+        if self.optimizer is None and self.args.new_learning_rate is not None:
+            new = {parameter for name, parameter in self.model.named_parameters() if is_new_parameter(name)}
+            split_groups(super().create_optimizer(model), new, self.args.new_learning_rate)
+        return super().create_optimizer(model)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

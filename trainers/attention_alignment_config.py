@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .base_config import COUNT, AdaLATrainingArguments
+from .base_config import COUNT, LEARNING_RATE, AdaLATrainingArguments
 
 
 @dataclass
@@ -13,6 +13,8 @@ class AttentionAlignmentConfig(AdaLATrainingArguments):
     Args:
         learning_rate (`float`, *optional*, defaults to 1e-3): Peak of the schedule. The paper gives none; measured in
             docs/experiments.md.
+        new_learning_rate (`float`, *optional*): Peak of the schedule for the parameters that the teacher lacks, those
+            of feature maps and local mixing. Default: `learning_rate`.
         max_steps (`int`, *optional*, defaults to 500): Optimizer steps.
         calibration_images (`int`, *optional*, defaults to 64): Training images on which each block's teacher variance
             is measured, once, before the first step.
@@ -26,6 +28,13 @@ class AttentionAlignmentConfig(AdaLATrainingArguments):
         metadata={"help": "Folder for the model and all else that the run leaves."},
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    new_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of feature maps and local mixing. Default: learning_rate.",
+            "range": LEARNING_RATE,
+        },
+    )
     max_steps: int = field(default=500, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     calibration_images: int = field(
         default=64,

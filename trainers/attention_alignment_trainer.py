@@ -10,6 +10,7 @@ from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.loading import load_student
 from modeling_adala.errors import UsageError
 from modeling_adala.inspection.towers import attention_modules
+from modeling_adala.mixins import patch_grid
 
 from .alignment_trainer import AlignmentTrainer
 from .attention_alignment_config import AttentionAlignmentConfig
@@ -18,11 +19,11 @@ from .early_gradients import EarlyGradients
 from .losses import TeacherVariance, alignment_loss_before_projection, attention_alignment_loss
 from .teacher import Tap, output_projection, visit_attention, without_output_projection
 
-TRAINED = (".q_proj.", ".k_proj.", ".v_proj.", ".feature_map.")
+TRAINED = (".q_proj.", ".k_proj.", ".v_proj.", ".feature_map.", ".local_mixing.")
 
 
 class AttentionAlignmentTrainer(AlignmentTrainer):
-    """Trainer of query, key and value projections (and learned feature maps) against the teacher's attention outputs.
+    """Trainer of query, key and value projections, feature maps and local mixing against the teacher.
 
     The teacher runs once, in softmax mode and frozen, up to the last linear block. Each student attention gets the
     teacher's input of its block and matches the teacher's output after `o_proj`, before LayerScale and residual; the
@@ -104,6 +105,7 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         output projection is frozen and the teacher's own, so that the comparison can do without applying it.
         """
         modules, training = attention_modules(student), torch.is_grad_enabled()
+        grid = patch_grid(vision_config(student.config), pixel_values)  # which the teacher's blocks are not told
         variances = dict(zip(self.layers, self.variances(), strict=True))
         grams = self.grams(student)
         scaler = self.accelerator.scaler
@@ -114,11 +116,11 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
             gram = grams[layer]
             with torch.set_grad_enabled(training):
                 if gram is None:
-                    output = modules[layer](*tap.args, **tap.kwargs)[0]
+                    output = modules[layer](*tap.args, **tap.kwargs, patch_grid=grid)[0]
                     error = attention_alignment_loss(output, tap.output, variances[layer])
                 else:
                     with without_output_projection(modules[layer]):
-                        context = modules[layer](*tap.args, **tap.kwargs)[0]
+                        context = modules[layer](*tap.args, **tap.kwargs, patch_grid=grid)[0]
                     error = alignment_loss_before_projection(context, tap.context, gram, variances[layer])
                 trained = [parameter for parameter in modules[layer].parameters() if parameter.requires_grad]
                 gradients.add(error / len(self.layers), trained)

@@ -230,6 +230,15 @@ def base_model(model: nn.Module) -> Any:
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def split_groups(optimizer: torch.optim.Optimizer, parameters: set, learning_rate: float) -> None:
+    """Give some parameters of an optimizer a learning rate of their own, before its first step."""
+    for group in list(optimizer.param_groups):
+        chosen = [parameter for parameter in group["params"] if parameter in parameters]
+        if chosen:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in parameters]
+            optimizer.add_param_group(group | {"params": chosen, "lr": learning_rate})
+
+
 def add_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
     """Return the model in PEFT's wrapper, with adapters.
 

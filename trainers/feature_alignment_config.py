@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from modeling_adala.errors import UsageError
 
-from .base_config import COUNT, AdaLATrainingArguments
+from .base_config import COUNT, LEARNING_RATE, AdaLATrainingArguments
 from .data.feature_cache import DTYPES as CACHE_DTYPES
 from .runs.settings import Interval
 
@@ -20,6 +20,8 @@ class FeatureAlignmentConfig(AdaLATrainingArguments):
     Args:
         learning_rate (`float`, *optional*, defaults to 5e-5): Peak of the schedule. The paper gives none; measured
             in docs/experiments.md.
+        new_learning_rate (`float`, *optional*): Peak of the schedule for the parameters that the teacher lacks, those
+            of feature maps and local mixing. Default: `learning_rate`.
         max_steps (`int`, *optional*, defaults to 400): Optimizer steps.
         warmup_steps (`float`, *optional*, defaults to 0.1): Longer than elsewhere: the first steps are rough.
         loss (`str`, *optional*, defaults to `"mse"`): `"mse"` (the paper) or `"cosine"` (cosine and smooth-L1).
@@ -47,6 +49,13 @@ class FeatureAlignmentConfig(AdaLATrainingArguments):
         default="out/2-feature-alignment", metadata={"help": "Folder for the model and all else that the run leaves."}
     )
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
+    new_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of feature maps and local mixing. Default: learning_rate.",
+            "range": LEARNING_RATE,
+        },
+    )
     max_steps: int = field(default=400, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: a share of the steps, or a number of them."})
     loss: str = field(default="mse", metadata={"help": f"One of {', '.join(LOSS_KINDS)}.", "choices": LOSS_KINDS})

@@ -13,7 +13,7 @@ from modeling_adala.errors import UsageError
 from modeling_adala.families import find_family
 from modeling_adala.inspection.towers import image_inputs, vision_tower
 
-from .base_trainer import AdaLATrainer, add_adapters, base_model, freeze_all_but
+from .base_trainer import AdaLATrainer, add_adapters, base_model, freeze_all_but, split_groups
 from .data.labels import class_names
 from .data.segmentation_data import IGNORE_INDEX
 from .evaluation.metrics import MeanIoU, compute_accuracy
@@ -75,15 +75,9 @@ class SupervisedTrainer(AdaLATrainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As in `Trainer`, with a learning rate of its own for the head: a new head on a pretrained backbone needs one
         that would wreck the backbone (docs/experiments.md)."""
-        if self.optimizer is not None:
-            return self.optimizer
-        optimizer = super().create_optimizer(model)
-        for group in list(optimizer.param_groups):
-            head = [parameter for parameter in group["params"] if parameter in self.head]
-            if head:
-                group["params"] = [parameter for parameter in group["params"] if parameter not in self.head]
-                optimizer.add_param_group(group | {"params": head, "lr": self.args.head_learning_rate})
-        return optimizer
+        if self.optimizer is None:
+            split_groups(super().create_optimizer(model), self.head, self.args.head_learning_rate)
+        return super().create_optimizer(model)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         bare = base_model(self.model)

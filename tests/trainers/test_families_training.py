@@ -22,7 +22,7 @@ ATTENTION, FEATURES, _ = STAGES
 @pytest.mark.parametrize("name", MODELS)
 def test_a_stage_trains_the_vision_tower_and_its_loss_falls(name, stage, tmp_path):
     teacher = stock_model(name)
-    student = convert(teacher, check_parity=False)
+    student = convert(teacher, check_parity=False, local_mixing=3)
     before, teacher_before = copy_state(student), copy_state(teacher)
     images = [{"pixel_values": pixels} for pixels in torch.randn(8, 3, 32, 32)]
     settings = {"max_steps": 20, "learning_rate": 3e-3, "logging_steps": 1, "save_strategy": "no"}
@@ -42,7 +42,7 @@ def test_a_stage_trains_the_vision_tower_and_its_loss_falls(name, stage, tmp_pat
     changed = moved(before, copy_state(student))
     tower = {id(parameter) for parameter in vision_tower(student).parameters()}
     assert changed <= {key for key, parameter in student.named_parameters() if id(parameter) in tower}
-    for part in ("q_proj.weight", "v_proj.weight", "feature_map.weight_q", "feature_map.weight_k"):
+    for part in ("q_proj.weight", "v_proj.weight", "feature_map.weight_q", "local_mixing.weight"):
         assert sum(part in key for key in changed) == 2, part
     assert any("norm" in key for key in changed) == (stage == FEATURES)
     assert_same_tensors(copy_state(teacher), teacher_before)
@@ -78,5 +78,5 @@ def test_activation_checkpointing_gives_the_same_gradients(name, head):
     for key, gradient in plain.items():
         torch.testing.assert_close(again[key], gradient, rtol=1e-5, atol=1e-7)
     reached = [key for key in plain if plain[key].abs().max() > 0]
-    for part in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "feature_map.weight_q", "feature_map.weight_k"):
+    for part in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "feature_map.weight_q", "local_mixing.weight"):
         assert sum(part in key and "text_model" not in key for key in reached) == 2, part
