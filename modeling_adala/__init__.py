@@ -1,4 +1,7 @@
-"""Linear-attention Vision Transformers for Hugging Face Transformers. Importing it registers the Auto classes."""
+"""Linear-attention Vision Transformers for Hugging Face Transformers. Importing it registers the Auto classes.
+
+The files beside this one travel with every checkpoint, for `trust_remote_code`; those in folders never do.
+"""
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,4 @@
-"""The attention implementation `"adala"` of Transformers, and its masks.
-
-This file travels with the weights (`trust_remote_code`).
-"""
+"""The attention implementation `"adala"` of Transformers, and its masks."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Configurations: the stock configuration of each family plus the fields of linear attention.
 
-This file travels with the weights (`trust_remote_code`). It knows options by name and imports no operator.
+It knows options by name and imports no operator.
 """
 
 import functools

@@ -2,8 +2,6 @@
 
 Every message names the argument, its value and the way out, in one line. The command line prints the message alone
 (the traceback with `--debug`) and exits with `exit_code`.
-
-This file travels with the weights (`trust_remote_code`).
 """
 
 

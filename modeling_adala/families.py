@@ -1,7 +1,4 @@
-"""The family table: every fact that differs between the supported architectures.
-
-This file travels with the weights (`trust_remote_code`).
-"""
+"""The family table: every fact that differs between the supported architectures."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -2,8 +2,6 @@
 
 Each map is an affine part (centering, scale, a learned projection) and then one nonlinearity of `NONLINEARITIES`,
 which backends may run inside their own kernels.
-
-This file travels with the weights (`trust_remote_code`).
 """
 
 from collections.abc import Callable

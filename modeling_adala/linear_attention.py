@@ -8,8 +8,7 @@ Canonical form (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 5), with the st
 documentation, the oracle of the tests and what draws attention maps. Their arguments are checked here, once, before
 any backend sees them.
 
-This file travels with the weights (`trust_remote_code`). Kernels are taken from the installed package, where there is
-one; PyTorch does the work otherwise.
+Kernels are taken from the installed package, where there is one; a checkpoint's copy of this file runs PyTorch alone.
 """
 
 import math

@@ -1,7 +1,4 @@
-"""Mixins of the model classes: linear attention, backbones and a segmentation head, for images of any size.
-
-This file travels with the weights (`trust_remote_code`).
-"""
+"""Mixins of the model classes: linear attention, backbones and a segmentation head, for images of any size."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -3,8 +3,6 @@
 Module and parameter names are the stock ones (`q_proj`, `k_proj`, `v_proj` in every attention), so that teacher
 weights, PEFT targets and hooks fit. `attn_implementation="sdpa"` or `"eager"` puts a model in softmax mode: it then
 equals its teacher as long as the weights do.
-
-This file travels with the weights (`trust_remote_code`).
 """
 
 import transformers

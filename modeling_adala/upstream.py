@@ -3,8 +3,6 @@
 A release may move or change any of these names; `tests/test_upstream.py` then says in a sentence which one, and what
 needs it. Private attributes of public objects (`config._attn_implementation`, ...) are used where they belong; the
 same test lists them.
-
-This file travels with the weights (`trust_remote_code`).
 """
 
 # Whether `torch.func` is at work, whose tensors have no values to look at: linear_attention.py.

@@ -55,7 +55,7 @@ class AlignmentTrainer(AdaLATrainer):
                 " FeatureEvaluator(teacher, dataset)."
             )
         self.evaluator = evaluator
-        teacher = load_teacher(teacher_model)
+        self.exact_teacher = teacher = load_teacher(teacher_model)
         check_pair(teacher, model)
         super().__init__(model=model, args=args, **kwargs)
         autocast_dtype = AUTOCAST_DTYPES.get(self.accelerator.mixed_precision) if self.accelerator.native_amp else None
@@ -130,7 +130,7 @@ class AlignmentTrainer(AdaLATrainer):
         student = self.accelerator.unwrap_model(model)
         original = student.__dict__.get("forward")
 
-        def forward(*inputs):
+        def forward(*inputs: Any, **_: Any) -> Any:  # hooks of the student may add arguments, such as its patch grid
             restore()
             return method(base_model(student), *inputs)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from .base_config import COUNT, LEARNING_RATE, AdaLATrainingArguments
+from .runs.settings import Interval
 
 
 @dataclass
@@ -16,6 +17,9 @@ class AttentionAlignmentConfig(AdaLATrainingArguments):
         new_learning_rate (`float`, *optional*): Peak of the schedule for the parameters that the teacher lacks, those
             of feature maps and local mixing. Default: `learning_rate`.
         max_steps (`int`, *optional*, defaults to 500): Optimizer steps.
+        auto_softmax_layers (`int`, *optional*, defaults to 0): Linear layers that go back to softmax after the last
+            step: those whose return brings the student's final features closest to the teacher's, measured on the
+            calibration images (`rank_softmax_layers`). The command line writes `--softmax-layers auto:K`.
         calibration_images (`int`, *optional*, defaults to 64): Training images on which each block's teacher variance
             is measured, once, before the first step.
     """
@@ -36,6 +40,13 @@ class AttentionAlignmentConfig(AdaLATrainingArguments):
         },
     )
     max_steps: int = field(default=500, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
+    auto_softmax_layers: int = field(
+        default=0,
+        metadata={
+            "help": "Layers that go back to softmax after the last step, chosen by measurement.",
+            "range": Interval(0),
+        },
+    )
     calibration_images: int = field(
         default=64,
         metadata={

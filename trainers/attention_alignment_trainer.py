@@ -1,5 +1,6 @@
 """Stage 1: every linear attention learns, independently, to match its softmax counterpart on the same input."""
 
+import logging
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from .alignment_trainer import AlignmentTrainer
 from .attention_alignment_config import AttentionAlignmentConfig
 from .base_trainer import add_adapters, freeze_all_but
 from .early_gradients import EarlyGradients
+from .evaluation.softmax_layers import keep_softmax, rank_softmax_layers
 from .losses import TeacherVariance, alignment_loss_before_projection, attention_alignment_loss
 from .teacher import Tap, output_projection, visit_attention, without_output_projection
+
+logger = logging.getLogger(__name__)
 
 TRAINED = (".q_proj.", ".k_proj.", ".v_proj.", ".feature_map.", ".local_mixing.")
 
@@ -86,10 +90,34 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
             ),
         )
         args = AttentionAlignmentConfig() if args is None else args
+        if args.auto_softmax_layers and (peft_config is not None or args.auto_softmax_layers >= len(linear_layers)):
+            raise UsageError(
+                f"auto_softmax_layers={args.auto_softmax_layers}: pass fewer than {len(linear_layers)}, the number of"
+                " linear layers, and no peft_config: a layer goes back with the teacher's own projections."
+            )
         super().__init__(model=wrapped, teacher_model=teacher_model, args=args, **kwargs)
         self.layers: list[int] = linear_layers
         self._variances: list[Tensor] | None = None
         self._grams: dict[int, Tensor | None] | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        output = super().train(resume_from_checkpoint, **kwargs)
+        if self.args.auto_softmax_layers:
+            self.choose_softmax_layers(self.args.auto_softmax_layers)
+        return output
+
+    def choose_softmax_layers(self, count: int) -> dict[int, float]:
+        """Put the `count` layers back to softmax that gain the most by it, log the ranking, and return it."""
+        student = self.accelerator.unwrap_model(self.model)
+        with self.compute_loss_context_manager():
+            batches = self.calibration_batches()
+            ranking = rank_softmax_layers(student, self.teacher_model, batches, self.exact_teacher)
+        chosen = [layer for layer in ranking if layer >= 0][:count]
+        keep_softmax(student, self.exact_teacher, chosen)
+        self.log({f"softmax_{'none' if layer < 0 else layer}": error for layer, error in ranking.items()})
+        listed = ", ".join(f"{'none' if layer < 0 else layer} {error:.4f}" for layer, error in ranking.items())
+        logger.warning("softmax layers %s, by the relative error of the features with each: %s", chosen, listed)
+        return ranking
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, errors = self.run_as_forward(model, self.align_blocks, inputs["pixel_values"])

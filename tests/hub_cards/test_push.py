@@ -30,7 +30,7 @@ REPO = "org/model"
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
 LABELS = ["cat", "dog <b>", "../bird"]
 PACKAGE = Path(modeling_adala.__file__).parent
-CODE = {path.name for path in PACKAGE.glob("*.py") if "travels with the weights" in path.read_text()}
+CODE = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
 CORE = {"README.md", "config.json", "preprocessor_config.json", "model.safetensors", *CODE}
 
 
