@@ -45,7 +45,7 @@ def test_the_module_imports_without_triton_and_says_so():
 import sys
 sys.modules["triton"] = None
 from modeling_adala.kernels.triton_backend import unavailable
-assert unavailable("cuda") == "triton is not installed", unavailable("cuda")
+assert unavailable("cuda").startswith("triton cannot be imported"), unavailable("cuda")
 """
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -116,7 +116,7 @@ def test_kernels_compile_for_a_gpu_without_one(name, dtype):
     kernel = getattr(backend._kernels(), name)
     direction = "backward" if "gradient" in name else "forward"
     x = torch.empty(1, 1, 1, 80, dtype=dtype)
-    plan = backend._Plan(x, x, "exp", None, direction)
+    plan = backend._Plan(x, x, "elu", None, direction)
     constants = {**plan.options, "CHUNKS": plan.chunks, "FUSED": plan.fused, "key_d": 1, "value_d": 1, "query_d": 1}
     pointer = "*fp32" if dtype == torch.float32 else "*bf16"
     types = {
