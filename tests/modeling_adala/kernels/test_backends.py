@@ -88,9 +88,9 @@ assert torch.equal(linear_attention(*inputs, "elu"), linear_attention(*inputs, "
 # --- calls that the kernels leave to PyTorch -------------------------------------------------------------------------
 
 
-def dispatched(feature_map, dtype=torch.float32, cu_seqlens=None):
-    inputs = torch.randn(3, 1, 2, 9, 16, dtype=dtype)
-    return dispatch.linear_attention(*inputs, feature_map, None, 1e-6, cu_seqlens)
+def dispatched(feature_map, inputs=None, cu_seqlens=None):
+    inputs = torch.randn(3, 1, 2, 9, 16) if inputs is None else inputs
+    return dispatch.linear_attention(*inputs.unbind(), feature_map, None, 1e-6, cu_seqlens)
 
 
 @pytest.fixture
@@ -112,13 +112,10 @@ def test_hooks_derivatives_and_packed_mean_keys_are_left_to_pytorch(caplog):
     assert dispatched(hooked) is None
     bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
     assert dispatched(build_feature_map("elu", 2, 16, center_keys=True), cu_seqlens=bounds) is None
-    inputs, answers = torch.randn(1, 2, 9, 16), []
-    torch.func.grad(lambda x: answers.append(dispatch.linear_attention(x, x, x, plain, None, 1e-6, None)) or x.sum())(
-        inputs
-    )
+    inputs, answers = torch.randn(3, 1, 2, 9, 16), []
+    torch.func.grad(lambda x: answers.append(dispatched(plain, x)) or x.sum())(inputs)
     with forward_ad.dual_level():
-        x = forward_ad.make_dual(inputs, inputs)
-        answers.append(dispatch.linear_attention(x, x, x, plain, None, 1e-6, None))
+        answers.append(dispatched(plain, forward_ad.make_dual(inputs, inputs)))
     assert answers == [None, None]
     assert caplog.messages == []
 
@@ -127,7 +124,8 @@ def test_hooks_derivatives_and_packed_mean_keys_are_left_to_pytorch(caplog):
 def test_what_the_kernels_do_not_support_is_said_once(caplog):
     dispatch._warn_unsupported.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert [dispatched(build_feature_map("relu", 2, 16), torch.float64) for _ in range(2)] == [None, None]
+        inputs = torch.randn(3, 1, 2, 9, 16, dtype=torch.float64)
+        assert [dispatched(build_feature_map("relu", 2, 16), inputs) for _ in range(2)] == [None, None]
     assert caplog.messages == ["backend 'triton' does not support query in torch.float64; PyTorch runs it."]
 
 

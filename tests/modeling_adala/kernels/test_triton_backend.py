@@ -30,7 +30,7 @@ def test_kernels(mode):
     assert " passed" in result.stdout
 
 
-def test_a_cpu_is_no_place_for_compiled_kernels():
+def test_compiled_kernels_do_not_run_on_a_cpu():
     assert not backend.interpreted()
     assert backend.unavailable("cpu") == "Triton has no code for cpu"
 
