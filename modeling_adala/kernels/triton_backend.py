@@ -5,7 +5,7 @@ Next to `fla-org/flash-bidirectional-linear-attention`:
 - the feature map, its scale, the mask and the division run in registers, and strides are taken as they come: each pass
   reads its inputs and writes its outputs once, two launches forward and two backward, and copies nothing;
 - tokens are cut into as many parts as the card has room for, so that batch 1 fills it; tiles do not depend on the
-  number of tokens, which is no compile-time constant: nothing is compiled or tuned again for another resolution;
+  number of tokens, and kernels take that at run time: nothing is compiled or tuned again for another resolution;
 - scratch is one float32 record of the state per part (`features x value_dim`), forward and backward, whatever N is;
 - any head dim: tiles are the next power of two and loads are masked. At 72 to 96 that is idle arithmetic, but no idle
   traffic, and traffic bounds these kernels (a 128 x 128 tile at 72: about 110 operations per byte, of the 295 that an
@@ -16,19 +16,16 @@ Next to `fla-org/flash-bidirectional-linear-attention`:
 
 Nothing here has been timed on a GPU yet: tiles and numbers of parts follow from the arithmetic above and from what
 `ptxas` says of registers and shared memory.
-
-This file travels with the weights (`trust_remote_code`): torch, transformers and flat siblings only.
 """
 
 import functools
-import re
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-PHI = ("elu", "relu", "exp", "identity")
+PHI = ("elu", "relu", "identity")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 WAVES = 2
@@ -49,13 +46,10 @@ TILES: dict[str, dict[int, tuple[tuple[int, ...], ...]]] = {
     },
 }
 
-# A copy of this file that came with a checkpoint must not redefine the operators of the installed package.
-NAMESPACE = "adala" if __package__ == "modeling_adala" else "adala_" + re.sub(r"\W", "_", __name__)
-
 
 @functools.cache
 def _kernels() -> SimpleNamespace:
-    """Imported at the first use: triton is optional, and takes its time."""
+    """Return the kernels, imported at the first use: triton is optional, and takes its time."""
     from .triton_kernels import key_gradient_kernel, output_kernel, query_gradient_kernel, state_kernel, tl
 
     return SimpleNamespace(
@@ -70,17 +64,17 @@ def _kernels() -> SimpleNamespace:
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter (`TRITON_INTERPRET=1` when triton was imported), on CPUs too."""
+    """Return whether Triton's interpreter runs the kernels (`TRITON_INTERPRET=1` when triton was imported)."""
     return type(_kernels().state).__name__ == "InterpretedFunction"
 
 
 @functools.cache
 def unavailable(device_type: str = "cuda") -> str | None:
-    """Why the kernels cannot run on this kind of device, in words, or `None` if they can."""
+    """Return why the kernels cannot run on this kind of device, in words, or `None` if they can."""
     try:
         _kernels()
     except ImportError as error:
-        return str(error)
+        return f"triton cannot be imported ({error})"
     if interpreted():
         return None
     if device_type != "cuda":
@@ -93,7 +87,7 @@ def unavailable(device_type: str = "cuda") -> str | None:
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor, phi: str) -> str | None:
-    """What of this call the kernels do not support, in words, or `None`. Looks at shapes and dtypes only."""
+    """Return what the kernels do not support in this call, in words, or `None`; from shapes and dtypes alone."""
     if phi not in PHI:
         return f"the feature map {phi!r}"
     widest = 256 if value.dtype == torch.float32 else 512
@@ -115,7 +109,7 @@ def linear_attention_triton(
     eps: float,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Linear attention; differentiable once. Autocast leaves it alone: inputs are taken in the dtypes they have.
+    """Return linear attention, differentiable once. Autocast leaves it alone: inputs keep the dtypes they have.
 
     Args:
         query (`Tensor`): `(batch, heads, query_tokens, features)`, any strides.
@@ -136,7 +130,7 @@ def linear_attention_triton(
     return output
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_attention", mutates_args=())
+@torch.library.custom_op("adala::linear_attention", mutates_args=())
 def linear_attention_op(
     query: Tensor,
     key: Tensor,
@@ -147,7 +141,7 @@ def linear_attention_op(
     eps: float,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and one record per image and head, which the backward pass reads."""
+    """Return the output, and one record per image and head, which the backward pass reads."""
     plan = _Plan(query, value, phi, cu_seqlens, "forward")
     output, totals = _empty_outputs(query, value, plan.images)
     heads, query_tokens, tokens = query.shape[1], query.shape[2], key.shape[2]
@@ -170,7 +164,7 @@ def linear_attention_op(
     return output, totals
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_attention_backward", mutates_args=())
+@torch.library.custom_op("adala::linear_attention_backward", mutates_args=())
 def linear_attention_backward_op(
     output_gradient: Tensor,
     query: Tensor,
@@ -183,7 +177,7 @@ def linear_attention_backward_op(
     eps: float,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value."""
+    """Return the gradients of query, key and value."""
     plan = _Plan(query, value, phi, cu_seqlens, "backward")
     query_gradient, key_gradient, value_gradient = (_empty_like(x) for x in (query, key, value))
     heads, query_tokens, tokens = query.shape[1], query.shape[2], key.shape[2]
@@ -246,14 +240,14 @@ def _empty_outputs(query: Tensor, value: Tensor, images: int) -> tuple[Tensor, T
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    """`(batch, heads, tokens, dim)` as a view of `(batch, tokens, heads, dim)` memory, as projections read it."""
+    """Return `(batch, heads, tokens, dim)` as a view of `(batch, tokens, heads, dim)`, as projections read it."""
     batch, heads, tokens, dim = x.shape
     return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
 def record_numel(features: int, value_dim: int) -> int:
-    """Numbers in one record (see `triton_kernels.py`). The count takes four, which keeps records aligned."""
-    return features * value_dim + 2 * features + value_dim + 4
+    """Return the size of a record (see `triton_kernels.py`). The count takes four, which keeps records aligned."""
+    return features * value_dim + features + value_dim + 4
 
 
 class _Plan:
@@ -286,7 +280,7 @@ class _Plan:
         self.fused = bits == 16 and block_f <= (128 if _wgmma(self.device) else 64)
 
     def parts(self, tokens: int, chunks: int = 1, readers_of: int = 1) -> int:
-        """Into how many parts the tokens of an image are cut, for `WAVES` programs per multiprocessor.
+        """Return into how many parts to cut the tokens of an image, for `WAVES` programs per multiprocessor.
 
         A part is worth its record: it reads more than it writes, and than it reads of `readers_of` records.
         """
@@ -301,7 +295,7 @@ class _Plan:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def strides(self, *tensors: Tensor | None) -> list[int]:
-        """Strides of all dimensions; 0 for the sequences of a packed batch, whose tokens `cu_seqlens` finds."""
+        """Return all strides; 0 for the sequences of a packed batch, whose tokens `cu_seqlens` finds."""
         strides: list[int] = []
         for x in tensors:
             own = (0, 0) if x is None else x.stride()
@@ -315,11 +309,11 @@ def _power_of_two(n: int) -> int:
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """The interpreter counts as a small card: several parts even for the small inputs it can run."""
+    """Return the multiprocessors of a card; few for the interpreter, to cut even its small inputs into parts."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 @functools.cache
 def _wgmma(device: torch.device) -> bool:
-    """Whether products read their operands from shared memory (Hopper, and Blackwell in data centers)."""
+    """Return whether products read their operands from shared memory (Hopper, and Blackwell in data centers)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -7,25 +7,17 @@ Notation of one head: `phi` are features, `state` is phi(K)^T V, `key_sum` is ph
     query_gradient_kernel   gradient of the query, and records of the gradients of state and key_sum
     key_gradient_kernel     adds those up, then gradients of key and value
 
-- A *record* is what a program leaves for others, in float32: `[state | key_sum | key_max | value_sum | count]`, not
+- A *record* is what a program leaves for others, in float32: `[state | key_sum | value_sum | count]`, not
   divided by the count yet. One program writes one record, and readers add records in order: sums are deterministic.
 - Values are centered. Weights sum to w = phi(q) z / (phi(q) z + eps), so that the output is w times the mean value and
   attention to what deviates from it; gradients follow. These are identities, not approximations, and 16-bit products
   then round deviations only.
 - Columns of the value do not depend on each other. Where features x value_dim outgrow a tile, the columns are cut into
   chunks: over programs in the forward pass, and one after another in the backward pass, which sums over them.
-
-This file travels with the weights (`trust_remote_code`).
 """
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:  # inside `try`, because the Hub's scanner refuses a missing import anywhere else
-    raise ImportError("triton is not installed") from error
-
-# Below every key, and far enough from float32's own limit that a difference of two such numbers stays finite.
-LOWEST = tl.constexpr(-1e38)
+import triton
+import triton.language as tl
 
 
 @triton.jit
@@ -50,41 +42,28 @@ def _add_dot(total, a, b):
 
 
 @triton.jit
-def _phi(x, shift, PHI: tl.constexpr):
+def _phi(x, PHI: tl.constexpr):
     # where, and not maximum, because that would hide a NaN
     if PHI == "elu":
         x = tl.where(x > 0, x + 1, tl.exp(x))
     elif PHI == "relu":
         x = tl.where(x <= 0, 0.0, x)
-    elif PHI == "exp":
-        x = tl.exp(x - shift)
     return x
 
 
 @triton.jit
 def _through_phi(gradient, x, phi, PHI: tl.constexpr):
-    """The gradient of x from that of phi(x). The shifts of `exp` are constants: they cancel."""
+    """Return the gradient of x from that of phi(x)."""
     if PHI == "elu":
         gradient = tl.where(x > 0, gradient, gradient * phi)
     elif PHI == "relu":
         gradient = tl.where(x > 0, gradient, 0.0)
-    elif PHI == "exp":
-        gradient = gradient * phi
     return gradient
 
 
 @triton.jit
-def _query_phi(x, key_max, PHI: tl.constexpr):
-    shift = 0.0
-    if PHI == "exp":
-        x += key_max[None, :]
-        shift = tl.max(x, axis=1)[:, None]
-    return _phi(x, shift, PHI)
-
-
-@triton.jit
 def _tokens_of_part(cu_seqlens, image, tokens, part, parts, BLOCK_N: tl.constexpr):
-    """First and last token, exclusive, of the given part of an image, or of a packed sequence."""
+    """Return the first and the last token, exclusive, of the given part of an image, or of a packed sequence."""
     begin, end = 0, tokens
     if cu_seqlens is not None:
         begin, end = tl.load(cu_seqlens + image), tl.load(cu_seqlens + image + 1)
@@ -113,54 +92,37 @@ def _store(pointer, x, rows, columns, row_stride, column_stride, row_mask, WIDTH
 
 
 @triton.jit
-def _store_record(
-    record, state, key_sum, key_max, value_sum, count, features, columns, F: tl.constexpr, V: tl.constexpr
-):
+def _store_record(record, state, key_sum, value_sum, count, features, columns, F: tl.constexpr, V: tl.constexpr):
     in_features, in_columns = features < F, columns < V
     tile = features[:, None] * V + columns[None, :]
     tl.store(record + tile, state, mask=in_features[:, None] & in_columns[None, :])
     tl.store(record + F * V + features, key_sum, mask=in_features)
-    tl.store(record + F * V + F + features, key_max, mask=in_features)
-    tl.store(record + F * V + 2 * F + columns, value_sum, mask=in_columns)
-    tl.store(record + F * V + 2 * F + V + tl.arange(0, 4), tl.zeros([4], tl.float32) + count)
+    tl.store(record + F * V + F + columns, value_sum, mask=in_columns)
+    tl.store(record + F * V + F + V + tl.arange(0, 4), tl.zeros([4], tl.float32) + count)
 
 
 @triton.jit
-def _sum_records(
-    records, splits, features, columns, PHI: tl.constexpr, F: tl.constexpr, V: tl.constexpr, RECORD: tl.constexpr
-):
-    """What `splits` records say together. With `exp`, each counts its features from a maximum of its own."""
+def _sum_records(records, splits, features, columns, F: tl.constexpr, V: tl.constexpr, RECORD: tl.constexpr):
+    """Return the sums of `splits` records."""
     in_features, in_columns = features < F, columns < V
     tile = features[:, None] * V + columns[None, :]
     in_tile = in_features[:, None] & in_columns[None, :]
-    key_max = tl.zeros_like(features).to(tl.float32) + LOWEST
-    if PHI == "exp":
-        for split in range(splits):
-            part_max = tl.load(records + split * RECORD + F * V + F + features, mask=in_features, other=LOWEST)
-            key_max = tl.maximum(key_max, part_max)
     state = tl.zeros_like(tile).to(tl.float32)
     key_sum = tl.zeros_like(features).to(tl.float32)
     value_sum = tl.zeros_like(columns).to(tl.float32)
     count = 0.0
     for split in range(splits):
         record = records + split * RECORD
-        part = tl.load(record + tile, mask=in_tile, other=0.0)
-        part_sum = tl.load(record + F * V + features, mask=in_features, other=0.0)
-        if PHI == "exp":
-            part_max = tl.load(record + F * V + F + features, mask=in_features, other=LOWEST)
-            shrink = tl.exp(part_max - key_max)
-            part *= shrink[:, None]
-            part_sum *= shrink
-        state += part
-        key_sum += part_sum
-        value_sum += tl.load(record + F * V + 2 * F + columns, mask=in_columns, other=0.0)
-        count += tl.load(record + F * V + 2 * F + V)
-    return state, key_sum, key_max, value_sum, count
+        state += tl.load(record + tile, mask=in_tile, other=0.0)
+        key_sum += tl.load(record + F * V + features, mask=in_features, other=0.0)
+        value_sum += tl.load(record + F * V + F + columns, mask=in_columns, other=0.0)
+        count += tl.load(record + F * V + F + V)
+    return state, key_sum, value_sum, count
 
 
 @triton.jit
 def _centered_means(state, key_sum, value_sum, count):
-    """S - z v', z and v', where S and z are means over the tokens, and v' is the mean value."""
+    """Return S - z v', z and v', where S and z are means over the tokens, and v' is the mean value."""
     count = tl.maximum(count, 1.0)
     key_mean, value_mean = key_sum / count, value_sum / count
     return state / count - key_mean[:, None] * value_mean[None, :], key_mean, value_mean
@@ -186,7 +148,6 @@ def state_kernel(
 
     state = tl.zeros([BLOCK_F, BLOCK_V], tl.float32)
     key_sum = tl.zeros([BLOCK_F], tl.float32)
-    key_max = tl.zeros([BLOCK_F], tl.float32) + LOWEST
     value_sum = tl.zeros([BLOCK_V], tl.float32)
     count = 0.0
     first, last = _tokens_of_part(cu_seqlens, image, tokens, split, splits, BLOCK_N)
@@ -197,20 +158,14 @@ def state_kernel(
             real &= tl.load(key_mask + image * mask_b + rows.to(tl.int64) * mask_n, mask=real, other=0) != 0
         x = _load(key, rows, features, key_n, key_d, real, F).to(tl.float32) * scale
         v = _load(value, rows, columns, value_n, value_d, real, V)
-        if PHI == "exp":
-            new_max = tl.maximum(key_max, tl.max(tl.where(real[:, None], x, LOWEST), axis=0))
-            shrink = tl.exp(key_max - new_max)
-            state *= shrink[:, None]
-            key_sum *= shrink
-            key_max = new_max
-        phi = _operand(tl.where(real[:, None], _phi(x, key_max[None, :], PHI), 0.0), DOT, INTERPRETED)
+        phi = _operand(tl.where(real[:, None], _phi(x, PHI), 0.0), DOT, INTERPRETED)
         state = _add_dot(state, tl.trans(phi), _operand(v, DOT, INTERPRETED))
         # of the rounded features, as in the state: the weights of the mean then sum to one
         key_sum += tl.sum(phi.to(tl.float32), axis=0)
         value_sum += tl.sum(v.to(tl.float32), axis=0)
         count += tl.sum(real.to(tl.float32), axis=0)
     records += (image_head * splits + split) * RECORD
-    _store_record(records, state, key_sum, key_max, value_sum, count, features, columns, F, V)
+    _store_record(records, state, key_sum, value_sum, count, features, columns, F, V)
 
 
 @triton.jit(do_not_specialize=["query_tokens", "splits", "parts"])
@@ -232,10 +187,10 @@ def output_kernel(
     columns = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
 
     records += image_head * splits * RECORD
-    state, key_sum, key_max, value_sum, count = _sum_records(records, splits, features, columns, PHI, F, V, RECORD)
+    state, key_sum, value_sum, count = _sum_records(records, splits, features, columns, F, V, RECORD)
     if part == 0:
         total = totals + image_head * RECORD
-        _store_record(total, state, key_sum, key_max, value_sum, count, features, columns, F, V)
+        _store_record(total, state, key_sum, value_sum, count, features, columns, F, V)
     state, key_mean, value_mean = _centered_means(state, key_sum, value_sum, count)
     state = _operand(state, DOT, INTERPRETED)
 
@@ -243,7 +198,7 @@ def output_kernel(
     for start in range(first, last, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         x = _load(query, rows, features, query_n, query_d, rows < last, F).to(tl.float32) * scale
-        phi = _query_phi(x, key_max, PHI)
+        phi = _phi(x, PHI)
         normalizer = tl.sum(phi * key_mean[None, :], axis=1)
         # divided before the product: every operand then has the size of a weight or of a mean
         weights = _operand(phi / (normalizer + eps)[:, None], DOT, INTERPRETED)
@@ -255,14 +210,14 @@ def output_kernel(
 @triton.jit
 def _query_block(
     query, query_n, query_d, output_gradient, output_n, output_d,
-    rows, last, features, columns, key_mean, key_max, scale, eps,
+    rows, last, features, columns, key_mean, scale, eps,
     PHI: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """Scaled queries, their features, g, and the inverse of the normalizer; g of no token is zero."""
+    """Return scaled queries, their features, g, and the inverse of the normalizer; g of no token is zero."""
     real = rows < last
     x = _load(query, rows, features, query_n, query_d, real, F).to(tl.float32) * scale
     g = _load(output_gradient, rows, columns, output_n, output_d, real, V).to(tl.float32)
-    phi = _query_phi(x, key_max, PHI)
+    phi = _phi(x, PHI)
     normalizer = tl.sum(phi * key_mean[None, :], axis=1) + eps
     inverse = 1 / tl.where(real, normalizer, 1.0)
     return x, phi, g * inverse[:, None], inverse
@@ -300,7 +255,7 @@ def query_gradient_kernel(
     key_sum_gradient = tl.zeros([BLOCK_F], tl.float32)
     for chunk in range(CHUNKS):
         columns = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
-        state, key_sum, key_max, value_sum, count = _sum_records(totals, 1, features, columns, PHI, F, V, RECORD)
+        state, key_sum, value_sum, count = _sum_records(totals, 1, features, columns, F, V, RECORD)
         state, key_mean, value_mean = _centered_means(state, key_sum, value_sum, count)
         state_columns = _operand(tl.trans(state), DOT, INTERPRETED)
         state_gradient = tl.zeros([BLOCK_F, BLOCK_V], tl.float32)
@@ -308,7 +263,7 @@ def query_gradient_kernel(
             rows = start + tl.arange(0, BLOCK_N)
             x, phi, g, inverse = _query_block(
                 query, query_n, query_d, output_gradient, output_n, output_d,
-                rows, last, features, columns, key_mean, key_max, scale, eps, PHI, F, V,
+                rows, last, features, columns, key_mean, scale, eps, PHI, F, V,
             )  # fmt: skip
             rounded_g = _operand(g, DOT, INTERPRETED)
             phi_gradient = _dot(rounded_g, state_columns)
@@ -327,11 +282,11 @@ def query_gradient_kernel(
             for start in range(first, last, BLOCK_N):
                 _, phi, g, _ = _query_block(
                     query, query_n, query_d, output_gradient, output_n, output_d,
-                    start + tl.arange(0, BLOCK_N), last, features, columns, key_mean, key_max, scale, eps, PHI, F, V,
+                    start + tl.arange(0, BLOCK_N), last, features, columns, key_mean, scale, eps, PHI, F, V,
                 )  # fmt: skip
                 phi, g = _operand(phi, DOT, INTERPRETED), _operand(g, DOT, INTERPRETED)
                 state_gradient = _add_dot(state_gradient, tl.trans(phi), g)
-        _store_record(records, state_gradient, key_sum_gradient, key_max, value_sum, count, features, columns, F, V)
+        _store_record(records, state_gradient, key_sum_gradient, value_sum, count, features, columns, F, V)
         if CHUNKS > 1:
             tl.debug_barrier()  # the next chunk reads what other threads stored
 
@@ -366,14 +321,9 @@ def key_gradient_kernel(
     first, last = _tokens_of_part(cu_seqlens, image, tokens, part, parts, BLOCK_N)
     for chunk in range(CHUNKS):
         columns = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
-        # the query kernel passed the maximum of the keys on
-        state_gradient, key_sum_gradient, key_max, _, _ = _sum_records(
-            records, splits, features, columns, PHI, F, V, RECORD
-        )
-        if PHI == "exp":
-            key_max = tl.where(features < F, key_max, 0.0)  # else exp(0 - key_max) is infinite where a tile is padded
-        count = tl.maximum(tl.load(totals + F * V + 2 * F + V), 1.0)
-        value_mean = tl.load(totals + F * V + 2 * F + columns, mask=columns < V, other=0.0) / count
+        state_gradient, key_sum_gradient, _, _ = _sum_records(records, splits, features, columns, F, V, RECORD)
+        count = tl.maximum(tl.load(totals + F * V + F + V), 1.0)
+        value_mean = tl.load(totals + F * V + F + columns, mask=columns < V, other=0.0) / count
         # summed over the columns already, hence to be added with one chunk only
         key_sum_gradient = tl.where(chunk == 0, key_sum_gradient / count, 0.0)
         state_gradient = _operand(state_gradient / count, DOT, INTERPRETED)
@@ -385,7 +335,7 @@ def key_gradient_kernel(
                 real &= tl.load(key_mask + image * mask_b + rows.to(tl.int64) * mask_n, mask=real, other=0) != 0
             x = _load(key, rows, features, key_n, key_d, real, F).to(tl.float32) * scale
             v = _load(value, rows, columns, value_n, value_d, real, V).to(tl.float32) - value_mean[None, :]
-            phi = tl.where(real[:, None], _phi(x, key_max[None, :], PHI), 0.0)
+            phi = tl.where(real[:, None], _phi(x, PHI), 0.0)
             dv = _dot(_operand(phi, DOT, INTERPRETED), state_gradient)
             _store(value_gradient, dv, rows, columns, value_gradient_n, value_gradient_d, inside, V)
             phi_gradient = _dot(_operand(v, DOT, INTERPRETED), tl.trans(state_gradient))

@@ -4,11 +4,10 @@
 
 The interpreter is chosen when triton is imported, for the whole process, hence no `test_` in the name of this file:
 `test_triton_backend.py` runs it in a process of its own. The interpreter truncates where a GPU rounds to bfloat16, so
-that errors in 16 bits are about twice as large in it.
+that errors in 16 bits are about twice as large in it. Each program (images x heads x parts) takes it
+about 30 ms, however little it does: hence one image and one head where more of them would show nothing new.
 """
 
-import importlib.util
-import sys
 import warnings
 from functools import partial
 from itertools import pairwise
@@ -92,19 +91,18 @@ def random_mask(batch: int, tokens: int) -> torch.Tensor:
 
 # --- against the oracle ----------------------------------------------------------------------------------------------
 
-# batch, heads, query tokens, tokens, head dim, value dim, masked. With 256, and with 80 x 256, in several chunks.
+# batch, heads, query tokens, tokens, head dim, value dim, masked. 72 and up in several chunks, 140 tokens in parts.
 SHAPES = [
-    (1, 1, 1, 1, 64, 64, False),
-    (2, 2, 17, 197, 16, 16, True),
-    (1, 1, 33, 40, 80, 256, False),
+    ("elu", (1, 1, 1, 1, 64, 64, False)),
+    ("relu", (2, 2, 17, 140, 16, 24, True)),
+    ("elu", (1, 1, 33, 17, 64, 64, False)),
+    ("relu", (1, 1, 17, 33, 72, 80, False)),
+    ("identity", (1, 1, 17, 17, 128, 128, True)),
+    ("elu", (1, 1, 17, 33, 80, 80, False)),
+    ("identity", (1, 1, 9, 20, 256, 80, False)),
+    ("elu", (1, 1, 17, 33, 17, 30, True)),
 ]
-MORE_SHAPES = [
-    (1, 1, 197, 17, 72, 80, False),
-    (2, 1, 33, 65, 96, 24, True),
-    (1, 1, 20, 30, 256, 80, False),
-    (1, 1, 30, 40, 17, 30, True),
-]
-CASES = [*((phi, shape) for phi in PHI for shape in SHAPES), *(("exp", shape) for shape in MORE_SHAPES)]
+CASES = [*((phi, (1, 1, 40, 70, 16, 16, True)) for phi in PHI), *SHAPES]
 
 
 @pytest.mark.parametrize(("phi", "shape"), CASES, ids=str)
@@ -116,13 +114,14 @@ def test_values_and_gradients_equal_the_reference(phi, shape):
     expected = values_and_gradients(reference(feature_map, mask), *(x.double() for x in inputs))
     actual = values_and_gradients(triton(feature_map, mask), *inputs)
     assert [x.shape for x in actual] == [x.shape for x in expected]
+    assert all(x.transpose(1, 2).is_contiguous() for x in actual)  # as projections read them
     assert_close(actual, expected, 1e-6, 2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("phi", "dim"), [*((phi, 80) for phi in PHI), ("elu", 16), ("exp", 256)])
+@pytest.mark.parametrize(("phi", "dim"), [*((phi, 80) for phi in PHI), ("elu", 64), ("relu", 256)])
 def test_gradients_in_sixteen_bits(phi, dtype, dim):
-    inputs = inputs_of(phi, 1, 1, 40, 70, dim, dim, dtype)
+    inputs = inputs_of(phi, 1, 1, 20, 70, dim, min(dim, 80), dtype)
     feature_map = feature_map_of(phi, 1, dim)
     expected = values_and_gradients(reference(feature_map), *(x.double() for x in inputs))
     actual = values_and_gradients(triton(feature_map), *inputs)
@@ -130,14 +129,13 @@ def test_gradients_in_sixteen_bits(phi, dtype, dim):
     assert_close(actual, expected, 1e-2, 3e-2)
 
 
-@pytest.mark.parametrize("factor", [1, 100])
-@pytest.mark.parametrize("phi", PHI)
+@pytest.mark.parametrize(("phi", "factor"), [("elu", 1), *((phi, 100) for phi in PHI)])
 def test_errors_stay_in_bounds_with_an_offset_of_the_keys_and_large_inputs(phi, factor):
-    exact = [heads_view(1, 1, tokens, 64) * factor for tokens in (64, 512, 512)]
+    exact = [heads_view(1, 1, tokens, 64) * factor for tokens in (16, 128, 128)]
     exact[1] += 5 * factor
     if phi == "identity":
         exact = [x.abs() for x in exact]
-    feature_map, errors = feature_map_of(phi, 1, 64, 64**-0.25 if phi == "exp" else 1.0), {}
+    feature_map, errors = feature_map_of(phi, 1, 64), {}
     for dtype in BOUNDS:
         leaves = [x.to(dtype).requires_grad_() for x in exact]
         truth = reference(feature_map)(*(x.detach().double() for x in leaves))
@@ -150,8 +148,8 @@ def test_errors_stay_in_bounds_with_an_offset_of_the_keys_and_large_inputs(phi, 
 
 def test_values_with_a_large_mean_lose_no_precision():
     """In 16 bits, for only what deviates from the mean value is rounded."""
-    query, key, value = inputs_of("elu", 1, 2, 40, 200, 64, 64, torch.bfloat16)
-    feature_map = feature_map_of("elu", 2, 64)
+    query, key, value = inputs_of("elu", 1, 1, 40, 100, 64, 64, torch.bfloat16)
+    feature_map = feature_map_of("elu", 1, 64)
     shifted = (value + 8).to(torch.bfloat16)
     value = shifted - 8  # exact: neighbors of 8 are further apart than those of 0
     plain, moved = (values_and_gradients(triton(feature_map), query, key, v) for v in (value, shifted))
@@ -162,16 +160,16 @@ def test_values_with_a_large_mean_lose_no_precision():
 
 @pytest.mark.parametrize("phi", PHI)
 def test_a_large_eps_enters_values_and_gradients_as_it_should(phi):
-    inputs = inputs_of(phi, 1, 2, 20, 30, 16, 16)
+    inputs = inputs_of(phi, 1, 1, 20, 30, 16, 16)
     inputs[2] += 1
-    feature_map = feature_map_of(phi, 2, 16)
+    feature_map = feature_map_of(phi, 1, 16)
     expected = values_and_gradients(reference(feature_map, eps=0.5), *(x.double() for x in inputs))
     assert_close(values_and_gradients(triton(feature_map, eps=0.5), *inputs), expected, 1e-6, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_relu_gives_zeros_to_queries_without_a_positive_coordinate(dtype):
-    query, key, value = inputs_of("relu", 1, 1, 20, 100, 64, 64, dtype)
+    query, key, value = inputs_of("relu", 1, 1, 5, 20, 64, 64, dtype)
     query = -query.abs()
     feature_map = feature_map_of("relu", 1, 64)
     output, *gradients = values_and_gradients(triton(feature_map), query, key, value)
@@ -191,9 +189,9 @@ def test_a_nan_is_not_hidden(phi):
 @pytest.mark.parametrize("value_dtype", [torch.bfloat16, torch.float16])
 def test_value_of_another_dtype(value_dtype):
     """As DINOv3 hands it over under autocast: its rotary positions turn query and key into float32."""
-    query, key, value = inputs_of("elu", 2, 2, 17, 17, 16, 16)
+    query, key, value = inputs_of("elu", 1, 1, 17, 17, 16, 16)
     value = value.to(value_dtype)
-    feature_map = feature_map_of("elu", 2, 16)
+    feature_map = feature_map_of("elu", 1, 16)
     expected = values_and_gradients(reference(feature_map), query.double(), key.double(), value.double())
     actual = values_and_gradients(triton(feature_map), query, key, value)
     assert [x.dtype for x in actual] == [value_dtype, torch.float32, torch.float32, value_dtype]
@@ -205,37 +203,36 @@ def test_value_of_another_dtype(value_dtype):
 
 @pytest.mark.parametrize("phi", PHI)
 def test_padding_has_no_influence_whatever_it_holds(phi):
-    query, key, value = inputs_of(phi, 3, 2, 12, 12, 16, 16)
-    mask = torch.arange(12, device=DEVICE) < torch.tensor([[5], [12], [0]], device=DEVICE)
-    feature_map = feature_map_of(phi, 2, 16)
+    query, key, value = inputs_of(phi, 2, 1, 12, 12, 16, 16)
+    mask = torch.arange(12, device=DEVICE) < torch.tensor([[5], [0]], device=DEVICE)
+    feature_map = feature_map_of(phi, 1, 16)
     clean = values_and_gradients(triton(feature_map, mask), query, key, value)
     padding = ~mask[:, None, :, None]
     dirty = [key.masked_fill(padding, float("inf")), value.masked_fill(padding, float("nan"))]
     for a, b in zip(values_and_gradients(triton(feature_map, mask), query, *dirty), clean, strict=True):
         assert torch.equal(a, b)
-    assert not torch.allclose(triton(feature_map)(query, key, value)[0], clean[0][0])
     alone = triton(feature_map)(query[:1], key[:1, :, :5], value[:1, :, :5])
     torch.testing.assert_close(clean[0][:1], alone, rtol=1e-5, atol=1e-6)
     for result in clean:  # of the image without a token
-        assert torch.equal(result[2], torch.zeros_like(result[2]))
+        assert torch.equal(result[1], torch.zeros_like(result[1]))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("phi", PHI)
-def test_packed_sequences_are_attended_to_one_by_one(phi, masked):
-    lengths = [5, 0, 70, 1, 0]
+# with 250 tokens in two parts, the second of them empty for 6 tokens; without a mask: PACKS below
+@pytest.mark.parametrize(
+    ("phi", "heads", "lengths"), [*((phi, 1, (5, 0, 40, 0)) for phi in PHI), ("elu", 1, (250, 6)), ("elu", 2, (3, 9))]
+)
+def test_packed_sequences_are_attended_to_one_by_one(phi, heads, lengths):
     bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    tokens, feature_map = bounds[-1], feature_map_of(phi, 2, 24)
-    inputs = inputs_of(phi, 1, 2, tokens, tokens, 24, 40)
-    mask = random_mask(1, tokens) if masked else None
+    tokens, feature_map = bounds[-1], feature_map_of(phi, heads, 16)
+    inputs = inputs_of(phi, 1, heads, tokens, tokens, 16, 24)
+    mask = random_mask(1, tokens)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
 
     def one_by_one(*leaves):
         parts = []
         for begin, end in pairwise(bounds):
             if end > begin:
-                part_mask = None if mask is None else mask[:, begin:end]
-                parts.append(reference(feature_map, part_mask)(*(x[:, :, begin:end] for x in leaves)))
+                parts.append(reference(feature_map, mask[:, begin:end])(*(x[:, :, begin:end] for x in leaves)))
         return torch.cat(parts, dim=2)
 
     expected = values_and_gradients(one_by_one, *(x.double() for x in inputs))
@@ -245,7 +242,7 @@ def test_packed_sequences_are_attended_to_one_by_one(phi, masked):
 
 # what the kernels leave to other code, and what they take through the operator: packed images must not notice
 PACKS = {
-    "kernels": {"masked": True},
+    "kernels": {},
     "kernels, learned, int64 bounds with gaps": {"name": "hedgehog", "gaps": True},
     "float64": {"dtype": torch.float64},
     "wide heads": {"dim": 300, "masked": True},
@@ -258,13 +255,13 @@ PACKS = {
 @pytest.mark.parametrize("case", PACKS)
 def test_packed_images_are_attended_to_one_by_one_without_kernels_too(case):
     options = {"name": "elu", "dim": 16, "dtype": torch.float32, "center_keys": False} | PACKS[case]
-    feature_map = build_feature_map(options["name"], 2, options["dim"], center_keys=options["center_keys"])
+    feature_map = build_feature_map(options["name"], 1, options["dim"], center_keys=options["center_keys"])
     feature_map = feature_map.to(DEVICE, options["dtype"])
     if "hooks" in options:
         feature_map.register_forward_hook(lambda *args: None)
-    bounds = [0, 5, 5, 75, 76]
-    inputs = [x.to(options["dtype"]) for x in inputs_of("elu", 1, 2, 76, 76, options["dim"], 24)]
-    mask = random_mask(1, 76) if "masked" in options else None
+    bounds = [0, 5, 5, 45, 46]
+    inputs = [x.to(options["dtype"]) for x in inputs_of("elu", 1, 1, 46, 46, options["dim"], 24)]
+    mask = random_mask(1, 46) if "masked" in options else None
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     if "gaps" in options:
         cu_seqlens = cu_seqlens.long().repeat_interleave(2)[::2]
@@ -292,31 +289,24 @@ def test_packed_images_are_attended_to_one_by_one_without_kernels_too(case):
 
 
 def test_strides_are_taken_as_they_come():
-    feature_map = feature_map_of("elu", 3, 16)
-    inputs = inputs_of("elu", 2, 3, 20, 20, 16, 16)
+    feature_map = feature_map_of("elu", 2, 16)
+    inputs = inputs_of("elu", 2, 2, 10, 10, 16, 16)
     expected = values_and_gradients(triton(feature_map), *(x.contiguous() for x in inputs))
     fused = torch.stack(inputs, dim=2).transpose(2, 3).flatten(3).chunk(3, dim=-1)  # one projection for q, k and v
     sparse = [x.repeat_interleave(2, dim=-1)[..., ::2] for x in inputs]
     turned = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs]
-    for variant in (inputs, fused, sparse, turned):
-        assert any(not x.is_contiguous() for x in variant)
+    for variant in (fused, (sparse[0], turned[1], sparse[2])):
+        assert all(not x.is_contiguous() for x in variant)
         for a, b in zip(values_and_gradients(triton(feature_map), *variant), expected, strict=True):
             assert torch.equal(a, b)
 
 
 def test_an_expanded_gradient_of_the_output():
-    leaves = [x.requires_grad_() for x in inputs_of("elu", 1, 2, 20, 20, 16, 16)]
-    output = triton(feature_map_of("elu", 2, 16))(*leaves)
+    leaves = [x.requires_grad_() for x in inputs_of("elu", 1, 1, 20, 20, 16, 16)]
+    output = triton(feature_map_of("elu", 1, 16))(*leaves)
     expanded = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
     for a, b in zip(expanded, torch.autograd.grad(output, leaves, torch.ones_like(output)), strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_output_and_gradients_are_views_of_batch_tokens_heads_dim_memory(dtype):
-    results = values_and_gradients(triton(feature_map_of("elu", 3, 16)), *inputs_of("elu", 2, 3, 9, 17, 16, 24, dtype))
-    assert [x.shape[1:] for x in results] == [(3, 9, 24), (3, 9, 16), (3, 17, 16), (3, 17, 24)]
-    assert all(x.transpose(1, 2).is_contiguous() for x in results)
 
 
 @pytest.fixture
@@ -331,11 +321,11 @@ def poisoned_memory():
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("phi", "dim"), [("elu", 17), ("exp", 80), ("relu", 256)])
-def test_all_memory_is_written_before_it_is_read(phi, dim, packed):
-    inputs = inputs_of(phi, 1, 2, 70, 70, dim, min(dim, 40))
-    cu_seqlens = torch.tensor([0, 30, 30, 70], dtype=torch.int32, device=DEVICE) if packed else None
-    operator = triton(feature_map_of(phi, 2, dim), random_mask(1, 70), cu_seqlens=cu_seqlens)
+@pytest.mark.parametrize("dim", [17, 256])
+def test_all_memory_is_written_before_it_is_read(dim, packed):
+    inputs = inputs_of("elu", 1, 1, 20, 20, dim, min(dim, 24))
+    cu_seqlens = torch.tensor([0, 9, 9, 20], dtype=torch.int32, device=DEVICE) if packed else None
+    operator = triton(feature_map_of("elu", 1, dim), random_mask(1, 20), cu_seqlens=cu_seqlens)
     assert all(x.isfinite().all() for x in values_and_gradients(operator, *inputs))
 
 
@@ -347,15 +337,15 @@ def test_no_tokens_and_no_images():
     assert triton(feature_map)(query[:0], key[:0], value[:0]).shape == (0, 2, 5, 16)
 
 
-@pytest.mark.parametrize(("phi", "multiprocessors"), [("elu", 3), ("exp", 1), ("exp", 1000)])
-def test_the_number_of_parts_does_not_show_in_the_result(phi, multiprocessors, monkeypatch):
-    inputs = inputs_of(phi, 1, 1, 600, 500, 16, 16)
-    inputs[1][..., 400:, :] *= 4  # parts differ in their largest key
-    feature_map = feature_map_of(phi, 1, 16)
+def test_the_number_of_parts_does_not_show_in_the_result(monkeypatch):
+    inputs = inputs_of("elu", 1, 1, 130, 200, 16, 16)
+    inputs[1][..., 150:, :] *= 4  # parts differ in the size of their keys
+    feature_map = feature_map_of("elu", 1, 16)
     expected = values_and_gradients(reference(feature_map), *(x.double() for x in inputs))
-    monkeypatch.setattr(backend, "_multiprocessors", lambda device: multiprocessors)
-    plan = backend._Plan(inputs[0], inputs[2], phi, None, "forward")
-    assert plan.parts(500) == {1: 2, 3: 6, 1000: 7}[multiprocessors]
+    plan = backend._Plan(inputs[0], inputs[2], "elu", None, "forward")
+    for multiprocessors, parts in ((1, 2), (1000, 3)):
+        monkeypatch.setattr(backend, "_multiprocessors", lambda device: multiprocessors)  # noqa: B023
+        assert plan.parts(200) == parts
     results = [values_and_gradients(triton(feature_map), *inputs) for _ in range(2)]
     assert_close(results[0], expected, 1e-6, 2e-5)
     for first, again in zip(*results, strict=True):
@@ -377,8 +367,8 @@ def test_two_launches_forward_and_two_backward(monkeypatch):
     names = ("state", "output", "query_gradient", "key_gradient")
     recorded = {name: Recorded(name, getattr(kernels, name)) for name in names}
     monkeypatch.setattr(backend, "_kernels", lambda: SimpleNamespace(**vars(kernels) | recorded))
-    leaves = [x.requires_grad_() for x in inputs_of("exp", 2, 2, 30, 300, 16, 16)]
-    output = triton(feature_map_of("exp", 2, 16))(*leaves)
+    leaves = [x.requires_grad_() for x in inputs_of("elu", 1, 1, 10, 200, 16, 16)]
+    output = triton(feature_map_of("elu", 1, 16))(*leaves)
     assert launched == list(names[:2])
     output.sum().backward()
     assert launched == list(names)
@@ -387,21 +377,22 @@ def test_two_launches_forward_and_two_backward(monkeypatch):
 # --- one operator for autograd, autocast, compilers ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["plain", "masked", "packed"])
-def test_the_operators_keep_their_promises_to_pytorch(case):
-    query, key, value = (x.requires_grad_() for x in inputs_of("elu", 1, 2, 20, 20, 16, 24))
-    mask = random_mask(1, 20) if case == "masked" else None
-    cu_seqlens = torch.tensor([0, 7, 20], dtype=torch.int32, device=DEVICE) if case == "packed" else None
-    options = ("elu", 1.0, mask, 1e-6, cu_seqlens)
+def test_the_operators_keep_their_promises_to_pytorch():
+    query, key, value = (x.requires_grad_() for x in inputs_of("elu", 1, 1, 5, 5, 16, 24))
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
+    options = ("elu", 1.0, random_mask(1, 5), 1e-6, cu_seqlens)
     torch.library.opcheck(backend.linear_attention_op, (query, key, value, *options))
     inputs = [x.detach() for x in (query, key, value)]
     output, totals = backend.linear_attention_op(*inputs, *options)
-    torch.library.opcheck(backend.linear_attention_backward_op, (output, *inputs, totals, *options))
+    arguments = (output, *inputs, totals, *options)
+    torch.library.opcheck(
+        backend.linear_attention_backward_op, arguments, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_autocast_changes_nothing():
-    inputs = inputs_of("elu", 1, 2, 20, 20, 16, 16)
-    operator = triton(feature_map_of("elu", 2, 16))
+    inputs = inputs_of("elu", 1, 1, 20, 20, 16, 16)
+    operator = triton(feature_map_of("elu", 1, 16))
     outside = values_and_gradients(operator, *inputs)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert (inputs[0] @ inputs[1].mT).dtype == torch.bfloat16  # autocast is on
@@ -433,11 +424,11 @@ def test_a_second_derivative_is_refused():
 
 def test_compiles_whole_and_once_for_all_numbers_of_tokens():
     torch._dynamo.reset()
-    operator = triton(feature_map_of("exp", 2, 16))
+    operator = triton(feature_map_of("elu", 1, 16))
     counter = CompileCounter()
     compiled = torch.compile(operator, backend=counter, fullgraph=True)
-    for tokens in (50, 70, 130):
-        inputs = inputs_of("exp", 2, 2, tokens, tokens, 16, 16)
+    for tokens in (5, 7, 40):
+        inputs = inputs_of("elu", 2, 1, tokens, tokens, 16, 16)
         for tensor in inputs:
             torch._dynamo.mark_dynamic(tensor, 2)
         assert torch.equal(compiled(*inputs), operator(*inputs))
@@ -447,8 +438,8 @@ def test_compiles_whole_and_once_for_all_numbers_of_tokens():
 
 def test_compiles_with_gradients():
     torch._dynamo.reset()
-    inputs = inputs_of("elu", 2, 2, 50, 70, 16, 16)
-    operator = triton(feature_map_of("elu", 2, 16))
+    inputs = inputs_of("elu", 1, 1, 10, 12, 16, 16)
+    operator = triton(feature_map_of("elu", 1, 16))
     compiled = torch.compile(operator, backend="aot_eager", fullgraph=True)
     for a, b in zip(values_and_gradients(compiled, *inputs), values_and_gradients(operator, *inputs), strict=True):
         assert torch.equal(a, b)
@@ -460,30 +451,17 @@ def test_exports_as_one_operator_with_dynamic_batch_and_tokens():
             return linear_attention_triton(query, key, value, "elu", 1.0, mask, 1e-6)
 
     def inputs(batch, tokens):
-        return (*inputs_of("elu", batch, 2, tokens, tokens, 16, 16), random_mask(batch, tokens))
+        return (*inputs_of("elu", batch, 1, tokens, tokens, 16, 16), random_mask(batch, tokens))
 
     batch, tokens = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=2)
     dynamic = ({0: batch, 2: tokens}, {0: batch, 2: tokens}, {0: batch, 2: tokens}, {0: batch, 1: tokens})
-    exported = torch.export.export(Operator(), inputs(2, 50), dynamic_shapes=dynamic)
+    exported = torch.export.export(Operator(), inputs(2, 9), dynamic_shapes=dynamic)
     called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     assert called.count("adala.linear_attention.default") == 1
     assert all("getitem" in name or "linear_attention" in name or "sym" in name for name in called), called
-    for shape in ((1, 7), (3, 130)):
+    for shape in ((1, 7), (3, 20)):
         example_inputs = inputs(*shape)
         assert torch.equal(exported.module()(*example_inputs), Operator()(*example_inputs))
-
-
-def test_a_copy_that_came_with_a_checkpoint_has_operators_of_its_own(monkeypatch):
-    package = backend.__package__.replace("modeling_adala", "transformers_modules.some-checkpoint")
-    spec = importlib.util.spec_from_file_location(f"{package}.triton_backend", backend.__file__)
-    copy = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, copy)
-    spec.loader.exec_module(copy)
-    copy._kernels = backend._kernels
-    inputs = inputs_of("elu", 1, 2, 20, 20, 16, 16)
-    for operator in (copy.linear_attention_triton, linear_attention_triton, copy.linear_attention_triton):
-        output = operator(*inputs, "elu", 1.0, None, 1e-6)
-        torch.testing.assert_close(output, linear_attention_reference(*inputs, feature_map_of("elu", 2, 16)))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no CUDA graphs")
