@@ -27,7 +27,7 @@ class AlignmentTrainer(AdaLATrainer):
     The teacher is an attribute of the trainer and never of the model, so that no checkpoint can contain it.
 
     Args:
-        model (`str` or `PreTrainedModel`): The student, or its name or folder for `load_student`.
+        model (`str`, `PathLike` or `PreTrainedModel`): The student, or its name or folder for `load_student`.
         teacher_model (`str` or `PreTrainedModel`): The softmax model it was converted from; frozen here.
         args (*optional*): The stage's configuration. Default: one with its default `output_dir`.
         peft_config (`peft.PeftConfig`, *optional*): Train adapters instead of the weights.

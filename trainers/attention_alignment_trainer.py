@@ -58,14 +58,14 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | PathLike | PreTrainedModel,
         teacher_model: str | PreTrainedModel,
         args: AttentionAlignmentConfig | None = None,
         *,
         peft_config: Any | None = None,
         **kwargs: Any,
     ):
-        model = load_student(model) if isinstance(model, str) else model
+        model = load_student(fspath(model)) if isinstance(model, str | PathLike) else model
         linear_layers = vision_config(model.config).linear_layers
         if not linear_layers:
             raise UsageError(

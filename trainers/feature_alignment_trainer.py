@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,14 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | PathLike | PreTrainedModel,
         teacher_model: str | PreTrainedModel,
         args: FeatureAlignmentConfig | None = None,
         *,
         peft_config: Any | None = None,
         **kwargs: Any,
     ):
-        model = load_student(model) if isinstance(model, str) else model
+        model = load_student(fspath(model)) if isinstance(model, str | PathLike) else model
         args = FeatureAlignmentConfig() if args is None else copy.copy(args)  # hidden_states is filled in
         layers = vision_config(model.config).num_hidden_layers
         if args.hidden_states is None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from os import PathLike, fspath
 from typing import Any, cast
 
 import torch
@@ -28,8 +29,8 @@ class SupervisedTrainer(AdaLATrainer):
     of each mask, on whole images or on windows.
 
     Args:
-        model (`str` or `PreTrainedModel`): A model for image classification or semantic segmentation, AdaLA or stock;
-            or the name or folder of a classifier or backbone for `load_classifier`, with the classes of
+        model (`str`, `PathLike` or `PreTrainedModel`): Model for image classification or semantic segmentation, AdaLA
+            or stock; or the name or folder of a classifier or backbone for `load_classifier`, with the classes of
             `train_dataset` where it names them, else those of the checkpoint.
         args (`SupervisedConfig`, *optional*): Settings. Default: one with its default `output_dir`.
         peft_config (`peft.PeftConfig`, *optional*): Train adapters instead of the backbone's weights. The head is
@@ -43,7 +44,7 @@ class SupervisedTrainer(AdaLATrainer):
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: str | PathLike | nn.Module,
         args: SupervisedConfig | None = None,
         *,
         peft_config: Any | None = None,
@@ -51,9 +52,9 @@ class SupervisedTrainer(AdaLATrainer):
         **kwargs: Any,
     ):
         args = SupervisedConfig() if args is None else copy.copy(args)
-        if isinstance(model, str):
-            labels = class_names(kwargs.get("train_dataset")) or _labels_of(load_config(model))
-            model = cast(nn.Module, load_classifier(model, labels))
+        if isinstance(model, str | PathLike):
+            labels = class_names(kwargs.get("train_dataset")) or _labels_of(load_config(fspath(model)))
+            model = cast(nn.Module, load_classifier(fspath(model), labels))
         if peft_config is not None:
             if args.freeze_backbone:
                 raise UsageError("freeze_backbone=True with peft_config leaves adapters untrained; pass one of them.")

@@ -73,7 +73,7 @@ def test_without_args_a_stage_has_its_own_defaults(stage, saved, teacher, tmp_pa
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_name_of_a_model_is_opened(stage, saved, teacher, tmp_path):
-    trainer = trainer_of(stage, saved, teacher, tmp_path)
+    trainer = trainer_of(stage, Path(saved) if stage == FEATURES else saved, teacher, tmp_path)
     assert type(trainer.model).__name__ == "AdaLAViTForImageClassification"
     before = copy_state(load_student(saved))
     assert not moved(before, copy_state(trainer.model))

@@ -49,12 +49,13 @@ class ImageReader:
         self,
         dataset: HFDataset,
         transform: Transform,
-        image_column: str,
-        label_column: str | None,
-        seed: int,
-        max_broken_fraction: float,
-        label_ids: Sequence[int] | None,
-        files: ImageFiles,
+        *,
+        image_column: str = "image",
+        label_column: str | None = None,
+        seed: int = 0,
+        max_broken_fraction: float = 0.01,
+        label_ids: Sequence[int] | None = None,
+        files: ImageFiles = LOCAL_FILES,
     ) -> None:
         columns = columns_of(dataset)
         wanted = {"image_column": image_column} | ({} if label_column is None else {"label_column": label_column})
@@ -154,19 +155,8 @@ class ImageDataset(ImageReader, torch.utils.data.Dataset):
         BrokenImagesError: On indexing, if too many rows are broken; a `DataError`.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.Dataset,
-        transform: Transform,
-        *,
-        image_column: str = "image",
-        label_column: str | None = None,
-        seed: int = 0,
-        max_broken_fraction: float = 0.01,
-        label_ids: Sequence[int] | None = None,
-        files: ImageFiles = LOCAL_FILES,
-    ) -> None:
-        super().__init__(dataset, transform, image_column, label_column, seed, max_broken_fraction, label_ids, files)
+    def __init__(self, dataset: datasets.Dataset, transform: Transform, **kwargs: Any) -> None:
+        super().__init__(dataset, transform, **kwargs)
         self._broken = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
@@ -240,16 +230,11 @@ class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
         dataset: datasets.IterableDataset,
         transform: Transform,
         *,
-        image_column: str = "image",
-        label_column: str | None = None,
-        seed: int = 0,
-        max_broken_fraction: float = 0.01,
-        label_ids: Sequence[int] | None = None,
-        files: ImageFiles = LOCAL_FILES,
         shuffle_buffer: int = 1,
         repeat: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(dataset, transform, image_column, label_column, seed, max_broken_fraction, label_ids, files)
+        super().__init__(dataset, transform, **kwargs)
         self.shuffle_buffer, self.repeat = shuffle_buffer, repeat
         # Of this process: workers that repeat the stream do not all come to its end at once.
         self._pass = 0

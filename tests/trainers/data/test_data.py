@@ -142,7 +142,7 @@ def test_flat_folder_has_no_labels(tmp_path):
     dataset = load_images(tmp_path)
     assert len(dataset) == 3 and dataset.column_names == ["image"]
     assert set(ImageDataset(dataset, evaluating())[0]) == {"pixel_values"}
-    with pytest.raises(UsageError, match=r"label_column='label' does not exist: use one of image .*subfolder"):
+    with pytest.raises(UsageError, match=r"label_column='label' does not exist; use one of image .*subfolder"):
         load_images(tmp_path, require_labels=True)
 
 
@@ -196,7 +196,7 @@ def test_formatted_dataset_is_read_as_files():
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_missing_split_names_the_others(parquet, streaming):
-    with pytest.raises(UsageError, match=r"split='val' does not exist.*: use one of train, test"):
+    with pytest.raises(UsageError, match=r"split='val' does not exist.*; use one of train, test"):
         load_images(parquet, "val", streaming=streaming)
     with pytest.raises(UsageError, match=r"use one of train, test"):
         load_images(parquet, "train[9:", streaming=streaming)
@@ -207,9 +207,9 @@ def test_missing_split_names_the_others(parquet, streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_missing_columns_name_the_others(parquet, streaming):
-    with pytest.raises(UsageError, match="image_column='img' does not exist: use one of image, label"):
+    with pytest.raises(UsageError, match="image_column='img' does not exist; use one of image, label"):
         load_images(parquet, image_column="img", streaming=streaming)
-    with pytest.raises(UsageError, match="label_column='class' does not exist: use one of image, label"):
+    with pytest.raises(UsageError, match="label_column='class' does not exist; use one of image, label"):
         load_images(parquet, label_column="class", require_labels=True, streaming=streaming)
     assert load_images(parquet, label_column="class", streaming=streaming) is not None
     with pytest.raises(UsageError, match=r"image_column='label' holds .*not images"):

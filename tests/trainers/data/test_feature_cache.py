@@ -162,7 +162,7 @@ def test_random_crops_are_refused_before_anything_is_written(tmp_path):
 
 
 def test_data_that_nobody_can_identify_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="train_dataset is a list"):
+    with pytest.raises(UsageError, match="a list as train_dataset"):
         trainer_of(tmp_path, [{"pixel_values": torch.zeros(1, 28, 28)}], teacher_feature_cache=str(tmp_path / "c"))
 
 

@@ -64,7 +64,7 @@ class TestAccuracy:
 
     def test_mistakes(self):
         with pytest.raises(UsageError, match="shape"):
-            accuracy(np.zeros((3, 1, 2), int), [[0], [1], [2]])
+            accuracy(np.zeros((3, 2, 2), int), [0, 1, 2])
         with pytest.raises(UsageError, match="integer labels"):
             accuracy(torch.rand(3), [0, 1, 2])
 

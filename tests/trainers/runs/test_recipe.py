@@ -224,6 +224,25 @@ def test_from_stage_2_runs_stages_2_and_3_again(teacher, copied):
     assert [line["evaluation"] for line in lines if "evaluation" in line] == ["teacher", "swapped", *STAGES]
 
 
+def test_control_is_trained_once_also_where_a_kill_came_before_its_evaluation(teacher, copied):
+    command, folder = [*arguments(teacher, copied), "--control"], copied / "control-feature-alignment"
+    assert main(command) == 0
+    manifest = json.loads((copied / "manifest.json").read_text())
+    control = manifest.pop("control")
+    assert control["steps"] > STEPS["feature-alignment"] and "control" in manifest["evaluations"]
+    assert "stage 2 alone" in (copied / "report.md").read_text()
+    before = times_of(folder / "model.safetensors")
+    del manifest["evaluations"]["control"]
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    assert main(command) == 0
+    manifest = json.loads((copied / "manifest.json").read_text())
+    assert manifest["control"] == control and "control" in manifest["evaluations"]
+    assert times_of(folder / "model.safetensors") == before
+    changed = arguments(teacher, copied, **{"feature_alignment.max_steps": 4})
+    assert main([*changed, "--control", "--from-stage", "2"]) == 0
+    assert json.loads((copied / "manifest.json").read_text())["control"]["steps"] < control["steps"]
+
+
 def test_from_a_stage_whose_predecessor_is_missing_is_refused(teacher, tmp_path, capsys):
     assert main([*arguments(teacher, tmp_path / "out"), "--from-stage", "2"]) == 2
     assert FOLDERS[0] in capsys.readouterr().err
