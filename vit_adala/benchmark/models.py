@@ -21,9 +21,9 @@ from modeling_adala.errors import AdaLAError
 from modeling_adala.inspection.flops import linear_config
 from modeling_adala.inspection.towers import attention_modules, forward_features, get_family, patch_size, vision_tower
 from trainers.base_trainer import check_pair
-from trainers.evaluation.metric_functions import relative_error
 
 from .cases import Settings, Size
+from .operators import relative_error
 
 # largest relative error of the features against the same weights in float32; 12 to 40 layers round one after another
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -150,7 +150,7 @@ def check_features(name: str, features: Tensor, expected: Tensor, pixels: Tensor
     Raises:
         AdaLAError: If it exceeds the tolerance of the dtype in `TOLERANCES`, or is not a number.
     """
-    error, tolerance = relative_error(features[-1:], expected), TOLERANCES[pixels.dtype]
+    error, tolerance = relative_error(features[-1:].detach(), expected), TOLERANCES[pixels.dtype]
     if not error <= tolerance:
         dtype = str(pixels.dtype).removeprefix("torch.")
         raise AdaLAError(
