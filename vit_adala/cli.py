@@ -11,16 +11,17 @@ from importlib import import_module
 from .interruption import exit_code, handled, in_words, leave_at_once, raise_terminated
 
 COMMANDS = {
-    "run": "all stages from a recipe or from flags, resumable, with a report",
-    "align": "stage 1, attention alignment: a softmax teacher gives an aligned student",
-    "distill": "stage 2, feature alignment: an aligned (or freshly converted) student learns the teacher's features",
-    "finetune": "stage 3, labels: train a classifier or a segmenter on a linear or a softmax checkpoint",
-    "evaluate": "teacher beside student: k-NN, linear probe, cosine and error of the features",
-    "doctor": "one line per check of this machine and of a model: PASS, WARN or FAIL, and the remedy",
-    "push": "a checkpoint folder onto the Hub in one commit, with its card and the code that opens it",
-    "inspect": "what a model is, what linear attention replaces in it, and what that saves; no weights needed",
-    "bench": "linear beside softmax on this machine: time, memory, break-even; or the operator alone",
-    "features": "pictures: patch features and attention maps, student beside teacher",
+    "run": "run all stages from a recipe or from flags, resumable, with a report",
+    "convert": "replace softmax by linear attention and save the untrained student",
+    "align": "stage 1, attention alignment: each linear attention learns its teacher's output",
+    "distill": "stage 2, feature alignment: the whole student learns the teacher's features",
+    "finetune": "stage 3, supervised fine-tuning: train a classifier or a segmenter, linear or softmax",
+    "evaluate": "compare a student with its teacher: k-NN, linear probe, cosine and error of the features",
+    "doctor": "check this machine and a model: a line each with PASS, WARN or FAIL and the remedy",
+    "push": "upload a checkpoint to the Hub in one commit, with its card and the code that opens it",
+    "inspect": "describe a model and what linear attention would save; reads no weights",
+    "bench": "measure time, memory and break-even of linear beside softmax attention on this machine",
+    "features": "draw patch features and attention maps, student beside teacher",
 }
 
 

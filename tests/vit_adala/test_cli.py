@@ -204,7 +204,7 @@ def test_same_command_goes_on_where_a_full_disk_stopped_it(places, out, capsys, 
     trained = load_file(out / ALIGNED / "checkpoints" / "checkpoint-2" / "model.safetensors")
     assert main(argv) == 0
     assert "resuming from step 2" in caplog.text
-    assert "stage 1, attention-alignment: " in capsys.readouterr().out
+    assert "stage 1, attention alignment: " in capsys.readouterr().out
     assert_same_tensors(load_file(out / ALIGNED / "model.safetensors"), trained)
     assert AdaLAViTForImageClassification.from_pretrained(out / ALIGNED).config.adala_stage == "attention-alignment"
     assert not (out / ALIGNED / "checkpoints").exists()
@@ -463,5 +463,5 @@ def test_same_stage_again_says_that_it_is_done(places, out, capsys):
         before = {path: path.stat().st_mtime_ns for path in (out / folder).rglob("*")}
         capsys.readouterr()
         assert main(arguments(command, out, places)) == 0
-        assert re.fullmatch(rf"stage \d, [a-z-]+: already done, in {out / folder}\n", capsys.readouterr().out)
+        assert re.fullmatch(rf"stage \d, [a-z -]+: already done, in {out / folder}\n", capsys.readouterr().out)
         assert {path: path.stat().st_mtime_ns for path in (out / folder).rglob("*")} == before

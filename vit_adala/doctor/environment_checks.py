@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 import torch
 from huggingface_hub import constants, get_token
@@ -139,7 +138,9 @@ def disk() -> Check:
 
 def hub() -> Check:
     """Whether the Hub is to be used, and answers."""
-    endpoint = _without_login(constants.ENDPOINT)
+    from hub_cards.push import without_login
+
+    endpoint = without_login(constants.ENDPOINT).partition("?")[0]
     where = endpoint + (" (from HF_ENDPOINT)" if os.environ.get("HF_ENDPOINT") else "")
     if constants.is_offline_mode():
         return Check("hub", "PASS", f"offline by HF_HUB_OFFLINE; only folders and the cache are used, not {where}")
@@ -174,11 +175,6 @@ def environment_checks() -> Iterator[Check]:
 def _existing(path: Path) -> Path:
     """The folder itself, or the nearest one above it that is there."""
     return next(place for place in (path, *path.parents) if place.exists())
-
-
-def _without_login(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1], query="", fragment=""))
 
 
 def check_cache() -> None:
