@@ -1,4 +1,4 @@
-"""Writes the tables of docs/speed.md from the files in benchmarks/results, and from nothing else.
+"""Writes the tables of docs/speed.md from the files in benchmarks/results.
 
 python -m benchmarks.tables
 """
@@ -41,7 +41,7 @@ def load_results(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def replace_tables(page: str, tables: str) -> str:
-    """Return a page with what is between its markers replaced."""
+    """Return a page with new tables between its markers."""
     before, _, rest = page.partition(START)
     return f"{before}{START}\n\n{tables}\n{END}{rest.partition(END)[2]}"
 

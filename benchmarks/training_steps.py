@@ -60,7 +60,7 @@ def models(setting: Setting) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 def photos(setting: Setting, count: int) -> ImageDataset:
-    """JPEG photographs of smooth noise, cropped at random for training."""
+    """Return JPEG photographs of smooth noise, cropped at random for training."""
     channels = vision_config(load_config(setting.teacher)).num_channels
     rng = np.random.default_rng(0)
     files = []

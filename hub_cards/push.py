@@ -1,6 +1,6 @@
-"""From a checkpoint folder to a Hub repository in one commit: first the plan, then the upload.
+"""Pushes a checkpoint folder to the Hub in one commit: `plan_push` decides, `push` uploads.
 
-What goes up is chosen file by file and never the folder as a whole: weights as safetensors, the configuration with the
+Files are chosen one by one, never the folder as a whole: weights as safetensors, the configuration with the
 complete `auto_map`, the image processor, the code that opens the model without this package, the card and its
 pictures. Checkpoints of `Trainer`, optimizer states, pickles, local paths and non-finite weights never go up.
 """

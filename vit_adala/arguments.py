@@ -1,4 +1,4 @@
-"""One grammar for all commands, read off dataclasses: their fields are the options, their metadata the rest.
+"""Command-line grammar of all commands, made from dataclasses: their fields are the options.
 
 - `--name VALUE` or `--name=VALUE`, with hyphens or underscores; lists as `0 11`, `0,11` or `[0, 11]`;
 - switches are flags that also take a value: `--streaming`, `--streaming false`;
@@ -66,8 +66,8 @@ class CommandParser(argparse.ArgumentParser):
     After `parse`, `given` holds the names of the fields that the command line sets.
 
     Args:
-        command (`str`): Its name.
-        description (`str`), example (`str`): For the help text.
+        command (`str`): Name of the command.
+        description (`str`), example (`str`): Texts for `--help`.
         types (`type`): Dataclasses. Metadata of a field: `help`, and `positional` (its name in the usage line),
             `flag` (its option, if that is not the field's name), `repeat` (may be given several times), `section` (not
             an option).
@@ -132,7 +132,7 @@ class CommandParser(argparse.ArgumentParser):
         return tuple(parsed)
 
     def read(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Return the texts that were given, by field."""
+        """Return the texts of the command line, by field."""
         if set(HELP) & set(arguments):
             for action, text in self._hidden if "--help-all" in arguments else []:
                 action.help = text
@@ -177,7 +177,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def _join(self, arguments: Sequence[str]) -> tuple[list[str], tuple[str, str] | None]:
-        """Write every option as `--name=value`, which argparse reads in one way only.
+        """Write every option as `--name=value`, which argparse parses unambiguously.
 
         Returns:
             The arguments, and the first that follows a switch without being true or false, with that switch.

@@ -1,4 +1,4 @@
-"""`vit-adala`: parse, run, one line per error. Exit codes: 0 done, 1 it failed, 2 wrong usage, 130 and 143 stopped."""
+"""`vit-adala`: runs a command. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 stopped."""
 
 import contextlib
 import os
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_program:  # a second Ctrl-C while threads and workers come to an end
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         return _say(prefix, f"{in_words(stop)}.", exit_code(stop))
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # such as `| head`
         _abandon_stdout()
         return 128 + signal.SIGPIPE
     except Exception as error:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    """Return the one line that an exception ends in, and the exit code."""
+    """Return the message for an exception, in one line, and the exit code."""
     text = " ".join(str(error).split())
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     code = getattr(error, "exit_code", None)  # of our own exceptions, whose module may not even have been loaded
@@ -101,7 +101,7 @@ def _say(prefix: str, line: str, code: int) -> int:
 
 
 def _abandon_stdout() -> bool:
-    """Return whether standard output takes nothing more, and point it elsewhere, so that the interpreter can end."""
+    """Return whether standard output is closed, and redirect it then, so that the interpreter can exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -125,7 +125,7 @@ def _overview() -> str:
         [
             "usage: vit-adala COMMAND [options]",
             "",
-            "Turns a pretrained softmax Vision Transformer into a linear-attention one, in three stages.",
+            "Turn a pretrained softmax Vision Transformer into a linear-attention one, in three stages.",
             "",
             *lines,
             "",
@@ -136,7 +136,7 @@ def _overview() -> str:
 
 
 def _quiet_libraries() -> None:
-    """Progress bars and our own lines stay; per-file bars and advice meant for library authors go."""
+    """Silence per-file progress bars of the libraries and their advice for library authors."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -153,7 +153,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # those of reading and writing weights, over in an instant
+    transformers_logging.disable_progress_bar()  # of reading and writing weights
 
 
 if __name__ == "__main__":

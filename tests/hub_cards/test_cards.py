@@ -290,7 +290,7 @@ def test_a_fact_that_is_missing_or_unfit_leaves_its_line_out(tmp_path, damage):
 
 def test_without_any_record_the_card_is_about_the_model_alone(tmp_path):
     card = build_card(write(tmp_path, {}, teacher_name_or_path=None, teacher_revision=None))
-    assert re.findall("^## (.*)", card.text, flags=re.M) == ["How to load it", "Limits", "Citation"]
+    assert re.findall("^## (.*)", card.text, flags=re.M) == ["Usage", "Limits", "Citation"]
     assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags", "model_name"}
 
 

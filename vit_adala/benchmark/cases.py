@@ -1,4 +1,4 @@
-"""Cases of a benchmark: what runs, whether it is right, and what it costs beside the others of its size."""
+"""Cases of a benchmark, their check, and their measurement side by side."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

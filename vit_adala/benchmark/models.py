@@ -1,4 +1,4 @@
-"""The two models that are timed side by side, linear and softmax, and the check that they compute the right thing."""
+"""The two models that are timed side by side, linear and softmax, and the check of their features."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""The attention operators that are timed side by side, and the check that ours computes the right thing.
+"""The attention operators that are timed side by side, and the check of ours.
 
 The plain one is what a user would write: no care for strides, masks or overflow.
 """

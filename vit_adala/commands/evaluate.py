@@ -22,7 +22,7 @@ from .common import load_data
 
 @dataclass
 class EvaluateArguments:
-    model: str = field(metadata={"help": "The student: an AdaLA checkpoint.", "positional": "MODEL"})
+    model: str = field(metadata={"help": "Student: an AdaLA checkpoint.", "positional": "MODEL"})
     teacher: str = field(metadata={"help": "Softmax checkpoint: Hub id or folder."})
     knn_images: int = field(
         default=2000, metadata={"help": "Training images for k-NN and linear probe.", "range": COUNT}

@@ -1,4 +1,4 @@
-"""`vit-adala features`: pictures of patch features and of attention, student beside teacher."""
+"""`vit-adala features`: pictures of patch features and attention, student beside teacher."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -62,8 +62,8 @@ def main(arguments: Sequence[str]) -> None:
     """`vit-adala features MODEL IMAGE ... [--teacher T] [--layer L] [--query ROW,COLUMN] [--output-dir O]`"""
     parser = CommandParser(
         "features",
-        "Pictures of what a model sees: its patch features as colors (three principal components, the teacher's for"
-        " both), and what one patch attends to.",
+        "Draw the attention of one patch, and patch features as colors (three principal components, the teacher's for"
+        " both models).",
         "vit-adala features out/2-feature-alignment street.jpg --teacher facebook/dinov2-small --image-size 336x448",
         FeaturesArguments,
     )
@@ -93,12 +93,12 @@ def main(arguments: Sequence[str]) -> None:
         for label, model in models.items():
             rows = query_attention(model, pixels[index : index + 1].to(model.device), layer, query)[0, :, patches]
             weights[f"{label}, {_kind(model, layer)}"] = rows.unflatten(1, _grid(model, size))
-        draw_attention(path, picture, query, weights, f"{Path(name).name}, layer {layer}: what one patch attends to")
+        draw_attention(path, picture, query, weights, f"{Path(name).name}, layer {layer}: attention of one patch")
         print(path)
 
 
 def _check_new(*paths: Path) -> None:
-    """Raises `UsageError` if a picture would replace a file."""
+    """Raise `UsageError` if a picture would replace a file."""
     for path in paths:
         if path.exists():
             raise UsageError(f"output_dir={str(path.parent)!r} already holds {path.name}; pass another --output-dir.")
@@ -119,7 +119,7 @@ def _draw_features(path: Path, models: dict[str, PreTrainedModel], pixels: Tenso
 
 
 def _load(name: str, teacher_name: str | None) -> dict[str, PreTrainedModel]:
-    """The models by their label, the one whose principal components are shown first."""
+    """Return the models by label, first the one whose principal components are shown."""
     if teacher_name is not None:
         load_teacher_config(teacher_name)
     is_linear = load_config(name).model_type.startswith("adala_")
@@ -133,12 +133,12 @@ def _load(name: str, teacher_name: str | None) -> dict[str, PreTrainedModel]:
 
 
 def _read(names: Sequence[str], transform: ImageTransform) -> Tensor:
-    """`(images, channels, height, width)`.
+    """Return images as `(images, channels, height, width)`.
 
     Raises:
-        DataError: for a file that is missing or no image.
+        DataError: For a file that is missing or not an image.
     """
-    images, files = [], ImageFiles(external=True)  # named by the user himself
+    images, files = [], ImageFiles(external=True)  # named by the user
     for name in names:
         try:
             with blaming(name, files):
@@ -153,7 +153,7 @@ def _read(names: Sequence[str], transform: ImageTransform) -> Tensor:
 def _parse_query(text: str) -> tuple[int, int]:
     parts = text.split(",")
     if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
-        raise UsageError(f"query={text!r} is no patch; pass ROW,COLUMN from the top left, such as 12,16.")
+        raise UsageError(f"query={text!r} is not a valid patch; pass ROW,COLUMN from the top left, such as 12,16.")
     return int(parts[0]), int(parts[1])
 
 
