@@ -153,7 +153,7 @@ def test_work_of_the_operator():
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", operators.BOUNDS)
-@pytest.mark.parametrize("name", ["elu", "relu", "exp", "hedgehog"])
+@pytest.mark.parametrize("name", ["elu", "relu", "hedgehog"])
 def test_every_linear_operator_is_right(name, dtype, backward):
     phi = build_feature_map(name, 3, 8)
     inputs = operators.operator_inputs(3, 3, 40, 8, dtype, requires_grad=backward)

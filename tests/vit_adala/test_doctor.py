@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 from training_helpers import one_thread, save_teacher  # noqa: F401
 
+import modeling_adala
 from modeling_adala import convert
 from modeling_adala.inspection.towers import FAMILIES
 from vit_adala.cli import main
@@ -253,6 +254,18 @@ def test_healthy_models_of_every_family_and_head_fail_no_check(case, families, w
     assert found["loads with the package"].message.startswith(FAMILIES[case[0]].classes[case[1]].__name__)
     assert "4x4 patches (32x32 pixels)" in found["position grid"].message
     assert "2 images" in found["finite outputs"].message
+
+
+def test_the_probe_imports_the_package_that_runs_it(tmp_path, monkeypatch):
+    seen: dict[str, str] = {}
+
+    def run(command, env, **kwargs):
+        seen.update(env)
+        return subprocess.CompletedProcess(command, 0, stdout="{}\n", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    model.run_probe(tmp_path)
+    assert Path(seen["PYTHONPATH"].split(os.pathsep)[0]) == Path(modeling_adala.__file__).parents[1]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

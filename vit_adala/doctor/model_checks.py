@@ -292,7 +292,7 @@ def smallest_normalizer(subject: Subject) -> Check:
     message = f"{smallest[worst]:.1e} in layer {worst}, eps is {eps:.0e} (by layer {values})"
     if smallest[worst] >= 100 * eps:
         return Check(name, "PASS", message)
-    remedy = "Some queries attend to almost nothing: train stage 1 longer, or convert with feature_map='exp'."
+    remedy = "Some queries attend to almost nothing: train stage 1 longer, or convert with feature_map='hedgehog'."
     return Check(name, "WARN" if smallest[worst] >= eps else "FAIL", message, remedy)
 
 
