@@ -65,8 +65,9 @@ def check_source(name: str) -> PretrainedConfig:
 
 def check_same_shape(config: PretrainedConfig, teacher: str) -> None:
     """Raise `UsageError` unless a softmax checkpoint has the family and the size of a model."""
-    configs = load_teacher_config(teacher), linear_config(config)
-    check_pair(*(SimpleNamespace(config=config) for config in configs))
+    theirs: Any = SimpleNamespace(config=load_teacher_config(teacher))
+    ours: Any = SimpleNamespace(config=linear_config(config))
+    check_pair(theirs, ours)
 
 
 def known_teacher(config: PretrainedConfig) -> str | None:
