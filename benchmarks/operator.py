@@ -1,4 +1,4 @@
-"""The operator beside SDPA, eager softmax, plain PyTorch and a peer library, and its distance to the floor.
+"""The operator beside SDPA, plain PyTorch and a peer library, and its distance to the floor.
 
     python -m benchmarks.operator            some minutes; on a GPU the shapes of a GPU, into operator-cuda.json
     python -m benchmarks.operator --smoke    seconds
@@ -20,13 +20,10 @@ from vit_adala.benchmark.cases import LINEAR, timing_columns
 from vit_adala.benchmark.floor import DEFINITION, Floor, measure_floor, operator_work
 from vit_adala.benchmark.operators import (
     BOUNDS,
-    EAGER,
     PLAIN,
     SDPA,
-    SOFTMAX,
     Operator,
     check_operator,
-    eager_bytes,
     operator_inputs,
     operators,
     pass_of,
@@ -36,10 +33,9 @@ from vit_adala.benchmark.timing import time_in_turns
 from .common import dtype_name, floor_columns, floor_facts, parser, progress, write_result
 
 COMPILED, PEER = "linear, compiled", "flash_bla"
-# quadratic in the tokens: beyond these they would take the whole time of the run, or all memory
+# quadratic in the tokens: on a CPU, more would take most of the time of the run
 SDPA_TOKENS = {("forward", torch.bfloat16): 16385}
 FEWER_SDPA_TOKENS = 4097
-EAGER_BYTES = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
 FORWARD, BACKWARD = "forward", "forward and backward"
 
 
@@ -58,7 +54,7 @@ class Shape:
 
 
 def cpu_shapes() -> list[Shape]:
-    everything = (LINEAR, PLAIN, *SOFTMAX)
+    everything = (LINEAR, PLAIN, SDPA)
     shapes = [
         Shape(1, 12, tokens, 64, dtype, (*everything, *names), passes=passes)
         for dtype in (torch.bfloat16, torch.float32)
@@ -75,7 +71,7 @@ def cpu_shapes() -> list[Shape]:
 
 def gpu_shapes() -> list[Shape]:
     return [
-        Shape(batch, 16, tokens, head_dim, torch.bfloat16, (LINEAR, PLAIN, *SOFTMAX, PEER), passes=passes)
+        Shape(batch, 16, tokens, head_dim, torch.bfloat16, (LINEAR, PLAIN, SDPA, PEER), passes=passes)
         for batch in (1, 8)
         for head_dim in (64, 72, 80)
         for passes in (FORWARD, BACKWARD)
@@ -84,7 +80,7 @@ def gpu_shapes() -> list[Shape]:
 
 
 def smoke_shapes() -> list[Shape]:
-    names = (LINEAR, PLAIN, *SOFTMAX)
+    names = (LINEAR, PLAIN, SDPA)
     return [
         Shape(1, 2, 17, 8, torch.bfloat16, names),
         Shape(1, 2, 33, 8, torch.float32, names, passes=BACKWARD),
@@ -129,15 +125,14 @@ def measure(
     errors = {
         name: check_operator(chosen[name], inputs, phi, backward) for name in chosen if name in (LINEAR, COMPILED)
     }
-    runs = {
-        name: pass_of(operator, inputs, backward)
-        for name, operator in chosen.items()
-        if not _too_long(name, shape, inputs)
-    }
+    limit = SDPA_TOKENS.get((shape.passes, shape.dtype), FEWER_SDPA_TOKENS)
+    if device == "cpu" and shape.tokens > limit:
+        chosen.pop(SDPA, None)
+    runs = {name: pass_of(operator, inputs, backward) for name, operator in chosen.items()}
     timings = time_in_turns(runs, device, seconds)
     rows = []
     for name, timing in timings.items():
-        features = shape.tokens if name in SOFTMAX else phi(inputs[0][:, :, :1], inputs[1][:, :, :1])[0].shape[-1]
+        features = shape.tokens if name == SDPA else phi(inputs[0][:, :, :1], inputs[1][:, :, :1])[0].shape[-1]
         flops, bytes_moved = operator_work(inputs[0], inputs[2], features, backward)
         rows.append(
             {
@@ -181,17 +176,6 @@ def _operators(shape: Shape, phi: FeatureMap, peer: Callable[..., Tensor] | None
 
         chosen[PEER] = with_peer
     return chosen
-
-
-def _too_long(name: str, shape: Shape, inputs: tuple[Tensor, Tensor, Tensor]) -> bool:
-    device = inputs[0].device.type
-    if name == EAGER:
-        return eager_bytes(inputs[0]) > EAGER_BYTES[device]
-    return (
-        name == SDPA
-        and device == "cpu"
-        and shape.tokens > SDPA_TOKENS.get((shape.passes, shape.dtype), FEWER_SDPA_TOKENS)
-    )
 
 
 if __name__ == "__main__":

@@ -61,7 +61,6 @@ class Case:
         check (`Callable`, *optional*): Returns the relative error of the result; raises an `AdaLAError` if it is too
             large.
         peak (`Callable`, *optional*): Returns the peak memory in bytes.
-        refused (`str`, *optional*): Reason why it cannot run at this size.
         compiled (`bool`, *optional*, defaults to `False`): The first call of `run` compiles it.
     """
 
@@ -71,7 +70,6 @@ class Case:
     run: Callable[[], Any]
     check: Callable[[], float] | None = None
     peak: Callable[[], int | None] | None = None
-    refused: str | None = None
     compiled: bool = False
 
 
@@ -128,9 +126,7 @@ def measure(
     runs: dict[str, Callable[[], Any]] = {}
     for case in cases:
         forecast = case.flops * pace.get(case.name, 1 / floor.throughput)
-        if case.refused is not None:
-            found[case.name]["skipped"] = case.refused
-        elif forecast > settings.max_seconds:
+        if forecast > settings.max_seconds:
             limit = f"--max-seconds is {settings.max_seconds:g}"
             found[case.name]["skipped"] = f"a pass would take about {forecast:.0f} s, {limit}"
         else:

@@ -20,8 +20,6 @@ from .memory import peak_of
 SOFTMAX, COMPILED = "softmax", ", compiled"
 # forward pass, gradients of the activations, gradients of the weights: each takes as many products
 _FORWARD_BACKWARD = 3
-# N x N weights that eager softmax may take on a CPU, where running out of memory kills the process
-_EAGER_BYTES = 4 * 2**30
 
 
 def bench_model(
@@ -66,7 +64,7 @@ def bench_model(
             run,
             check,
             _peak_or_none(peak, compiled, settings),
-            compiled=compiled,
+            compiled,
         )
 
     for size in sizes:
@@ -110,12 +108,8 @@ def bench_operator(
         peak = partial(peak_of, operators.prepare_operator, name, feature_map, shape, settings)
         if settings.device != "cpu":
             peak = partial(peak_of, lambda: run, device=settings.device)
-        width = size.tokens if name in operators.SOFTMAX else features
+        width = size.tokens if name == operators.SDPA else features
         flops, bytes_moved = operator_work(inputs[0], inputs[2], width, settings.backward)
-        needed = operators.eager_bytes(inputs[0])
-        refused = None
-        if name == operators.EAGER and settings.device == "cpu" and needed > _EAGER_BYTES:
-            refused = f"its weights alone need {needed / 2**30:.1f} GiB"
         return Case(
             label,
             flops,
@@ -123,7 +117,6 @@ def bench_operator(
             run,
             partial(compile_now, label, check) if compiled else check if name == LINEAR else None,
             _peak_or_none(peak, compiled, settings),
-            refused,
             compiled,
         )
 

@@ -1,7 +1,4 @@
-"""The attention operators that are timed side by side, and the check of ours.
-
-The plain one is what a user would write: no care for strides, masks or overflow.
-"""
+"""The attention operators that are timed side by side, and the check of ours."""
 
 import copy
 from collections.abc import Callable
@@ -12,15 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modeling_adala.errors import AdaLAError
-from modeling_adala.feature_maps import EluFeatureMap, FeatureMap, ReluFeatureMap
+from modeling_adala.feature_maps import FeatureMap
 from modeling_adala.linear_attention import linear_attention, linear_attention_reference
 
 from .cases import LINEAR, Settings
 
 Operator = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-PLAIN, SDPA, EAGER = "plain PyTorch", "SDPA", "eager softmax"
-SOFTMAX = (SDPA, EAGER)
+PLAIN, SDPA = "plain PyTorch", "SDPA"
 # largest relative error against the reference in float64, ‖difference‖ / ‖reference‖
 BOUNDS = {torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float32: 1e-5}
 # N x N weights that the reference may form
@@ -50,16 +46,10 @@ def operator_inputs(
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, feature_map: FeatureMap) -> Tensor:
-    """Compute linear attention in five lines of PyTorch, in float32."""
-    query, key = _plain_features(query.float(), key.float(), feature_map)
+    """Compute linear attention as a user would write it: no care for strides, masks or overflow."""
+    query, key = feature_map(query.float(), key.float())
     state, normalizer = key.transpose(2, 3) @ value.float(), key.sum(dim=2)[..., None]
     return ((query @ state) / (query @ normalizer + PLAIN_EPS)).to(value.dtype)
-
-
-def eager_softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Compute softmax attention with the N x N weights in memory."""
-    scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
-    return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def operators(feature_map: FeatureMap) -> dict[str, Operator]:
@@ -68,14 +58,7 @@ def operators(feature_map: FeatureMap) -> dict[str, Operator]:
         LINEAR: lambda q, k, v: linear_attention(q, k, v, feature_map),
         PLAIN: lambda q, k, v: plain_attention(q, k, v, feature_map),
         SDPA: lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
-        EAGER: eager_softmax,
     }
-
-
-def eager_bytes(query: Tensor) -> int:
-    """Return the memory of `eager_softmax`'s weights: scores, softmax in float32, and that in the input dtype."""
-    batch, heads, tokens, _ = query.shape
-    return batch * heads * tokens**2 * (2 * query.element_size() + 4)
 
 
 def pass_of(operator: Operator, inputs: tuple[Tensor, Tensor, Tensor], backward: bool = False) -> Callable[[], Any]:
@@ -163,15 +146,6 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return ‖actual - expected‖ / ‖expected‖; 0 if both are zero, NaN if either holds NaN."""
     difference = (actual.double() - expected.double()).norm()
     return 0.0 if difference == 0 else (difference / expected.double().norm()).item()
-
-
-def _plain_features(query: Tensor, key: Tensor, feature_map: FeatureMap) -> tuple[Tensor, Tensor]:
-    # as textbooks have them: ours are written for accuracy, which may cost or save time
-    plain: dict[type, Callable[[Tensor], Tensor]] = {EluFeatureMap: lambda x: F.elu(x) + 1, ReluFeatureMap: F.relu}
-    phi = plain.get(type(feature_map))
-    if phi is None or feature_map.scale != 1.0 or feature_map.center_keys:
-        return feature_map(query, key)
-    return phi(query), phi(key)
 
 
 def _in_float64(feature_map: FeatureMap, heads: list[int]) -> FeatureMap:
