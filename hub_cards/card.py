@@ -143,7 +143,7 @@ def speed_conditions(speed: dict[str, Any]) -> list[str]:
     conditions = [f"batch {batch:.0f}"] if batch else []
     for name, text in {
         "autocast": "{} autocast",
-        "teacher_attention": "teacher with attention {}",
+        "teacher_attention": "teacher with {} attention",
         "machine": "on {}",
     }.items():
         value = one_line(speed.get(name))
