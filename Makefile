@@ -21,7 +21,7 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do \
     $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
     && { echo $$python; break; }; done)
 TORCH_INDEX ?=
-# The release that `make lock` pins: the one that the tests and the figures in docs/performance.md were made with.
+# The release that `make lock` pins: the one that the tests and the figures in docs/speed.md were made with.
 TORCH ?= torch==2.13.0
 # Arguments of pytest:  make test-oldest TESTS="tests/modeling_adala/test_families.py -k vit"
 TESTS ?=

@@ -1,1 +1,1 @@
-"""One script per claim about speed; see docs/performance.md, which `python -m benchmarks.report` writes."""
+"""One script per measurement of speed; `python -m benchmarks.tables` puts their results into docs/speed.md."""

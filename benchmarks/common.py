@@ -1,7 +1,7 @@
-"""What the benchmark scripts share: their options, and how a result is written down.
+"""Options of the benchmark scripts, and their results: JSON files in benchmarks/results.
 
-A result is a JSON file of its name in benchmarks/results: what was claimed, the command, commit, machine and versions,
-and flat rows. docs/performance.md is made of these files alone (`python -m benchmarks.report`).
+A result holds its subject, the command, commit, machine and versions, and flat rows. The tables of docs/speed.md are
+made of these files alone (`python -m benchmarks.tables`).
 """
 
 import argparse
@@ -19,12 +19,12 @@ from vit_adala.benchmark.floor import Floor
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-# where a smoke run leaves its result: it is no measurement
+# results of smoke runs, which are not measurements
 SMOKE = ROOT / "out" / "benchmarks"
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """With `--smoke` and `--output`; the first line of a docstring is description enough."""
+    """Return a parser with `--smoke` and `--output`, described by the first line of a docstring."""
     found = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     found.add_argument("--smoke", action="store_true", help="a few seconds, tiny shapes: does the script run?")
     found.add_argument("--output", type=Path, help="JSON to write. Default: benchmarks/results, or out/ with --smoke")
@@ -40,22 +40,20 @@ def write_result(
     device: str = "cpu",
     **facts: Any,
 ) -> Path:
-    """Writes `<name>.json`.
+    """Write `<name>.json`, or `<name>-cuda.json` if it ran on a GPU, and return its path.
 
     Args:
-        name (`str`): Of the benchmark; one measured on a GPU should end in `-cuda`.
-        rows (`list[dict]`): Flat rows, all with plain values.
-        smoke (`bool`, *optional*, defaults to `False`): Not a measurement, hence not among the results.
-        output (`Path`, *optional*): Another place.
-        device (`str`, *optional*, defaults to `"cpu"`): Where it ran.
-        facts: Whatever else belongs to the result, such as `claim`.
-
-    Returns:
-        `Path`: the file.
+        name (`str`): Name of the benchmark.
+        rows (`list[dict]`): Flat rows of plain values.
+        smoke (`bool`, *optional*, defaults to `False`): Keep it out of the results: a smoke run is not a measurement.
+        output (`Path`, *optional*): File to write instead.
+        device (`str`, *optional*, defaults to `"cpu"`): Device that it ran on.
+        facts: Further facts, such as `subject`: what was measured, in a few words.
 
     Raises:
-        CheckpointError: if it cannot be written.
+        CheckpointError: If it cannot be written.
     """
+    name += "-cuda" if device == "cuda" else ""
     path = output or (SMOKE if smoke else RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"name": name, "smoke": smoke, **run_facts(device), **facts, "rows": rows}
@@ -64,24 +62,14 @@ def write_result(
     return path
 
 
-def timing_columns(timing: Timing) -> dict[str, Any]:
-    """Median and quartiles in milliseconds, and the number of samples."""
-    return {
-        "milliseconds": 1000 * timing.median,
-        "lower_milliseconds": 1000 * timing.lower,
-        "upper_milliseconds": 1000 * timing.upper,
-        "samples": timing.samples,
-    }
-
-
 def floor_columns(floor: Floor, timing: Timing, flops: float, bytes_moved: float = 0.0) -> dict[str, Any]:
-    """The floor in milliseconds, and how much of the measured time it is."""
+    """Return the floor in milliseconds, and its share of the measured time."""
     seconds = floor.seconds(flops, bytes_moved)
     return {"floor_milliseconds": 1000 * seconds, "floor_share": seconds / timing.median}
 
 
 def floor_facts(floors: dict[str, Floor]) -> dict[str, Any]:
-    """Per dtype."""
+    """Return the peak rates of a machine by dtype."""
     return {
         name: {"bytes_per_second": floor.bandwidth, "flops_per_second": floor.throughput}
         for name, floor in floors.items()
@@ -93,5 +81,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def progress(items: list[Any], description: str) -> tqdm:
-    """With the time left; nothing where stderr is no terminal."""
+    """Return a progress bar, silent unless stderr is a terminal."""
     return tqdm(items, desc=description, disable=None)

@@ -1,10 +1,9 @@
-"""The operator beside SDPA, eager softmax, plain PyTorch and the peer library, and how far it is from the floor.
+"""The operator beside SDPA, plain PyTorch and a peer library, and its distance to the floor.
 
     python -m benchmarks.operator            some minutes; on a GPU the shapes of a GPU, into operator-cuda.json
     python -m benchmarks.operator --smoke    seconds
 
-Sections of the rows: `headline` (one ViT-B layer), `maps` (the other feature maps), `sweep` (is there any shape at
-which plain PyTorch is faster?), and `gpu`. All that is compared at a shape runs in turns.
+On a CPU, one layer of a ViT-B. Everything that is compared at a shape runs in turns.
 """
 
 from collections.abc import Callable
@@ -18,40 +17,32 @@ from modeling_adala import build_feature_map
 from modeling_adala.errors import AdaLAError
 from modeling_adala.feature_maps import FeatureMap
 from trainers.runs.timing import time_in_turns
-from vit_adala.benchmark.floor import DEFINITION, Floor, OperatorWork, measure_floor
+from vit_adala.benchmark.cases import LINEAR, timing_columns
+from vit_adala.benchmark.floor import DEFINITION, Floor, measure_floor, operator_work
 from vit_adala.benchmark.operators import (
     BOUNDS,
+    PLAIN,
+    SDPA,
     Operator,
     check_operator,
-    eager_bytes,
-    forward_backward_of,
-    forward_of,
-    operator_error,
     operator_inputs,
     operators,
+    pass_of,
 )
 
-from .common import dtype_name, floor_columns, floor_facts, parser, progress, timing_columns, write_result
+from .common import dtype_name, floor_columns, floor_facts, parser, progress, write_result
 
-CLAIM = (
-    "Linear attention at least 4x, 20x, 60x faster than SDPA at N = 197, 1,025, 4,097 (CPU, 2 cores, bf16, B1 H12"
-    " D64), within 1.5x of the floor from N = 4,097 on, never slower than plain PyTorch."
-)
-LINEAR, COMPILED, PEER = "linear", "linear, compiled", "flash_bla"
-PLAIN = ("plain PyTorch", "plain PyTorch, input dtype")
-SOFTMAX = ("SDPA", "eager softmax")
-# quadratic in the tokens: beyond these they would take the whole time of the run, or all memory
+COMPILED, PEER = "linear, compiled", "flash_bla"
+# quadratic in the tokens: on a CPU, more would take most of the time of the run
 SDPA_TOKENS = {("forward", torch.bfloat16): 16385}
 FEWER_SDPA_TOKENS = 4097
-EAGER_BYTES = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
 FORWARD, BACKWARD = "forward", "forward and backward"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One measurement: everything in `names` side by side."""
+    """One measurement, of everything in `names` side by side."""
 
-    section: str
     batch: int
     heads: int
     tokens: int
@@ -63,34 +54,24 @@ class Shape:
 
 
 def cpu_shapes() -> list[Shape]:
-    everything = (LINEAR, *PLAIN, *SOFTMAX)
+    everything = (LINEAR, PLAIN, SDPA)
     shapes = [
-        Shape("headline", 1, 12, tokens, 64, dtype, (*everything, *names), passes=passes)
+        Shape(1, 12, tokens, 64, dtype, (*everything, *names), passes=passes)
         for dtype in (torch.bfloat16, torch.float32)
         for passes, names in ((FORWARD, (COMPILED,)), (BACKWARD, ()))
         for tokens in (197, 1025, 4097, 16385)
     ]
-    shapes += [
-        Shape("maps", 1, 12, tokens, 64, torch.bfloat16, (LINEAR, *PLAIN, "SDPA"), name, passes)
-        for name in ("relu", "exp", "hedgehog")
+    return shapes + [
+        Shape(1, 12, tokens, 64, torch.bfloat16, (LINEAR, PLAIN, SDPA), name, passes)
+        for name in ("relu", "hedgehog")
         for passes in (FORWARD, BACKWARD)
         for tokens in (197, 1025, 4097)
     ]
-    shapes += [
-        Shape("sweep", batch, 12, tokens, head_dim, dtype, (LINEAR, *PLAIN), passes=passes)
-        for dtype, head_dims in ((torch.bfloat16, (64, 72, 80)), (torch.float32, (64,)))
-        for head_dim in head_dims
-        for passes in (FORWARD, BACKWARD)
-        for batch in (1, 4, 16, 64)
-        for tokens in (17, 50, 197, 577, 1025, 4097, 16385)
-        if batch * tokens <= 16385
-    ]
-    return shapes
 
 
 def gpu_shapes() -> list[Shape]:
     return [
-        Shape("gpu", batch, 16, tokens, head_dim, torch.bfloat16, (LINEAR, *PLAIN, *SOFTMAX, PEER), passes=passes)
+        Shape(batch, 16, tokens, head_dim, torch.bfloat16, (LINEAR, PLAIN, SDPA, PEER), passes=passes)
         for batch in (1, 8)
         for head_dim in (64, 72, 80)
         for passes in (FORWARD, BACKWARD)
@@ -99,12 +80,11 @@ def gpu_shapes() -> list[Shape]:
 
 
 def smoke_shapes() -> list[Shape]:
-    names = (LINEAR, *PLAIN, *SOFTMAX)
+    names = (LINEAR, PLAIN, SDPA)
     return [
-        Shape("headline", 1, 2, 17, 8, torch.bfloat16, names),
-        Shape("headline", 1, 2, 33, 8, torch.float32, names, passes=BACKWARD),
-        Shape("maps", 1, 2, 17, 8, torch.bfloat16, (LINEAR, *PLAIN, "SDPA"), "hedgehog"),
-        Shape("sweep", 2, 2, 17, 8, torch.bfloat16, (LINEAR, *PLAIN), passes=BACKWARD),
+        Shape(1, 2, 17, 8, torch.bfloat16, names),
+        Shape(1, 2, 33, 8, torch.float32, names, passes=BACKWARD),
+        Shape(1, 2, 17, 8, torch.bfloat16, (LINEAR, PLAIN, SDPA), "hedgehog"),
     ]
 
 
@@ -120,13 +100,12 @@ def main() -> None:
     for shape in progress(shapes, "operator"):
         rows += measure(shape, device, floors[shape.dtype], peer, seconds)
     write_result(
-        "operator-cuda" if device == "cuda" else "operator",
+        "operator",
         rows,
         smoke=args.smoke,
         output=args.output,
         device=device,
-        claim=CLAIM,
-        peer=why_not,
+        subject=f"Attention without its projections; peer library {why_not}",
         bounds={dtype_name(dtype): bound for dtype, bound in BOUNDS.items()},
         floors=floor_facts({dtype_name(dtype): floor for dtype, floor in floors.items()}),
         floor_definition=DEFINITION,
@@ -136,7 +115,7 @@ def main() -> None:
 def measure(
     shape: Shape, device: str, floor: Floor, peer: Callable[..., Tensor] | None, seconds: float
 ) -> list[dict[str, Any]]:
-    """One row per operator that can run at this shape. Ours is checked first, values and gradients."""
+    """Return one row per operator that can run at this shape. Ours is checked first, values and gradients."""
     backward = shape.passes == BACKWARD
     phi = build_feature_map(shape.feature_map, shape.heads, shape.head_dim).to(device)
     inputs = operator_inputs(
@@ -146,20 +125,19 @@ def measure(
     errors = {
         name: check_operator(chosen[name], inputs, phi, backward) for name in chosen if name in (LINEAR, COMPILED)
     }
-    if shape.section == "headline":  # what the plain ones are worth; nobody promises anything for them
-        errors |= {name: operator_error(chosen[name], inputs, phi, backward) for name in PLAIN}
-    make = forward_backward_of if backward else forward_of
-    runs = {name: make(operator, inputs) for name, operator in chosen.items() if not _too_long(name, shape, inputs)}
+    limit = SDPA_TOKENS.get((shape.passes, shape.dtype), FEWER_SDPA_TOKENS)
+    if device == "cpu" and shape.tokens > limit:
+        chosen.pop(SDPA, None)
+    runs = {name: pass_of(operator, inputs, backward) for name, operator in chosen.items()}
     timings = time_in_turns(runs, device, seconds)
     rows = []
     for name, timing in timings.items():
-        features = shape.tokens if name in SOFTMAX else phi(inputs[0][:, :, :1], inputs[1][:, :, :1])[0].shape[-1]
-        work = OperatorWork.of(inputs[0], inputs[2], features, backward)
+        features = shape.tokens if name == SDPA else phi(inputs[0][:, :, :1], inputs[1][:, :, :1])[0].shape[-1]
+        flops, bytes_moved = operator_work(inputs[0], inputs[2], features, backward)
         rows.append(
             {
-                "section": shape.section,
                 "name": name,
-                "feature_map": None if name in SOFTMAX else shape.feature_map,
+                "feature_map": shape.feature_map,
                 "pass": shape.passes,
                 "dtype": dtype_name(shape.dtype),
                 "batch": shape.batch,
@@ -167,8 +145,8 @@ def measure(
                 "tokens": shape.tokens,
                 "head_dim": shape.head_dim,
                 **timing_columns(timing),
-                **floor_columns(floor, timing, work.flops, work.bytes_moved),
-                "bytes_moved": work.bytes_moved,
+                **floor_columns(floor, timing, flops, bytes_moved),
+                "bytes_moved": bytes_moved,
                 "relative_error": errors.get(name),
             }
         )
@@ -176,7 +154,7 @@ def measure(
 
 
 def load_peer(device: str) -> tuple[Callable[..., Tensor] | None, str]:
-    """fla-org/flash-bidirectional-linear-attention, where it is importable, and what to say about it."""
+    """Return fla-org/flash-bidirectional-linear-attention where it is importable, and a word on why not."""
     if device != "cuda":
         return None, "not compared: it needs CUDA"
     try:
@@ -198,17 +176,6 @@ def _operators(shape: Shape, phi: FeatureMap, peer: Callable[..., Tensor] | None
 
         chosen[PEER] = with_peer
     return chosen
-
-
-def _too_long(name: str, shape: Shape, inputs: tuple[Tensor, Tensor, Tensor]) -> bool:
-    device = inputs[0].device.type
-    if name == "eager softmax":
-        return eager_bytes(inputs[0]) > EAGER_BYTES[device]
-    return (
-        name == "SDPA"
-        and device == "cpu"
-        and shape.tokens > SDPA_TOKENS.get((shape.passes, shape.dtype), FEWER_SDPA_TOKENS)
-    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time and peak memory of the operator from 4,096 to 1,048,576 tokens: both must grow like N.
+"""Time and peak memory of the operator from 4,096 to 1,048,576 tokens.
 
     python -m benchmarks.scaling            some minutes
     python -m benchmarks.scaling --smoke    seconds, up to 1,024 tokens
@@ -16,15 +16,11 @@ from modeling_adala import build_feature_map
 from modeling_adala.errors import AdaLAError
 from trainers.runs.memory import peak_of
 from trainers.runs.timing import time_in_turns
-from vit_adala.benchmark.operators import check_operator, forward_of, operator_inputs, operators
-from vit_adala.benchmark.subjects import LINEAR, Settings, prepare_operator
+from vit_adala.benchmark.cases import LINEAR, Settings, timing_columns
+from vit_adala.benchmark.operators import check_operator, operator_inputs, operators, pass_of, prepare_operator
 
-from .common import parser, progress, timing_columns, write_result
+from .common import parser, progress, write_result
 
-CLAIM = (
-    "Time against N from 4,096 to 1,048,576 tokens fits a power law with an exponent of at most 1.05; memory grows"
-    " like N, and nothing of N x N exists."
-)
 HEADS, HEAD_DIM, DTYPE, FEATURE_MAP = 12, 64, torch.bfloat16, "elu"
 TOKENS = tuple(2**power for power in range(12, 21))
 SMOKE_TOKENS = (256, 512, 1024)
@@ -41,7 +37,7 @@ def main() -> None:
         inputs = operator_inputs(1, HEADS, tokens, HEAD_DIM, DTYPE, device)
         operator = operators(phi)[LINEAR]
         error = check_operator(operator, inputs, phi)
-        timing = time_in_turns({LINEAR: forward_of(operator, inputs)}, device, 0.05 if args.smoke else 2.0)[LINEAR]
+        timing = time_in_turns({LINEAR: pass_of(operator, inputs)}, device, 0.05 if args.smoke else 2.0)[LINEAR]
         input_bytes = sum(x.numel() * x.element_size() for x in inputs)
         del inputs
         shape, settings = (1, HEADS, tokens, HEAD_DIM), Settings(DTYPE, device)
@@ -58,20 +54,19 @@ def main() -> None:
             }
         )
     write_result(
-        "scaling-cuda" if device == "cuda" else "scaling",
+        "scaling",
         rows,
         smoke=args.smoke,
         output=args.output,
         device=device,
-        claim=CLAIM,
-        shape=f"batch 1, {HEADS} heads of {HEAD_DIM}, bfloat16, {FEATURE_MAP}",
+        subject=f"Operator, batch 1, {HEADS} heads of {HEAD_DIM}, bfloat16, {FEATURE_MAP}",
         time_exponent=exponent(rows, "milliseconds"),
         memory_exponent=exponent(rows, "peak_bytes"),
     )
 
 
 def exponent(rows: list[dict[str, Any]], column: str) -> float | None:
-    """Slope of the least-squares line through log tokens and log `column`; `None` where it was not measured."""
+    """Return the exponent of the power law of `column` over tokens (1 is linear); `None` if it was not measured."""
     points = [(math.log(row["tokens"]), math.log(row[column])) for row in rows if row[column]]
     if len(points) < 2:
         return None

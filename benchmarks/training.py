@@ -1,4 +1,4 @@
-"""Stages 1 and 2 against what bounds their rate, and against hooks on everything.
+"""Steps of stages 1 and 2 beside the passes that bound their rate, and beside hooks on everything.
 
     python -m benchmarks.training            some minutes: DINOv2-small at 224 px, batch 16
     python -m benchmarks.training --smoke    a minute, the embedded digits ViT at 28 px
@@ -22,16 +22,13 @@ from trainers.base_config import has_fast_bf16
 from trainers.data.digits import DIGITS_TEACHER
 from trainers.runs.memory import peak_of
 from trainers.runs.timing import Timing, time_in_turns
+from vit_adala.benchmark.cases import timing_columns
 
-from .common import ROOT, parser, progress, timing_columns, write_result
+from .common import ROOT, parser, progress, write_result
 from .training_steps import HOOKS, STAGE_1, STAGE_2, STUDENT, TEACHER, Setting, device, prepare, trainer_of
 
-CLAIM = (
-    "Stage 1 at least 80 % of the rate of the teacher's forward pass alone and 1.5x that of hooks on everything, stage"
-    " 2 at least 90 % of teacher forward + 3 x student forward, on DINOv2-small at 224 px."
-)
 MODEL = ROOT.parent / "shared" / "models" / "dinov2-small-saliency"
-# the paper's operator, whose figures are those of the claim, and the default map
+# the paper's operator, and the default map
 FEATURE_MAPS = ("elu", "hedgehog")
 NAMES = (TEACHER, STUDENT, STAGE_1, STAGE_2, HOOKS)
 
@@ -59,13 +56,12 @@ def main() -> None:
         )
     first = settings[0]
     write_result(
-        "training-cuda" if device() == "cuda" else "training",
+        "training",
         rows,
         smoke=args.smoke,
         output=args.output,
         device=device(),
-        claim=CLAIM,
-        setting=f"{Path(first.teacher).name}, {first.size} px, batch {first.batch},"
+        subject=f"{Path(first.teacher).name}, {first.size} px, batch {first.batch},"
         f" {'bf16 autocast' if has_fast_bf16() else 'float32'}",
         **facts[first.feature_map],
         by_feature_map=facts,
@@ -73,7 +69,7 @@ def main() -> None:
 
 
 def measure(setting: Setting, args: argparse.Namespace) -> tuple[dict[str, Timing], list[dict[str, Any]]]:
-    """Times, and rows with time and peak memory."""
+    """Return times, and rows with time and peak memory."""
     runs = {name: prepare(name, setting) for name in NAMES}
     timings = time_in_turns(runs, device(), 0.05 if args.smoke else 20.0)
     del runs
@@ -93,7 +89,7 @@ def measure(setting: Setting, args: argparse.Namespace) -> tuple[dict[str, Timin
 
 
 def summary(timings: dict[str, Timing]) -> dict[str, float]:
-    """Shares of the bounds that the stages reach, and the gain over hooks on everything."""
+    """Return the shares of their bounds that the stages reach, and the gain over hooks on everything."""
     seconds = {name: timing.median for name, timing in timings.items()}
     return {
         "stage_1_share": seconds[TEACHER] / seconds[STAGE_1],
@@ -103,16 +99,16 @@ def summary(timings: dict[str, Timing]) -> dict[str, float]:
 
 
 def wait_share(name: str, setting: Setting, steps: int) -> float | None:
-    """`data_wait_share` of a run of `Trainer`."""
+    """Return `data_wait_share` of a run of `Trainer`."""
     trainer = trainer_of(name, setting, steps)
     trainer.train()
     return trainer.state.log_history[-1].get("data_wait_share")
 
 
 def share_by_flops(setting: Setting) -> float:
-    """The share that stage 1 would reach if only products took time, all of them at the same rate.
+    """Return the share that stage 1 would reach if only products took time, all of them at the same rate.
 
-    What it computes beside the teacher, which need not run its last MLP: query, key and value, the gradients of their
+    Stage 1 runs the teacher up to its last MLP, and for the student query, key and value, the gradients of their
     weights, a product of the same size in the loss (see `alignment_loss_before_projection`), and linear attention with
     a backward pass of twice its forward. The hidden states need no gradient.
     """

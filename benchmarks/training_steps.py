@@ -1,4 +1,4 @@
-"""What benchmarks/training.py times: steps of stages 1 and 2, what bounds them, and stage 1 as one would first do it.
+"""Passes that benchmarks/training.py times: steps of stages 1 and 2, their bounds, and a first attempt at stage 1.
 
 A module of its own, so that a fresh process can import it to measure peak memory.
 """
@@ -35,13 +35,13 @@ from trainers.runs.stages import STAGES
 
 TEACHER, STUDENT, STAGE_1, STAGE_2 = "teacher forward", "student forward", "stage 1", "stage 2"
 HOOKS = "hooks on everything"
-# a photograph as data sets have them: decoding and cropping it is what a loader works at
+# a photograph as datasets have them, which a loader decodes and crops
 PHOTO = (375, 500)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Args: teacher (`str`): Checkpoint. feature_map (`str`): Of the student. size (`int`): Pixels. batch (`int`)."""
+    """Teacher checkpoint, feature map of the student, image side in pixels, and images per step."""
 
     teacher: str
     feature_map: str
@@ -61,7 +61,7 @@ def models(setting: Setting) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 def photos(setting: Setting, count: int) -> ImageDataset:
-    """JPEG photographs of smooth noise, cropped at random for training."""
+    """Return JPEG photographs of smooth noise, cropped at random for training."""
     channels = vision_config(load_config(setting.teacher)).num_channels
     rng = np.random.default_rng(0)
     files = []
@@ -80,7 +80,7 @@ def batch_of(setting: Setting) -> Tensor:
 
 
 def trainer_of(name: str, setting: Setting, steps: int, **settings: Any) -> AlignmentTrainer:
-    """The trainer of stage 1 or 2 in its own precision, on photographs, at a learning rate that changes little."""
+    """Return the trainer of stage 1 or 2 in its own precision, on photographs, at a tiny learning rate."""
     teacher, student = models(setting)
     stage = STAGES["attention-alignment" if name == STAGE_1 else "feature-alignment"]
     args = stage.config_class(
@@ -102,7 +102,7 @@ def trainer_of(name: str, setting: Setting, steps: int, **settings: Any) -> Alig
 
 
 def step_of(name: str, setting: Setting) -> Callable[[], Any]:
-    """One optimizer step of a stage on one batch, as `Trainer`'s loop makes it, without the loop."""
+    """Return one optimizer step of a stage on one batch, as `Trainer`'s loop makes it, without the loop."""
     trainer = trainer_of(name, setting, steps=1)
     trainer.train()  # builds the optimizer, measures the variances
     pixel_values = batch_of(setting)
@@ -117,17 +117,17 @@ def step_of(name: str, setting: Setting) -> Callable[[], Any]:
 
 
 def teacher_forward(setting: Setting) -> Callable[[], Any]:
-    """The teacher alone under the trainers' autocast, as a stock model."""
+    """Return a pass of the teacher alone under the trainers' autocast."""
     return _forward(models(setting)[0], setting)
 
 
 def student_forward(setting: Setting) -> Callable[[], Any]:
-    """The student alone, without gradients."""
+    """Return a pass of the student alone, without gradients."""
     return _forward(models(setting)[1], setting)
 
 
 def hook_everything(setting: Setting) -> Callable[[], Any]:
-    """Stage 1 as one would write it at first: both models in full, a hook on every attention, one backward."""
+    """Return a naive step of stage 1: both models in full, a hook on every attention, one backward pass."""
     teacher, student = models(setting)
     freeze_all_but(
         student, lambda name: any(part in name for part in (".q_proj.", ".k_proj.", ".v_proj.", "feature_map"))
@@ -168,7 +168,7 @@ def hook_everything(setting: Setting) -> Callable[[], Any]:
 
 
 def prepare(name: str, setting: Setting) -> Callable[[], Any]:
-    """What `name` does once, ready to run, after one pass of warm-up."""
+    """Return the pass or step of this name, warmed up."""
     if name in (STAGE_1, STAGE_2):
         run = step_of(name, setting)
     else:
@@ -189,5 +189,5 @@ def _forward(model: PreTrainedModel, setting: Setting) -> Callable[[], Any]:
 
 
 def _autocast() -> torch.autocast:
-    """As the trainers have it by default."""
+    """Return the trainers' default autocast."""
     return torch.autocast(device(), torch.bfloat16, enabled=has_fast_bf16())

@@ -1,4 +1,4 @@
-"""Model cards from recorded facts, and the way to the Hub. Adds `huggingface_hub` and `jinja2` to `modeling_adala`."""
+"""Model cards from recorded facts, and the push to the Hub. Needs `huggingface_hub` and `jinja2`, too."""
 
 from .card import build_card, write_card
 from .card_data import AdaLACardData

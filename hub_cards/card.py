@@ -1,4 +1,4 @@
-"""Renders the facts of a checkpoint as a model card. Whatever comes from a record appears as plain text."""
+"""Renders the facts of a checkpoint as a model card. Anything that comes from a record appears as plain text."""
 
 import json
 import os
@@ -11,67 +11,51 @@ from typing import Any
 from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from modeling_adala.errors import CheckpointError
-
-from .card_data import METRICS, PICTURES, AdaLACardData, Metric, dataset_name, last_part
-from .records import mapping, number, one_line
+from .card_data import PICTURES, AdaLACardData, dataset_name, last_part
+from .records import EVALUATIONS, FIGURES, IMAGES, Figure, mapping, number, one_line, write_text
 from .usage import usage
 
-STAGES = {
-    "swapped": "softmax replaced, untrained",
-    "attention-alignment": "1, attention alignment",
-    "feature-alignment": "2, feature alignment",
-    "supervised": "3, supervised fine-tuning",
-}
 _MARKDOWN = re.compile(r"[\\`*_\[\]~$#!^]|:(?=//)|(?<=www)\.|@")
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
 
 
 class Markdown(str):
-    """A text that goes into the card as it is. All other values are escaped on their way."""
+    """Text that is put into the card as it is. All other values are escaped."""
 
 
 def build_card(directory: str | Path, repo_id: str | None = None) -> ModelCard:
-    """The model card of a checkpoint folder, as it belongs on the Hub: pictures lie beside it.
+    """Return the model card of a checkpoint folder for the Hub, where the pictures are beside it.
 
     Args:
         directory (`str` or `Path`): The checkpoint.
-        repo_id (`str`, *optional*): Its place on the Hub, which the examples then open.
+        repo_id (`str`, *optional*): Repository on the Hub, which the examples then open.
 
     Raises:
-        CheckpointError, DataError, UsageError: see `AdaLACardData.from_checkpoint`.
+        CheckpointError, DataError, UsageError: See `AdaLACardData.from_checkpoint`.
     """
     return render_card(AdaLACardData.from_checkpoint(directory, repo_id))
 
 
 def write_card(directory: str | Path, repo_id: str | None = None, **stated: Any) -> Path:
-    """Writes `README.md` into a checkpoint folder; pictures are shown from where they are.
+    """Write `README.md` into a checkpoint folder, unless it would not change; pictures are linked where they are.
 
-    Args: see `AdaLACardData.from_checkpoint`.
-
-    A card that would not change is not touched, and a new one replaces the old one in one step.
+    Args:
+        directory, repo_id, stated: See `AdaLACardData.from_checkpoint`.
 
     Raises:
-        CheckpointError: if it cannot be written, or see `build_card`.
+        CheckpointError: If it cannot be written, or see `build_card`.
     """
     directory = Path(directory)
     data = AdaLACardData.from_checkpoint(directory, repo_id, **stated)
     links = {path.name: Path(os.path.relpath(path, directory)).as_posix() for path in data.pictures}
-    path, staging = directory / "README.md", directory / ".README.md.writing"
-    content = str(render_card(data, links)).encode()
-    if path.is_file() and path.read_bytes() == content:
-        return path
-    try:
-        staging.write_bytes(content)
-        os.replace(staging, path)
-    except OSError as error:
-        staging.unlink(missing_ok=True)
-        raise CheckpointError(f"could not write {path}: {error}. Free some space or check the permissions.") from error
+    path, content = directory / "README.md", str(render_card(data, links))
+    if not path.is_file() or path.read_bytes() != content.encode():
+        write_text(path, content)
     return path
 
 
 def render_card(data: AdaLACardData, links: dict[str, str] | None = None) -> ModelCard:
-    """The card of these facts; `links` says where pictures are, by name. Default: beside the card."""
+    """Return the card of these facts; `links` says where pictures are, by name. Default: beside the card."""
     shown = {path.name for path in data.pictures}
     content = _template().render(
         metadata=Markdown(data.metadata().to_yaml()),
@@ -96,8 +80,8 @@ def render_card(data: AdaLACardData, links: dict[str, str] | None = None) -> Mod
 
 
 def result_rows(data: AdaLACardData) -> list[list[str]]:
-    """Teacher beside student, figure by figure: heading and rows; no teacher where none was measured."""
-    taken = [metric for metric in METRICS if metric.student in data.evaluation]
+    """Return teacher and student, figure by figure: heading and rows; no teacher if none was measured."""
+    taken = [metric for metric in FIGURES if metric.student in data.evaluation]
     columns = [["", *(metric.name for metric in taken)]]
     columns.append(
         ["softmax teacher", *(_figure(metric, data.evaluation.get(metric.teacher or "")) for metric in taken)]
@@ -107,20 +91,19 @@ def result_rows(data: AdaLACardData) -> list[list[str]]:
 
 
 def history_rows(data: AdaLACardData) -> list[list[str]]:
-    """What each stage brought: heading and rows; columns that nobody measured are left out."""
+    """Return the figures after each stage: heading and rows; columns without a figure are left out."""
     if len(data.history) < 2:
         return []
-    columns = [["after stage", *(stage_title(name) for name in data.history)]]
-    for metric in METRICS:
+    columns = [["", *(stage_title(name) for name in data.history)]]
+    for metric in (*FIGURES, IMAGES):
         values = [figures.get(metric.student) for figures in data.history.values()]
         columns.append([metric.name, *(_figure(metric, value) for value in values)])
-    columns.append(["images", *(_count(figures.get("num_eval_images")) for figures in data.history.values())])
     return _rows(columns)
 
 
 def stage_rows(data: AdaLACardData) -> list[list[str]]:
-    """The training, stage by stage: heading and rows; columns without any entry are left out."""
-    columns = [["stage", *(stage_title(name) for name in data.stages)]]
+    """Return the training, stage by stage: heading and rows; columns without an entry are left out."""
+    columns = [["", *(stage_title(name) for name in data.stages)]]
     records = list(data.stages.values())
     columns.append(
         ["data", *(dataset_name(facts if "dataset" in facts else data.manifest) or "" for facts in records)]
@@ -135,7 +118,7 @@ def stage_rows(data: AdaLACardData) -> list[list[str]]:
 
 
 def speed_rows(data: AdaLACardData) -> list[list[str]]:
-    """Time and memory over resolution: heading and rows; columns that nobody measured are left out."""
+    """Return time and memory over resolution: heading and rows; columns without a figure are left out."""
     rows = data.speed.get("rows")
     measured = [row for row in rows if number(mapping(row).get("student"))] if isinstance(rows, list) else []
     columns: list[list[str]] = []
@@ -155,12 +138,12 @@ def speed_rows(data: AdaLACardData) -> list[list[str]]:
 
 
 def speed_conditions(speed: dict[str, Any]) -> list[str]:
-    """Under which conditions the speed was measured, as far as that is on record."""
+    """Return the conditions under which the speed was measured, as far as they are on record."""
     batch = number(speed.get("batch_size"))
     conditions = [f"batch {batch:.0f}"] if batch else []
     for name, text in {
         "autocast": "{} autocast",
-        "teacher_attention": "teacher with attention {}",
+        "teacher_attention": "teacher with {} attention",
         "machine": "on {}",
     }.items():
         value = one_line(speed.get(name))
@@ -169,9 +152,9 @@ def speed_conditions(speed: dict[str, Any]) -> list[str]:
 
 
 def training_details(data: AdaLACardData) -> list[Markdown]:
-    """Settings of each stage, versions, and what identifies teacher and data."""
+    """Return the settings of each stage, versions, and what identifies teacher and data."""
     lines: dict[str, Any] = {
-        f"Settings of stage {stage_title(name)}": mapping(facts.get("settings")) for name, facts in data.stages.items()
+        f"Settings of {stage_title(name)}": mapping(facts.get("settings")) for name, facts in data.stages.items()
     }
     versions = mapping(data.manifest.get("versions"))
     lines["Software"] = ", ".join(f"{name} {value}" for name, value in versions.items() if isinstance(value, str))
@@ -181,11 +164,11 @@ def training_details(data: AdaLACardData) -> list[Markdown]:
 
 
 def stage_title(name: str) -> str:
-    return STAGES.get(name, name)
+    return EVALUATIONS.get(name, name)
 
 
 def plain(value: Any) -> Markdown:
-    """A value as text on one line that no Markdown or HTML reader takes for anything else."""
+    """Return a value as text on one line that Markdown and HTML readers show as it is."""
     if isinstance(value, Markdown):
         return value
     line = one_line(str(value)) or ""
@@ -194,7 +177,7 @@ def plain(value: Any) -> Markdown:
 
 
 def code(value: Any) -> Markdown:
-    """A value in a code span, whose fence is longer than any run of backticks in it. Not for tables."""
+    """Return a value in a code span, fenced by more backticks than it holds in a row. Not for tables."""
     line = one_line(value if isinstance(value, str) else json.dumps(value)) or " "
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     padding = " " if line.startswith("`") or line.endswith("`") else ""
@@ -202,7 +185,7 @@ def code(value: Any) -> Markdown:
 
 
 def table(rows: Iterable[list[str]]) -> Markdown:
-    """Rows of cells as a Markdown table, the first as its heading."""
+    """Return rows of cells as a Markdown table; the first is its heading."""
     lines = ["| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows]
     columns = lines[0].count("|") - 1
     return Markdown("\n".join([lines[0], "|" + " --- |" * columns, *lines[1:]]))
@@ -223,12 +206,12 @@ def _template() -> Template:
 
 
 def _rows(columns: list[list[str]]) -> list[list[str]]:
-    """Columns with a heading each, as rows; columns without any entry are left out, and so is a table of none."""
+    """Return columns with a heading each as rows, without empty columns; nothing if all are empty."""
     filled = [column for column in columns if any(column[1:])]
     return [list(row) for row in zip(*filled, strict=True)]
 
 
-def _figure(metric: Metric, value: float | None) -> str:
+def _figure(metric: Figure, value: float | None) -> str:
     return "" if value is None else metric.form.format(value)
 
 
@@ -238,7 +221,7 @@ def _count(value: Any) -> str:
 
 
 def _size(value: Any) -> str:
-    """The side of a square, or height and width."""
+    """Return the side of a square, or height and width."""
     sides = list(map(number, value if isinstance(value, list | tuple) else [value]))
     sides = sides[: len(set(sides))]
     return " x ".join(f"{side:.0f}" for side in sides if side)

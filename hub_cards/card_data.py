@@ -1,4 +1,4 @@
-"""The facts behind a model card, read from what lies beside the weights, and the metadata that follow from them."""
+"""The facts of a model card, read from the records beside the weights, and the metadata that follow from them."""
 
 import re
 from dataclasses import dataclass, field
@@ -11,9 +11,13 @@ from transformers import PretrainedConfig
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.loading import load_config
 from modeling_adala.errors import CheckpointError
+from modeling_adala.families import is_adala
 from modeling_adala.modeling_adala import models_of
 
 from .records import (
+    EVALUATION,
+    FIGURES,
+    SPEED,
     find_license,
     hub_id,
     license_of,
@@ -22,12 +26,11 @@ from .records import (
     one_line,
     read_json,
     read_manifest,
-    read_metrics,
 )
 from .records import run_directory as run_directory_of
 
 TAGS = ["linear-attention", "vit-adala", "distillation"]
-# Pictures that a report draws, and what they show.
+# pictures that a report draws, and their titles
 PICTURES = {
     "features.png": "Patch features as PCA colors, one basis (the teacher's) for all",
     "speed.png": "Forward pass over resolution",
@@ -38,13 +41,13 @@ PICTURES = {
 
 @dataclass(frozen=True)
 class Head:
-    """What a class is for: its task on the Hub, and the Auto class that opens it."""
+    """Task of a class on the Hub, and the Auto class that opens it."""
 
     pipeline_tag: str | None
     auto_class: str
 
 
-# By the end of the class name, so that a new family needs no line here; the first that fits counts.
+# by the end of the class name, so that a new family needs no line here; the first match counts
 HEADS = {
     "ForImageClassification": Head("image-classification", "AutoModelForImageClassification"),
     "ForSemanticSegmentation": Head("image-segmentation", "AutoModelForSemanticSegmentation"),
@@ -56,47 +59,23 @@ IMAGE_AND_TEXT = Head("zero-shot-image-classification", "AutoModel")
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A figure of merit: where it is recorded for student and teacher, its name, its type on the Hub, its format."""
-
-    student: str
-    teacher: str | None
-    name: str
-    type: str | None = None
-    task: str = "image-classification"
-    form: str = "{:.1%}"
-
-
-METRICS = (
-    Metric("head_accuracy", "teacher_head_accuracy", "Accuracy", "accuracy"),
-    Metric("head_mean_iou", "teacher_head_mean_iou", "Mean IoU", "mean_iou", "image-segmentation"),
-    Metric("student_knn_accuracy", "teacher_knn_accuracy", "k-NN accuracy", "accuracy"),
-    Metric("student_linear_probe_accuracy", "teacher_linear_probe_accuracy", "Linear probe accuracy", "accuracy"),
-    Metric("cls_cosine", None, "Cosine to the teacher, class token", form="{:.4f}"),
-    Metric("patch_mean_cosine", None, "Cosine to the teacher, mean patch", form="{:.4f}"),
-    Metric("relative_error", None, "Relative error of the features", form="{:.3f}"),
-)
-
-
-@dataclass(frozen=True)
 class AdaLACardData:
-    """What is on record of a checkpoint, and nothing else: what no file says is `None` or empty.
+    """Recorded facts of a checkpoint; anything that is not on record is `None` or empty.
 
-    Texts are as recorded and must be escaped before they go anywhere (`hub_cards.card` does).
+    Texts are as recorded and must be escaped before they are shown (`hub_cards.card` does).
 
     Args:
-        config (`PretrainedConfig`): The checkpoint's.
-        manifest (`dict`): `manifest.json`: data, machine, versions, and under `stages` the facts of this checkpoint's
-            stage and those before it.
-        evaluation (`dict[str, float]`): This checkpoint's figures beside its teacher's, on the same images.
-        protocol (`dict`): What those were taken on: `dataset`, `dataset_id`, `eval_split`, `image_size`, or `None`.
-        history (`dict[str, dict]`): Figures by evaluation: `swapped`, then each stage up to this one.
-        speed (`dict`): `speed.json`: `machine`, `batch_size`, `autocast`, and `rows` with seconds per image.
+        config (`PretrainedConfig`): Configuration of the checkpoint.
+        manifest (`dict`): See `read_manifest`.
+        evaluation (`dict[str, float]`): Figures of this checkpoint and of its teacher, on the same images.
+        protocol (`dict`): Data of those figures: `dataset`, `dataset_id`, `eval_split`, `image_size`, or `None`.
+        history (`dict[str, dict]`): Figures by evaluation: `converted`, then each stage up to this one.
+        speed (`dict`): Content of `speed.json`.
         license (`dict[str, str]`): `license`, `license_name`, `license_link`: the teacher's, unless one is stated.
-        stated (`dict`): What no file says but somebody did: `language`, `license`, `tags`.
-        pictures (`list[Path]`): Files that the card shows under their names; they belong beside it.
-        has_processor (`bool`): Whether the folder holds an image processor.
-        repo_id (`str`, *optional*): Where the checkpoint is, or will be, on the Hub.
+        stated (`dict`): `language`, `license` and `tags` as the caller stated them.
+        pictures (`list[Path]`): Files that the card shows, by their names; they belong beside it.
+        has_processor (`bool`): The folder holds an image processor.
+        repo_id (`str`, *optional*): Repository of the checkpoint on the Hub.
     """
 
     config: PretrainedConfig
@@ -112,28 +91,35 @@ class AdaLACardData:
     repo_id: str | None = None
 
     @classmethod
-    def from_checkpoint(cls, directory: str | Path, repo_id: str | None = None, **stated: Any) -> "AdaLACardData":
-        """Gathers the facts of a checkpoint folder: from the folder itself, then from the run that it belongs to.
+    def from_checkpoint(
+        cls,
+        directory: str | Path,
+        repo_id: str | None = None,
+        *,
+        config: PretrainedConfig | None = None,
+        **stated: Any,
+    ) -> "AdaLACardData":
+        """Gather the facts of a checkpoint folder: from the folder itself, then from the run that it belongs to.
 
         Args:
-            directory (`str` or `Path`): With a `config.json`. `manifest.json`, `metrics.jsonl`, `speed.json`,
-                `evaluation.json` (from `vit-adala evaluate --json`) and pictures are read where they are there; those
-                of the parent folder only if the manifest there names this folder's stage.
-            repo_id (`str`, *optional*): Where the checkpoint will be on the Hub.
-            stated (*optional*): `language`, `license` and `tags` for the metadata, on top of what is on record.
+            directory (`str` or `Path`): With a `config.json`. The files of `hub_cards.records` and pictures are read
+                if they are there; those of the parent folder only if its manifest names this folder's stage.
+            repo_id (`str`, *optional*): Repository of the checkpoint on the Hub.
+            config (`PretrainedConfig`, *optional*): The folder's configuration, if it is open already.
+            stated (*optional*): `language`, `license` and `tags` for the metadata, on top of the records.
 
         Raises:
-            CheckpointError: if it is no AdaLA checkpoint.
-            DataError, UsageError: if its config cannot be opened.
+            CheckpointError: If it is not an AdaLA checkpoint.
+            DataError, UsageError: If its configuration cannot be opened.
         """
         directory = Path(directory)
-        config = load_config(str(directory))
+        config = load_config(str(directory)) if config is None else config
         _class_name(config, directory)
         run_directory = run_directory_of(directory)
         places = [directory, *([run_directory] if run_directory else [])]
         manifest = read_manifest(directory)
-        lines = [line for place in places for line in read_metrics(place / "metrics.jsonl")]
-        evaluations = {line["evaluation"]: _figures(line) for line in lines if one_line(line.get("evaluation"))}
+        known = mapping(manifest.get("evaluations"))
+        evaluations = {name: _figures(mapping(figures)) for name, figures in known.items()}
         stages = list(mapping(manifest.get("stages")))
         evaluation, protocol = _evaluation(directory, manifest, evaluations, _stage(config, manifest))
         teacher, revision = _teacher(config)
@@ -144,8 +130,8 @@ class AdaLACardData:
             evaluation=evaluation,
             protocol={name: one_line(protocol.get(name)) for name in ("dataset", "dataset_id", "eval_split")}
             | {"image_size": protocol.get("image_size")},
-            history={name: evaluations[name] for name in ("swapped", *stages) if evaluations.get(name)},
-            speed=next((found for place in places if (found := read_json(place / "speed.json"))), {}),
+            history={name: evaluations[name] for name in ("converted", *stages) if evaluations.get(name)},
+            speed=next((found for place in places if (found := read_json(place / SPEED))), {}),
             license=license_of(stated)
             or license_of(manifest.get("teacher_license"))
             or find_license(teacher, revision),
@@ -157,12 +143,12 @@ class AdaLACardData:
 
     @property
     def vision(self) -> PretrainedConfig:
-        """The configuration of the vision tower, which is the linear one."""
+        """Configuration of the vision tower, which is the linear one."""
         return vision_config(self.config)
 
     @property
     def stage(self) -> str | None:
-        """The last stage of its training."""
+        """Last stage of its training."""
         return _stage(self.config, self.manifest)
 
     @property
@@ -183,7 +169,7 @@ class AdaLACardData:
 
     @property
     def labels(self) -> list[str]:
-        """Class names of a classifier or segmenter; empty if nobody gave it any."""
+        """Class names of a classifier or segmenter; empty if it has none but `LABEL_0`, `LABEL_1`, ..."""
         labels = [str(label) for label in (self.config.id2label or {}).values()]
         names_nothing = all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
         return [] if names_nothing or not self.class_name.endswith(tuple(list(HEADS)[:2])) else labels
@@ -198,19 +184,19 @@ class AdaLACardData:
 
     @property
     def base_model(self) -> str | None:
-        """The teacher's Hub id. A teacher without a commit came from a folder, whatever its path looks like."""
+        """The teacher's Hub id; `None` for a teacher without a commit, which came from a folder."""
         return hub_id(self.teacher) if self.teacher_revision else None
 
     @property
     def name(self) -> str:
-        """The repo's name, or what is in it."""
+        """Name of the repository, or a description of the model."""
         if self.repo_id:
             return self.repo_id.split("/")[-1]
         return f"{last_part(self.teacher)} with linear attention" if self.teacher else self.class_name
 
     @property
     def has_remote_code(self) -> bool:
-        """Whether the checkpoint opens without the package, by Python files beside it; on the Hub they always are."""
+        """Whether the checkpoint opens without the package, by Python files beside it. On the Hub it always does."""
         return self.repo_id is not None or self.head.auto_class in mapping(getattr(self.config, "auto_map", None))
 
     @property
@@ -220,7 +206,7 @@ class AdaLACardData:
         return list(dict.fromkeys(name for facts in records if (name := hub_id(facts.get("dataset_id")))))
 
     def metadata(self) -> ModelCardData:
-        """The YAML block of the card."""
+        """Return the YAML block of the card."""
         results = self._eval_results()
         fields: dict[str, Any] = {"base_model_relation": "finetune"} if self.base_model else {}
         return ModelCardData(
@@ -250,7 +236,7 @@ class AdaLACardData:
                 metric_name=metric.name,
                 metric_value=self.evaluation[metric.student],
             )
-            for metric in METRICS
+            for metric in FIGURES
             if metric.type and metric.student in self.evaluation
         ]
 
@@ -258,8 +244,8 @@ class AdaLACardData:
 def _evaluation(
     directory: Path, manifest: dict[str, Any], evaluations: dict[str, dict], stage: str | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """The last word on a checkpoint: an evaluation of its own, that of its run, or that of its trainer."""
-    own = read_json(directory / "evaluation.json")
+    """Return the figures of a checkpoint and their record: its own evaluation, its run's, or its trainer's."""
+    own = read_json(directory / EVALUATION)
     if own:
         return _figures(own), own
     if evaluations.get(stage or ""):
@@ -287,22 +273,22 @@ def _teacher(config: PretrainedConfig) -> tuple[str | None, str | None]:
 def _class_name(config: PretrainedConfig, where: str | Path) -> str:
     names = [cls.__name__ for cls in models_of(config).values()]
     found = (config.architectures or [None])[0]
-    if not config.model_type.startswith("adala_") or found not in names:
+    if not is_adala(config) or found not in names:
         raise CheckpointError(
-            f"{str(where)!r} is of type {config.model_type!r} and class {found!r}, no AdaLA checkpoint; pass a folder"
-            f" that save_pretrained of one of {', '.join(names)} wrote."
+            f"{str(where)!r} is of type {config.model_type!r} and class {found!r}, not an AdaLA checkpoint; pass a"
+            f" folder that save_pretrained of one of {', '.join(names)} wrote."
         )
     return found
 
 
 def dataset_name(facts: dict[str, Any]) -> str | None:
-    """How a card calls the data of a record: by the Hub id, or by the name of the folder or file."""
+    """Return the name of a record's data: the Hub id, or the name of the folder or file."""
     name = one_line(facts.get("dataset"))
     return hub_id(facts.get("dataset_id")) or (last_part(name) if name else None)
 
 
 def last_part(path: str | None) -> str:
-    """The name of what a path leads to: the folders above it are nobody's business."""
+    """Return the last component of a path; its parent folders may be private."""
     return re.split(r"[/\\]", (path or "").rstrip("/\\"))[-1] or str(path)
 
 

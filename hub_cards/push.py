@@ -1,11 +1,12 @@
-"""From a checkpoint folder to a Hub repository in one commit: first the plan, then the upload.
+"""Pushes a checkpoint folder to the Hub in one commit: `plan_push` decides, `push` uploads.
 
-What goes up is chosen file by file and never the folder as a whole: weights as safetensors, the configuration with the
-complete `auto_map`, the image processor, the code that opens the model without this package, the card and the pictures
-it shows. Checkpoints of the Trainer, optimizer states, pickles, local paths and weights that are not finite stay here.
+Files are chosen one by one, never the folder as a whole: weights as safetensors, the configuration with the
+complete `auto_map`, the image processor, the code that opens the model without this package, the card and its
+pictures. Checkpoints of `Trainer`, optimizer states, pickles, local paths and non-finite weights never go up.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import re
@@ -31,9 +32,10 @@ from modeling_adala.configuration_adala import shared_name
 from modeling_adala.conversion.loading import load_config
 from modeling_adala.conversion.stored_weights import INDEX, check_dtypes, nonfinite_tensors, weight_files
 from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
+from modeling_adala.families import is_adala
 from modeling_adala.modeling_adala import models_of
 
-from .card import build_card, render_card
+from .card import render_card
 from .card_data import AdaLACardData
 from .upstream import get_relative_import_files, git_hash, sha_fileobj
 
@@ -53,7 +55,7 @@ class PlannedFile:
         path (`str`): Its path in the repository.
         change (`str`): `"new"`, `"changed"`, `"same"` or `"deleted"`, against the repository.
         size (`int`): Bytes; of a deleted file, those that are on the Hub.
-        source (`Path` or `bytes`, *optional*): Where the content comes from; nowhere if deleted.
+        source (`Path` or `bytes`, *optional*): Its content; `None` if deleted.
     """
 
     path: str
@@ -64,18 +66,19 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a push would do. Made by `plan_push`, carried out by `push`.
+    """Files, card and target of a push, made by `plan_push` and carried out by `push`.
 
     Args:
         repo_id (`str`): `"name"` or `"organization/name"`.
-        revision (`str`): The branch that takes the commit.
-        private (`bool`): Whether a new repository becomes private.
-        files (`list[PlannedFile]`): Everything that makes up the model, and what gets deleted.
+        revision (`str`): Branch that gets the commit.
+        private (`bool`): Make a new repository private.
+        files (`list[PlannedFile]`): All files of the model, and the files to delete.
         card (`str`): The rendered card.
-        exists (`bool`): Whether the repository is there, with content of its own.
-        parent_commit (`str`, *optional*): The commit that the files were compared with. Default: no repository yet.
-        new_branch (`bool`): Whether `revision` has to be created, from `parent_commit`.
-        notes (`list[str]`): What the user should know before saying yes.
+        exists (`bool`): The repository exists and has content of its own.
+        parent_commit (`str`, *optional*): Commit that the files were compared with; `None` for a new
+            repository.
+        new_branch (`bool`): `revision` has to be created, from `parent_commit`.
+        notes (`list[str]`): Notes for the user to read before agreeing.
     """
 
     repo_id: str
@@ -102,32 +105,32 @@ def plan_push(
     compare: bool = True,
     api: HfApi | None = None,
 ) -> PushPlan:
-    """Decides what a push uploads, and changes nothing anywhere.
+    """Decide what a push uploads, without changing anything.
 
-    The card is built from the recorded facts, and the code files are those of the running package, whatever lies in
-    the folder: neither hand-made figures nor a stranger's code goes up under the user's name.
+    The card is built from the recorded facts, and the code files are those of the running package, regardless of the
+    folder: neither hand-made figures nor a stranger's code goes up under the user's name.
 
     Args:
         directory (`str` or `Path`): A checkpoint folder, such as the `3-supervised/` of a run.
         repo_id (`str`): `"name"` or `"organization/name"`.
-        revision (`str`, *optional*, defaults to `"main"`): The branch; it is created where it does not exist.
+        revision (`str`, *optional*, defaults to `"main"`): Branch; created if it does not exist.
         private (`bool`, *optional*, defaults to `False`): Make a new repository private.
-        compare (`bool`, *optional*, defaults to `True`): Look at the repository; `False` takes everything for new and
-            needs no network.
+        compare (`bool`, *optional*, defaults to `True`): Compare with the repository. `False` needs no network and
+            takes all files for new.
         api (`HfApi`, *optional*): Endpoint and token. Default: those of the environment.
 
     Raises:
-        UsageError: for a folder that is no AdaLA checkpoint, a malformed `repo_id`, a `revision` that is no branch, or
+        UsageError: For a folder that is not an AdaLA checkpoint, a malformed `repo_id`, a `revision` that is a tag, or
             `private` on a public repository.
-        CheckpointError: for a folder that `check_checkpoint` refuses, without weights, or with weights that are NaN,
+        CheckpointError: For a folder that `check_checkpoint` refuses, without weights, or with weights that are NaN,
             infinite or cast to integers.
-        AdaLAError: if the Hub refuses, fails or cannot be reached.
+        AdaLAError: If the Hub refuses, fails or cannot be reached.
     """
     directory, api = Path(directory), api or HfApi()
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UsageError(f"repo_id={repo_id!r} is no repository name: {error}") from error
+        raise UsageError(f"repo_id={repo_id!r} is not a valid repository name: {error}") from error
     sources, card, notes = _collect(directory, repo_id)
     plan: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "private": private, "card": card, "notes": notes}
     remote: dict[str, RepoFile] = {}
@@ -141,17 +144,17 @@ def plan_push(
 
 
 def push(plan: PushPlan, api: HfApi | None = None) -> str:
-    """Uploads a plan in one commit. Whatever fails, the branch holds all of it or is as it was.
+    """Upload a plan in one commit. If anything fails, the branch stays as it was.
 
     Args:
         plan (`PushPlan`): From `plan_push`.
         api (`HfApi`, *optional*): Endpoint and token. Default: those of the environment.
 
     Returns:
-        `str`: URL of the commit, or of the repository if nothing had changed.
+        `str`: URL of the commit, or of the branch if nothing has changed.
 
     Raises:
-        AdaLAError: if the Hub refuses, fails or cannot be reached, or the branch has moved since the plan was made.
+        AdaLAError: If the Hub refuses, fails or cannot be reached, or the branch has moved since the plan was made.
     """
     api = api or HfApi()
     operations: list[Any] = [
@@ -186,21 +189,21 @@ def without_login(text: str) -> str:
 
 
 def _collect(directory: Path, repo_id: str) -> tuple[dict[str, Path | bytes], str, list[str]]:
-    """Content by path in the repository, the card, and what is to be said about them."""
+    """Return the contents by path in the repository, the card, and notes on them."""
     if not (directory / "config.json").is_file():
         below = sorted(path.parent.name for path in directory.glob("*/config.json"))
         remedy = f"one of the folders in it ({', '.join(below)})" if below else "a folder that save_pretrained wrote"
         raise UsageError(f"directory={str(directory)!r} has no config.json; pass {remedy}.")
     config = load_config(str(directory))
-    if not config.model_type.startswith("adala_"):
+    if not is_adala(config):
         raise UsageError(
             f"directory={str(directory)!r} holds a {config.model_type!r}, not an AdaLA model; push it with"
             " `model.push_to_hub`, or convert it first."
         )
-    data, notes = AdaLACardData.from_checkpoint(directory, repo_id), []
+    data, notes = AdaLACardData.from_checkpoint(directory, repo_id, config=config), []
     card = str(render_card(data))
-    if not _is_from_records(directory):
-        notes.append(f"{directory / CARD} is not what the records give; the card that goes up is built from them")
+    if not _is_from_records(directory, data):
+        notes.append(f"{directory / CARD} was edited by hand; the card that goes up is built from the records")
     processors: dict[str, Path | bytes] = {
         name: directory / name for name in PROCESSORS if (directory / name).is_file()
     }
@@ -214,10 +217,11 @@ def _collect(directory: Path, repo_id: str) -> tuple[dict[str, Path | bytes], st
     return sources, card, notes
 
 
-def _is_from_records(directory: Path) -> bool:
-    """Whether nobody has edited the card in the folder, which shows pictures from where they are."""
+def _is_from_records(directory: Path, data: AdaLACardData) -> bool:
+    """Return whether the card in the folder, which links pictures where they are, is unedited or missing."""
     path = directory / CARD
-    return not path.is_file() or path.read_text(encoding="utf-8").replace("](../", "](") == str(build_card(directory))
+    own = str(render_card(dataclasses.replace(data, repo_id=None)))
+    return not path.is_file() or path.read_text(encoding="utf-8").replace("](../", "](") == own
 
 
 def _weights(directory: Path) -> dict[str, Path | bytes]:
@@ -245,7 +249,7 @@ def _code(names: dict[str, str]) -> dict[str, Path | bytes]:
 
 
 def _without_local_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as it may be read by anyone, whichever version or tool wrote it."""
+    """Return a configuration without paths of this machine, regardless of the version or tool that wrote it."""
     values = {name: _without_local_paths(part) if isinstance(part, dict) else part for name, part in values.items()}
     for name in ("_name_or_path", "name_or_path"):
         values.pop(name, None)
@@ -255,7 +259,7 @@ def _without_local_paths(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_json(values: dict[str, Any]) -> bytes:
-    """As `PretrainedConfig.to_json_file` writes it, so that an unchanged configuration counts as unchanged."""
+    """Return what `PretrainedConfig.to_json_file` writes, so that an unchanged configuration counts as unchanged."""
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -263,7 +267,7 @@ def _as_json(values: dict[str, Any]) -> bytes:
 
 
 def _compare_with(api: HfApi, plan: dict[str, Any]) -> dict[str, RepoFile]:
-    """The files of the branch (of `main` if it has to be created), and what the plan has to know of the repository."""
+    """Return the files of the branch (of `main` if it is new), and note in the plan what is there."""
     repo_id, revision = plan["repo_id"], plan["revision"]
     try:
         refs = api.list_repo_refs(repo_id)
@@ -272,11 +276,12 @@ def _compare_with(api: HfApi, plan: dict[str, Any]) -> dict[str, RepoFile]:
         return {}
     branches = {branch.name: branch.target_commit for branch in refs.branches}
     if revision not in branches and revision in {tag.name for tag in refs.tags}:
-        raise UsageError(f"revision={revision!r} is a tag of {repo_id}, and tags stay put; pass the name of a branch.")
+        raise UsageError(
+            f"revision={revision!r} is a tag of {repo_id}, which a push does not move; pass the name of a branch."
+        )
     if plan["private"] and not api.model_info(repo_id).private:
         raise UsageError(
-            f"private=True, but {repo_id} is public and stays so; change that in its settings on the Hub, or push"
-            " without it."
+            f"private=True, but {repo_id} is public; change that in its settings on the Hub, or push without it."
         )
     plan["new_branch"] = revision not in branches
     plan["parent_commit"] = branches.get(revision, branches["main"])
@@ -303,7 +308,7 @@ def _is_same(source: Path | bytes, size: int, remote: RepoFile) -> bool:
 
 @contextlib.contextmanager
 def _hub_errors(repo_id: str, api: HfApi) -> Iterator[None]:
-    """Turns what the Hub's client raises into one line that says what to do; no line holds the endpoint's password."""
+    """Turn exceptions of the Hub's client into one line with the remedy and without the endpoint's password."""
     # the client logs the URLs of its further attempts
     handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
     for handler in handlers:

@@ -1,7 +1,6 @@
 """Private API of Transformers and huggingface_hub that this package relies on.
 
-A release may move or change any of these names; `tests/test_upstream.py` then says in a sentence which one, and what
-needs it.
+A release may move or change any of these names; `tests/test_upstream.py` then names it, and what needs it.
 """
 
 # The identity of a file on the Hub, to tell which ones a push would change: push.py.

@@ -1,9 +1,9 @@
-"""The lines of Python in a card that open its checkpoint: they run as they are pasted."""
+"""Python examples of a card, which run as they are pasted."""
 
 from .card_data import AdaLACardData
 
 FOLDER = "path/to/this/folder"
-# What a model gives, by the Auto class that opens it.
+# a use of the output, by the Auto class that opens the model
 _OUTPUTS = {
     "AutoModel": "features = model(**inputs).last_hidden_state",
     "AutoModelForImageClassification": "print(model.config.id2label[model(**inputs).logits.argmax(-1).item()])",
@@ -13,9 +13,9 @@ _OUTPUTS = {
 
 
 def usage(data: AdaLACardData, *, trust_remote_code: bool = False) -> str:
-    """How to open a checkpoint and run it on an image, with the package or by the code that travels with the weights.
+    """Return code that opens a checkpoint and runs it on an image, with the package or the code beside the weights.
 
-    Holds nothing from a record but a valid repo id and the name of a class of this package.
+    From the records, it takes a valid repo id and the name of a class of this package only.
     """
     arguments = f'"{data.repo_id or FOLDER}"' + (", trust_remote_code=True" if trust_remote_code else "")
     head = data.head

@@ -14,6 +14,7 @@ from modeling_adala.attention_interface import is_new_parameter
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.loading import load_teacher
 from modeling_adala.errors import AdaLAError, UsageError
+from modeling_adala.families import get_family
 
 from .base_trainer import AdaLATrainer, base_model, split_groups
 from .teacher import with_cast_weights
@@ -150,10 +151,11 @@ class AlignmentTrainer(AdaLATrainer):
 def check_pair(teacher: PreTrainedModel, student: nn.Module) -> None:
     """Raise `UsageError` unless the student is the linear counterpart of the teacher, layer for layer."""
     ours, theirs = vision_config(base_model(student).config), vision_config(teacher.config)
-    if ours.model_type != f"adala_{theirs.model_type}":
+    expected = get_family(theirs.model_type).adala
+    if ours.model_type != expected:
         raise UsageError(
             f"model is of type {ours.model_type!r} and teacher_model of type {theirs.model_type!r}; convert this"
-            f" teacher to get a student of type 'adala_{theirs.model_type}'."
+            f" teacher to get a student of type {expected!r}."
         )
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_channels"):
         if getattr(ours, name) != getattr(theirs, name):

@@ -1,6 +1,7 @@
 """Stage 1: every linear attention learns, independently, to match its softmax counterpart on the same input."""
 
 import logging
+from os import PathLike, fspath
 from typing import Any
 
 import torch

@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME
 from hub_cards import write_card
 from modeling_adala.conversion.stored_weights import nonfinite_names
 from modeling_adala.errors import AdaLAError, CheckpointError, DataError, UsageError
+from modeling_adala.families import is_adala
 
 from .data.image_dataset import collate_images
 from .runs.callbacks import TrainingCost
@@ -266,7 +267,7 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 def is_student(model: nn.Module) -> bool:
     """Return whether this is an AdaLA model without PEFT's wrapper."""
-    return isinstance(model, PreTrainedModel) and model.config.model_type.startswith("adala_")
+    return isinstance(model, PreTrainedModel) and is_adala(model.config)
 
 
 def freeze_all_but(model: nn.Module, trainable: Callable[[str], bool]) -> list[str]:

@@ -1,1 +1,1 @@
-"""The command line `vit-adala`. Nothing heavy is imported before the arguments are known to be right."""
+"""The command line `vit-adala`. Nothing heavy is imported before the command is known."""

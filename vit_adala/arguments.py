@@ -1,10 +1,12 @@
-"""One grammar for all commands, read off dataclasses: their fields are the options, their metadata the rest.
+"""Command-line grammar of all commands, made from dataclasses: their fields are the options.
 
 - `--name VALUE` or `--name=VALUE`, with hyphens or underscores; lists as `0 11`, `0,11` or `[0, 11]`;
 - switches are flags that also take a value: `--streaming`, `--streaming false`;
-- what a command works on is positional (`metadata={"positional": "MODEL"}`).
+- the model that a command works on is positional (`metadata={"positional": "MODEL"}`);
+- the options of linear attention are the fields of `LinearAttentionConfig`, in every command that converts.
 
-Texts become what the fields declare in `trainers.runs.settings`, as those of a recipe do.
+`trainers.runs.settings` turns the texts of a command line into the types that the fields declare, as it does for
+recipes.
 """
 
 import argparse
@@ -20,7 +22,9 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
+from modeling_adala.configuration_adala import LinearAttentionConfig
 from modeling_adala.errors import UsageError
+from modeling_adala.feature_maps import FEATURE_MAPS
 from trainers.base_config import AdaLATrainingArguments
 from trainers.runs.plain_yaml import parse_yaml
 from trainers.runs.settings import NO, YES, build, did_you_mean
@@ -48,17 +52,25 @@ COMMON = {
 }
 INHERITED = {item.name for item in dataclasses.fields(TrainingArguments)}
 HELP = ("-h", "--help", "--help-all")
+LINEAR_ATTENTION = {
+    "feature_map": f"phi, one of {', '.join(sorted(FEATURE_MAPS))}.",
+    "feature_map_kwargs": "Options of the feature map, such as '{scale: 0.5}'.",
+    "softmax_layers": "Layers that keep softmax, from 0 or, negative, from the end.",
+}
+assert LINEAR_ATTENTION.keys() == {item.name for item in dataclasses.fields(LinearAttentionConfig)}
 
 
 class CommandParser(argparse.ArgumentParser):
     """Parser of one command, made from the dataclasses that its arguments become.
 
+    After `parse`, `given` holds the names of the fields that the command line sets.
+
     Args:
-        command (`str`): Its name.
-        description (`str`), example (`str`): For the help text.
+        command (`str`): Name of the command.
+        description (`str`), example (`str`): Texts for `--help`.
         types (`type`): Dataclasses. Metadata of a field: `help`, and `positional` (its name in the usage line),
-            `flag` (its option, where that is not the field's name), `repeat` (may be given several times), `section`
-            (not an option at all).
+            `flag` (its option, if that is not the field's name), `repeat` (may be given several times), `section` (not
+            an option).
     """
 
     def __init__(self, command: str, description: str, example: str, *types: type):
@@ -71,11 +83,12 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=formatter,
             allow_abbrev=False,
         )
-        self.types = types
+        self.types, self.given = types, set[str]()
         self.add_argument("--help-all", action="store_true", help="show the options inherited from Trainer, too")
         self._styles: dict[str, str] = {}
         self._is_optional = False
         self._hidden: list[tuple[argparse.Action, str]] = []
+        linear = self.add_argument_group("linear attention (LinearAttentionConfig)")
         common = self.add_argument_group("training (transformers.TrainingArguments)")
         rest = self.add_argument_group("training, all the others")
         usage = []
@@ -86,6 +99,8 @@ class CommandParser(argparse.ArgumentParser):
                     continue
                 if "positional" in item.metadata:
                     usage.append(self._add_positional(item, hints[item.name]))
+                elif item.name in LINEAR_ATTENTION:
+                    self._add_option(linear, item, hints[item.name])
                 elif item.name in COMMON and issubclass(kind, TrainingArguments):
                     self._add_option(common, item, hints[item.name])
                 elif item.name in INHERITED and issubclass(kind, TrainingArguments):
@@ -107,6 +122,7 @@ class CommandParser(argparse.ArgumentParser):
             UsageError: For an unknown option or a value that does not fit.
         """
         texts = self.read(arguments)
+        self.given = set(texts)
         parsed = []
         for kind in self.types:
             names = {item.name for item in dataclasses.fields(kind)}
@@ -116,7 +132,7 @@ class CommandParser(argparse.ArgumentParser):
         return tuple(parsed)
 
     def read(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Return the texts that were given, by field."""
+        """Return the texts of the command line, by field."""
         if set(HELP) & set(arguments):
             for action, text in self._hidden if "--help-all" in arguments else []:
                 action.help = text
@@ -148,7 +164,8 @@ class CommandParser(argparse.ArgumentParser):
         self._styles[name] = style
         default = item.default if item.default_factory is dataclasses.MISSING else None
         shown = default not in (None, False, "", dataclasses.MISSING)
-        text = item.metadata.get("help", "") + (f" (default: {default})" if shown else "")
+        text = LINEAR_ATTENTION.get(item.name) or item.metadata.get("help", "")
+        text += f" (default: {default})" if shown else ""
         return group.add_argument(
             f"--{name}",
             dest=item.name,
@@ -160,7 +177,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def _join(self, arguments: Sequence[str]) -> tuple[list[str], tuple[str, str] | None]:
-        """Write every option as `--name=value`, which argparse reads in one way only.
+        """Write every option as `--name=value`, which argparse parses unambiguously.
 
         Returns:
             The arguments, and the first that follows a switch without being true or false, with that switch.
@@ -229,7 +246,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """Results go to stdout, everything else to stderr."""
+    """Print a result on stdout; everything else goes to stderr."""
     json.dump(values, sys.stdout, indent=2, sort_keys=True)
     print()
 

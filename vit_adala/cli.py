@@ -1,4 +1,4 @@
-"""`vit-adala`: parse, run, one line per error. Exit codes: 0 done, 1 it failed, 2 wrong usage, 130 and 143 stopped."""
+"""`vit-adala`: runs a command. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 stopped."""
 
 import contextlib
 import os
@@ -11,16 +11,17 @@ from importlib import import_module
 from .interruption import exit_code, handled, in_words, leave_at_once, raise_terminated
 
 COMMANDS = {
-    "run": "all stages from a recipe or from flags, resumable, with a report",
-    "align": "stage 1, attention alignment: a softmax teacher gives an aligned student",
-    "distill": "stage 2, feature alignment: an aligned (or freshly converted) student learns the teacher's features",
-    "finetune": "stage 3, labels: train a classifier or a segmenter on a linear or a softmax checkpoint",
-    "evaluate": "teacher beside student: k-NN, linear probe, cosine and error of the features",
-    "doctor": "one line per check of this machine and of a model: PASS, WARN or FAIL, and the remedy",
-    "push": "a checkpoint folder onto the Hub in one commit, with its card and the code that opens it",
-    "inspect": "what a model is, what linear attention replaces in it, and what that saves; no weights needed",
-    "bench": "linear beside softmax on this machine: time, memory, break-even; or the operator alone",
-    "features": "pictures: patch features and attention maps, student beside teacher",
+    "run": "run all stages from a recipe or from flags, resumable, with a report",
+    "convert": "replace softmax by linear attention and save the untrained student",
+    "align": "stage 1, attention alignment: each linear attention learns its teacher's output",
+    "distill": "stage 2, feature alignment: the whole student learns the teacher's features",
+    "finetune": "stage 3, supervised fine-tuning: train a classifier or a segmenter, linear or softmax",
+    "evaluate": "compare a student with its teacher: k-NN, linear probe, cosine and error of the features",
+    "doctor": "check this machine and a model: a line each with PASS, WARN or FAIL and the remedy",
+    "push": "upload a checkpoint to the Hub in one commit, with its card and the code that opens it",
+    "inspect": "describe a model and what linear attention would save; reads no weights",
+    "bench": "measure time, memory and break-even of linear beside softmax attention on this machine",
+    "features": "draw patch features and attention maps, student beside teacher",
 }
 
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_program:  # a second Ctrl-C while threads and workers come to an end
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         return _say(prefix, f"{in_words(stop)}.", exit_code(stop))
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # such as `| head`
         _abandon_stdout()
         return 128 + signal.SIGPIPE
     except Exception as error:
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    """Return the one line that an exception ends in, and the exit code."""
+    """Return the message for an exception, in one line, and the exit code."""
     text = " ".join(str(error).split())
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     code = getattr(error, "exit_code", None)  # of our own exceptions, whose module may not even have been loaded
@@ -100,7 +101,7 @@ def _say(prefix: str, line: str, code: int) -> int:
 
 
 def _abandon_stdout() -> bool:
-    """Return whether standard output takes nothing more, and point it elsewhere, so that the interpreter can end."""
+    """Return whether standard output is closed, and redirect it then, so that the interpreter can exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -124,7 +125,7 @@ def _overview() -> str:
         [
             "usage: vit-adala COMMAND [options]",
             "",
-            "Turns a pretrained softmax Vision Transformer into a linear-attention one, in three stages.",
+            "Turn a pretrained softmax Vision Transformer into a linear-attention one, in three stages.",
             "",
             *lines,
             "",
@@ -135,7 +136,7 @@ def _overview() -> str:
 
 
 def _quiet_libraries() -> None:
-    """Progress bars and our own lines stay; per-file bars and advice meant for library authors go."""
+    """Silence per-file progress bars of the libraries and their advice for library authors."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -152,7 +153,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # those of reading and writing weights, over in an instant
+    transformers_logging.disable_progress_bar()  # of reading and writing weights
 
 
 if __name__ == "__main__":

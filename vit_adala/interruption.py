@@ -12,16 +12,16 @@ _folders: list[Path] = []
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the process was, so that what cleans up after Ctrl-C does so here, too."""
+    """SIGTERM as an exception, so that everything that cleans up after Ctrl-C also does so here."""
 
 
 def writes_to(folder: str | Path) -> None:
-    """Note the output folder of this process's command, where checkpoints to resume from would be."""
+    """Note the output folder of this process's command, which may hold checkpoints to resume from."""
     _folders[:] = [Path(folder)]
 
 
 def in_words(stop: KeyboardInterrupt | None = None) -> str:
-    """Return what to say of an interruption."""
+    """Return the message for an interruption."""
     # `trainers.runs.checkpoints` seals what is complete; importing its name for that file would take seconds
     patterns = ("checkpoints/**/checksums.json", "[123]-*/config.json")
     resumes = any(any(folder.glob(pattern)) for folder in _folders for pattern in patterns)
@@ -61,7 +61,7 @@ def raise_terminated(number: int, frame: Any) -> None:
 
 
 def leave_at_once(prefix: str) -> Callable[[int, Any], None]:
-    """Return a handler that says so and ends the process, for as long as nothing has begun.
+    """Return a handler that prints one line and ends the process, for use before the command starts.
 
     An exception would be raised somewhere inside an import, where compiled modules turn it into errors of their own.
     """

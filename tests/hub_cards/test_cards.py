@@ -24,10 +24,11 @@ from PIL import Image
 from training_helpers import QUIET, NoiseImages, one_thread, save_teacher, tiny_dinov2, tiny_vit  # noqa: F401
 from transformers import ViTImageProcessorPil
 
-import hub_cards.card
+import hub_cards.records
 import trainers.report.report
 from hub_cards import AdaLACardData, build_card, write_card
 from hub_cards.card_data import TAGS
+from hub_cards.records import EVALUATIONS, FIGURES
 from hub_cards.usage import FOLDER, usage
 from modeling_adala import CheckpointError, UsageError, convert
 from modeling_adala.conversion.loading import load_student
@@ -44,20 +45,20 @@ LAST = "3-supervised"
 def facts() -> dict[str, Any]:
     """The records of a whole run, by file. Every number is its own, so that it can be found again."""
     figures = {
-        "swapped": (0.1517, None, 0.4127, 0.3021, 1.2093, 511, 1999),
+        "converted": (0.1517, None, 0.4127, 0.3021, 1.2093, 511, 1999),
         "attention-alignment": (0.6183, None, 0.9018, 0.9107, 0.4419, 511, 1999),
         "feature-alignment": (0.7021, None, 0.9643, 0.9711, 0.2873, 511, 1999),
         "supervised": (0.8137, 0.8461, 0.9529, 0.9387, 0.3361, 5003, 1999),
     }
-    lines: list[dict] = [{"evaluation": "teacher", "head_accuracy": 0.9731}]
+    evaluations: dict[str, dict] = {"teacher": {"head_accuracy": 0.9731}}
     for name, (knn, probe, cls, patch, error, images, train_images) in figures.items():
-        line = {"evaluation": name, "student_knn_accuracy": knn, "teacher_knn_accuracy": 0.8342}
+        line = {"student_knn_accuracy": knn, "teacher_knn_accuracy": 0.8342}
         line |= {"cls_cosine": cls, "patch_mean_cosine": patch, "relative_error": error}
         line |= {"num_eval_images": images, "num_train_images": train_images, "block_errors": [0.1, 0.2]}
         if probe:
             line |= {"student_linear_probe_accuracy": probe, "teacher_linear_probe_accuracy": 0.8675}
             line["head_accuracy"] = 0.9617
-        lines += [line, {"stage": name, "step": 7, "loss": 0.5551}]
+        evaluations[name] = line
     settings = {"learning_rate": 0.00037, "max_steps": 457, "bf16": False}
     stages = {
         "attention-alignment": {"steps": 457, "images_per_step": 31, "seconds": 369.7, "settings": settings},
@@ -76,6 +77,7 @@ def facts() -> dict[str, Any]:
         "data_fingerprint": "b6a5b73ba6d2ad5e",
         "versions": {"vit-adala": "0.1.0", "torch": "2.13.0+cpu"},
         "stages": stages,
+        "evaluations": evaluations,
     }
     rows = [
         {"size": 112, "tokens": 65, "teacher": 0.0375, "student": 0.0629},
@@ -84,7 +86,7 @@ def facts() -> dict[str, Any]:
     for row, megabytes in zip(rows, (7, 19)):
         row |= {"teacher_bytes": megabytes * 2**20, "student_bytes": 3.3 * megabytes * 2**20}
     speed = {"machine": "AMD EPYC, 2 cores", "batch_size": 1, "autocast": "bfloat16", "teacher_attention": "sdpa"}
-    return {"manifest": manifest, "metrics": lines, "speed": speed | {"rows": rows}}
+    return {"manifest": manifest, "speed": speed | {"rows": rows}}
 
 
 def config(architecture: str = "AdaLADinov2ForImageClassification", **changes) -> dict[str, Any]:
@@ -110,8 +112,6 @@ def write(out: Path, records: dict[str, Any], folder: str = LAST, **changes) -> 
     (directory / "preprocessor_config.json").write_text("{}")
     if "manifest" in records:
         (out / "manifest.json").write_text(json.dumps(records["manifest"]))
-    if "metrics" in records:
-        (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records["metrics"]))
     if "speed" in records:
         (out / "speed.json").write_text(json.dumps(records["speed"]))
         for name in ("speed.png", "features.png", "blocks.png", "holiday.png"):
@@ -274,11 +274,7 @@ def paths_in(record: Any, path: tuple = ()) -> list[tuple]:
 def test_a_fact_that_is_missing_or_unfit_leaves_its_line_out(tmp_path, damage):
     unfit = itertools.cycle([None, "x", [1, [2]], float("nan"), {"y": {}}])
     records = facts()
-    for path in [
-        *paths_in({"manifest": records["manifest"], "speed": records["speed"]}),
-        ("metrics", -2),
-        ("metrics", 0),
-    ]:
+    for path in paths_in(records):
         changed = copy.deepcopy(records)
         target = changed
         for key in path[:-1]:
@@ -294,7 +290,7 @@ def test_a_fact_that_is_missing_or_unfit_leaves_its_line_out(tmp_path, damage):
 
 def test_without_any_record_the_card_is_about_the_model_alone(tmp_path):
     card = build_card(write(tmp_path, {}, teacher_name_or_path=None, teacher_revision=None))
-    assert re.findall("^## (.*)", card.text, flags=re.M) == ["How to load it", "Limits", "Citation"]
+    assert re.findall("^## (.*)", card.text, flags=re.M) == ["Usage", "Limits", "Citation"]
     assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags", "model_name"}
 
 
@@ -315,11 +311,25 @@ def test_records_in_the_folder_itself_come_first(whole):
     assert "4,321" in text and "450" in text and "293" not in text
 
 
+def test_rows_and_columns_of_cards_and_reports_come_from_one_table(tmp_path):
+    assert [name for name in EVALUATIONS if name not in ("teacher", "converted", "control")] == list(STAGES)
+    manifest = facts()["manifest"]
+    shown = trainers.report.report.summary_table(manifest["evaluations"], manifest)
+    assert [row[0] for row in shown[1:]] == [EVALUATIONS[name] for name in manifest["evaluations"]]
+    assert shown[0][1:-2] == [figure.heading for figure in FIGURES if figure.student != "head_mean_iou"]
+    text = body(build_card(write(tmp_path, facts())))
+    history = text.split("## Training")[1]
+    assert all(f"| {EVALUATIONS[name]} |" in history for name in ("converted", *STAGES))
+    assert all(figure.name in history for figure in FIGURES if figure.student != "head_mean_iou")
+
+
 def test_unreadable_record_counts_as_missing(whole):
-    (whole.parent / "metrics.jsonl").write_text('{"evaluation": "supervised", "cls_co')
     (whole.parent / "speed.json").write_text("{")
     text = body(build_card(whole))
-    assert "## Results" not in text and "## Speed" not in text and "## Training" in text
+    assert "## Results" in text and "## Speed" not in text and "## Training" in text
+    (whole.parent / "manifest.json").write_text('{"stages": {"supervised": {')
+    text = body(build_card(whole))
+    assert "## Results" not in text and "## Training" not in text
 
 
 def test_pictures_lie_beside_the_card_on_the_hub_and_where_they_are_at_home(whole):
@@ -435,7 +445,7 @@ def test_card_that_cannot_be_written_leaves_the_old_one(whole, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hub_cards.card.os, "replace", full)
+    monkeypatch.setattr(hub_cards.records.os, "replace", full)
     with pytest.raises(CheckpointError, match=r"README\.md"):
         write_card(whole)
     assert path.read_text() == before and not (whole / ".README.md.writing").exists()
@@ -531,7 +541,8 @@ def test_stage_folder_appears_with_its_card_and_knows_the_stages_before(tmp_path
     assert list(recorded["stages"]) == ["attention-alignment", "feature-alignment"]
     card = ModelCard.load(directory / "README.md")
     assert card.data.license == "bsd-3-clause" and card.data.pipeline_tag == "image-classification"
-    assert "| 1, attention alignment | noise |" in card.text and "| 2, feature alignment | noise |" in card.text
+    assert "| stage 1, attention alignment | noise |" in card.text
+    assert "| stage 2, feature alignment | noise |" in card.text
 
 
 def test_recipe_leaves_a_card_with_results_in_every_stage_folder(tmp_path, monkeypatch):
@@ -544,10 +555,11 @@ def test_recipe_leaves_a_card_with_results_in_every_stage_folder(tmp_path, monke
     flags |= {"image-size": 28, "knn-images": 16, "eval-images": 16}
     command = ["run", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
     assert main([*command, *(part for step in steps for part in ("--set", step))]) == 0
-    figures = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    evaluations = json.loads((out / "manifest.json").read_text())["evaluations"]
+    assert list(evaluations) == [name for name in EVALUATIONS if name != "control"]
     for stage in STAGES.values():
         card = ModelCard.load(out / stage.directory / "README.md")
-        (line,) = [line for line in figures if line.get("evaluation") == stage.name]
+        line = evaluations[stage.name]
         values = {result.metric_name: result.metric_value for result in card.data.eval_results}
         assert values["k-NN accuracy"] == line["student_knn_accuracy"]
         assert values["Accuracy"] == line["head_accuracy"]

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -13,12 +14,14 @@ from family_helpers import stock_model
 from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
 from huggingface_hub import HfApi, ModelCard
 from training_helpers import QUIET, NoiseImages, save_teacher
-from transformers import BitImageProcessorPil, Trainer, TrainingArguments
+from transformers import AutoConfig, BitImageProcessorPil, Trainer, TrainingArguments
 
 import modeling_adala
+from hub_cards import card_data, write_card
 from hub_cards.push import plan_push, push
 from modeling_adala import AdaLADinov2Config, AdaLADinov2ForImageClassification, convert
 from modeling_adala.configuration_adala import vision_config
+from modeling_adala.conversion import loading
 from modeling_adala.conversion.loading import load_student
 from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
 from modeling_adala.inspection.towers import attention_modules
@@ -174,9 +177,30 @@ def test_an_edited_card_is_announced(hub, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "model")
     (tmp_path / "model" / "README.md").write_text("# Mine\n![x](../../.ssh/id_rsa) ![y](/etc/passwd.png)\n")
     plan = plan_push(tmp_path / "model", REPO)
-    assert any("README.md is not what the records give" in note for note in plan.notes)
+    assert any("README.md was edited by hand" in note for note in plan.notes)
     assert "# Mine" not in plan.card
     assert plan_push(trained, REPO).notes == []
+
+
+def test_a_plan_opens_the_folder_once_and_gathers_its_facts_once(trained, tmp_path, monkeypatch):
+    counts: Counter = Counter()
+    shutil.copytree(trained, tmp_path / "model")
+    write_card(tmp_path / "model")  # compared with the records, too
+
+    def counted(owner, name):
+        original = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(AutoConfig, "from_pretrained")
+    counted(loading, "check_checkpoint")
+    counted(card_data, "read_manifest")
+    assert plan_push(tmp_path / "model", REPO, compare=False).notes == []
+    assert counts == {"from_pretrained": 1, "check_checkpoint": 1, "read_manifest": 1}
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 import trainers.report.report
+from hub_cards.records import EVALUATIONS
 from modeling_adala import AdaLAViTForImageClassification, UsageError, convert
 from trainers.base_config import AdaLATrainingArguments
 from trainers.data.data_config import DataConfig
@@ -39,7 +40,7 @@ from trainers.runs.stages import STAGES
 from vit_adala.cli import COMMANDS, main
 
 # these train or evaluate on images; the others have tests of their own
-ON_DATA = [command for command in COMMANDS if command not in ("doctor", "push", "inspect", "features", "bench")]
+ON_DATA = ["run", "align", "distill", "finetune", "evaluate"]
 FOLDERS = [stage.directory for stage in STAGES.values()]
 ALIGNED, DISTILLED, FINETUNED = FOLDERS
 TRAINING = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 8, "bf16": "false", "use_cpu": "true"}
@@ -204,7 +205,7 @@ def test_same_command_goes_on_where_a_full_disk_stopped_it(places, out, capsys, 
     trained = load_file(out / ALIGNED / "checkpoints" / "checkpoint-2" / "model.safetensors")
     assert main(argv) == 0
     assert "resuming from step 2" in caplog.text
-    assert "stage 1, attention-alignment: " in capsys.readouterr().out
+    assert "stage 1, attention alignment: " in capsys.readouterr().out
     assert_same_tensors(load_file(out / ALIGNED / "model.safetensors"), trained)
     assert AdaLAViTForImageClassification.from_pretrained(out / ALIGNED).config.adala_stage == "attention-alignment"
     assert not (out / ALIGNED / "checkpoints").exists()
@@ -392,7 +393,7 @@ def test_every_stage_ends_with_a_line_of_truth(places, out, capsys):
         assert main(arguments(command, out, places)) == 0
         lines = capsys.readouterr().out.splitlines()
         pattern = (
-            rf"stage {number}, {stage}: 2 steps in \d+ s, at most \d+\.\d GiB of memory, 64 images,"
+            rf"{EVALUATIONS[stage]}: 2 steps in \d+ s, at most \d+\.\d GiB of memory, 64 images,"
             rf" 0 skipped as unreadable; saved {out}/{number}-"
         )
         assert re.match(pattern, lines[0])
@@ -463,5 +464,5 @@ def test_same_stage_again_says_that_it_is_done(places, out, capsys):
         before = {path: path.stat().st_mtime_ns for path in (out / folder).rglob("*")}
         capsys.readouterr()
         assert main(arguments(command, out, places)) == 0
-        assert re.fullmatch(rf"stage \d, [a-z-]+: already done, in {out / folder}\n", capsys.readouterr().out)
+        assert re.fullmatch(rf"stage \d, [a-z -]+: already done, in {out / folder}\n", capsys.readouterr().out)
         assert {path: path.stat().st_mtime_ns for path in (out / folder).rglob("*")} == before

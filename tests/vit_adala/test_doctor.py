@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 from training_helpers import one_thread, save_teacher  # noqa: F401
 
+import modeling_adala
 from modeling_adala import convert
 from modeling_adala.modeling_adala import MODELS
 from vit_adala.cli import main
@@ -109,7 +110,7 @@ def test_normalizer_is_the_denominator_of_linear_attention(healthy):
         (model.weights, lambda f: (f / "model.safetensors").unlink(), "FAIL", "no safetensors"),
         (model.position_grid, lambda f: set_config(f, image_size=56), "FAIL", "8x8 patches (56x56 pixels)"),
         (model.position_grid, lambda f: set_config(f, image_size=[21, 28]), "FAIL", "3x4 patches"),
-        (model.image_processor, lambda f: (f / "preprocessor_config.json").unlink(), "WARN", "none"),
+        (model.image_processor, lambda f: (f / "preprocessor_config.json").unlink(), "WARN", "missing"),
         (
             model.image_processor,
             lambda f: (f / "preprocessor_config.json").write_text("[]"),
@@ -170,8 +171,8 @@ def test_unsafe_folder_is_not_looked_at_further(folder):
     [
         ({}, "WARN", "no auto_map"),
         ({"AutoModel": "modeling_absent.AdaLAViTModel"}, "FAIL", "'modeling_absent.py'"),
-        ({"AutoModel": "../elsewhere.AdaLAViTModel"}, "FAIL", "outside of the folder"),
-        ({"AutoModel": "org/repo--modeling_adala.AdaLAViTModel"}, "FAIL", "outside of the folder"),
+        ({"AutoModel": "../elsewhere.AdaLAViTModel"}, "FAIL", "outside the folder"),
+        ({"AutoModel": "org/repo--modeling_adala.AdaLAViTModel"}, "FAIL", "outside the folder"),
     ],
 )
 def test_code_that_the_folder_lacks_is_named_and_never_run(folder, auto_map, status, names, monkeypatch):
@@ -255,6 +256,18 @@ def test_healthy_models_of_every_family_and_head_fail_no_check(case, families, w
     assert "2 images" in found["finite outputs"].message
 
 
+def test_the_probe_imports_the_package_that_runs_it(tmp_path, monkeypatch):
+    seen: dict[str, str] = {}
+
+    def run(command, env, **kwargs):
+        seen.update(env)
+        return subprocess.CompletedProcess(command, 0, stdout="{}\n", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    model.run_probe(tmp_path)
+    assert Path(seen["PYTHONPATH"].split(os.pathsep)[0]) == Path(modeling_adala.__file__).parents[1]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_position_too_many_or_too_few_fails_for_every_family(name, families, tmp_path):
     for change in (lambda tensor: tensor[..., :-1, :], lambda tensor: torch.cat([tensor, tensor[..., :1, :]], dim=-2)):
@@ -296,7 +309,7 @@ def test_tensor_without_its_place_fails(healthy, monkeypatch, kind):
 def test_code_that_gives_other_outputs_than_the_package_fails(healthy, monkeypatch):
     monkeypatch.setattr(model, "run_probe", lambda _, *options: {"class": "X", "outputs": [float(bool(options))]})
     found = run_check(model.loads_without_the_package, Subject(healthy, trust_remote_code=True))
-    assert (found.status, "other outputs" in found.message) == ("FAIL", True)
+    assert (found.status, "different outputs" in found.message) == ("FAIL", True)
 
 
 @pytest.mark.slow

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, PreTrainedModel, SegformerImageProcessorPil
+from transformers import (
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+    EvalPrediction,
+    PreTrainedModel,
+    SegformerImageProcessorPil,
+)
 
 from modeling_adala.errors import DataError
 
@@ -20,8 +25,11 @@ Windows = tuple[tuple[int, int], tuple[int, int]]
 
 
 def is_segmenter(model: nn.Module) -> bool:
-    """Return whether a model is one for semantic segmentation, by the naming of Transformers."""
-    return type(model).__name__.endswith("ForSemanticSegmentation")
+    """Return whether a model is one that `AutoModelForSemanticSegmentation` opens."""
+    config = type(getattr(model, "config", None))
+    return config in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING and isinstance(
+        model, MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING[config]
+    )
 
 
 def segment(model: nn.Module, pixel_values: Tensor, windows: Windows | None = None) -> Tensor:

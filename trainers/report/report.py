@@ -14,7 +14,8 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from hub_cards.card import code, plain
-from hub_cards.records import read_json, read_metrics
+from hub_cards.records import EVALUATIONS as ROWS
+from hub_cards.records import FIGURES, IMAGES, read_json, read_metrics
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.convert import convert
 from modeling_adala.conversion.loading import load_student
@@ -31,25 +32,6 @@ from ..runs.recipe_config import RecipeConfig
 from ..runs.stages import STAGES
 from ..runs.timing import time_in_turns
 from .pictures import ColorBasis, draw_colors, new_figure, patch_features, save_figure
-
-ROWS = {
-    "teacher": "teacher (softmax)",
-    "swapped": "swapped, untrained",
-    "attention-alignment": "stage 1",
-    "feature-alignment": "stage 2",
-    "supervised": "stage 3",
-    "control": "stage 2 alone, same wall time",
-}
-# heading, key of the student's figure, key of the teacher's, format
-COLUMNS = (
-    ("accuracy", "head_accuracy", None, "{:.1%}"),
-    ("k-NN", "student_knn_accuracy", "teacher_knn_accuracy", "{:.1%}"),
-    ("probe", "student_linear_probe_accuracy", "teacher_linear_probe_accuracy", "{:.1%}"),
-    ("cos CLS", "cls_cosine", None, "{:.4f}"),
-    ("cos patches", "patch_mean_cosine", None, "{:.4f}"),
-    ("error", "relative_error", None, "{:.3f}"),
-    ("images", "num_eval_images", None, "{:,}"),
-)
 
 
 def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Path:
@@ -93,16 +75,16 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
 def summary_table(evaluations: dict[str, dict], manifest: dict[str, Any]) -> list[list[str]]:
     """Return a heading and one row per model, as text; columns without any figure are left out."""
     columns = []
-    for heading, key, teacher_key, form in COLUMNS:
+    for figure in (*FIGURES, IMAGES):
         values = []
         for row in (name for name in ROWS if name in evaluations):
-            found = evaluations[row].get(key)
+            found = evaluations[row].get(figure.student)
             if row == "teacher":
-                others = [line[teacher_key] for line in evaluations.values() if teacher_key in line]
+                others = [line[figure.teacher] for line in evaluations.values() if figure.teacher in line]
                 found = others[-1] if others else found
-            values.append("" if found is None else form.format(found))
+            values.append("" if found is None else figure.form.format(found))
         if any(values):
-            columns.append([heading, *values])
+            columns.append([figure.heading, *values])
     seconds = {**manifest["stages"], "control": manifest.get("control", {})}
     names = [name for name in ROWS if name in evaluations]
     times = [f"{seconds[name]['seconds']:.0f} s" if seconds.get(name, {}).get("seconds") else "" for name in names]

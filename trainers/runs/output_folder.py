@@ -14,11 +14,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from hub_cards.records import EVALUATION, MANIFEST, METRICS
 from modeling_adala.errors import CheckpointError, UsageError
 
 from .checkpoints import is_sealed, list_checkpoints, remove_checkpoints, remove_files, whole_file, writing
 
-MANIFEST, METRICS, EVALUATION, CHECKPOINTS = "manifest.json", "metrics.jsonl", "evaluation.json", "checkpoints"
+CHECKPOINTS = "checkpoints"
 LOCK, STAGING = ".lock", ".writing"
 _OWN_FILES = (MANIFEST, METRICS, EVALUATION, CHECKPOINTS, LOCK, STAGING, "README.md")
 

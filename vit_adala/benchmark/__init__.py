@@ -1,1 +1,1 @@
-"""What `vit-adala bench` and the scripts in benchmarks/ measure with: time, memory, and the floor of the machine."""
+"""Measurements of `vit-adala bench` and the scripts in benchmarks/: time, memory, and the floor of the machine."""

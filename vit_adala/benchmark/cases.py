@@ -1,8 +1,7 @@
-"""One case of a benchmark: what runs, whether it is right, what it costs; measured beside the others of its size."""
+"""Cases of a benchmark, their check, and their measurement side by side."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,195 +11,171 @@ from trainers.runs.timing import Timing, time_in_turns
 
 from .floor import Floor
 
+LINEAR = "linear"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings that all passes of a benchmark share.
+
+    Args:
+        dtype (`torch.dtype`): Type of weights and inputs.
+        device (`str`, *optional*, defaults to `"cpu"`): `"cpu"` or `"cuda"`.
+        backward (`bool`, *optional*, defaults to `False`): Time forward and backward pass, not the forward pass alone.
+        compile (`bool`, *optional*, defaults to `False`): Also time compiled passes.
+        seconds (`float`, *optional*, defaults to 2): Time for the samples of a case, see `time_in_turns`.
+        max_seconds (`float`, *optional*, defaults to 10): Skip a case whose pass is expected to take longer.
+    """
+
+    dtype: torch.dtype
+    device: str = "cpu"
+    backward: bool = False
+    compile: bool = False
+    seconds: float = 2.0
+    max_seconds: float = 10.0
+
 
 @dataclass(frozen=True)
 class Size:
-    """A batch of images, and their tokens.
+    """A batch of images.
 
     Args:
-        batch (`int`): Images.
+        batch (`int`): Number of images.
         image_size (`tuple[int, int]`): Height and width in pixels.
-        tokens (`int`): Per image, class token and registers included.
+        tokens (`int`): Tokens per image, class token and registers included.
     """
 
     batch: int
     image_size: tuple[int, int]
     tokens: int
 
-    def __str__(self) -> str:
-        return f"{self.image_size[0]}x{self.image_size[1]} ({self.tokens:,} tokens), batch {self.batch}"
-
 
 @dataclass(frozen=True)
 class Case:
-    """Something to be measured at a size.
+    """One thing to measure at a size.
 
     Args:
         name (`str`): Such as `"linear"`.
-        flops (`int`), bytes_moved (`int`): What it has to do at least; see `floor`.
-        open (`Callable`): Returns the pass to time. May compile.
-        check (`Callable`, *optional*): Relative error of the result; raises an `AdaLAError` where it is too large.
-        peak (`Callable`, *optional*): Peak memory in bytes.
-        refused (`str`, *optional*): Why it cannot be run at this size.
+        flops (`int`), bytes_moved (`int`): The least work that it has to do; see `floor`.
+        run (`Callable`): The pass to time.
+        check (`Callable`, *optional*): Returns the relative error of the result; raises an `AdaLAError` if it is too
+            large.
+        peak (`Callable`, *optional*): Returns the peak memory in bytes.
+        compiled (`bool`, *optional*, defaults to `False`): The first call of `run` compiles it.
     """
 
     name: str
     flops: int
     bytes_moved: int
-    open: Callable[[], Callable[[], Any]]
+    run: Callable[[], Any]
     check: Callable[[], float] | None = None
     peak: Callable[[], int | None] | None = None
-    refused: str | None = None
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came out for a case. Without `timing` it was skipped, for the reason that `skipped` says."""
+    """Result of a case, in plain values. Without `milliseconds`, it was skipped for the reason in `skipped`.
+
+    `floor_share` is floor over measured time (1 is as fast as the machine allows), `speedup` is relative to the
+    baseline. What is typed `Any` is a `float` where it was measured, else `None`.
+    """
 
     name: str
-    size: Size
+    image_size: str
+    tokens: int
+    batch: int
     flops: int
-    floor_seconds: float
-    timing: Timing | None = None
+    floor_milliseconds: float
+    milliseconds: Any = None
+    lower_milliseconds: Any = None
+    upper_milliseconds: Any = None
+    samples: int | None = None
+    images_per_second: Any = None
+    floor_share: Any = None
+    speedup: Any = None
     peak_bytes: int | None = None
     relative_error: float | None = None
     skipped: str | None = None
 
     @property
-    def images_per_second(self) -> float | None:
-        return None if self.timing is None else self.size.batch / self.timing.median
-
-    @property
-    def floor_share(self) -> float | None:
-        """Floor over measured time: 1 is as fast as the machine allows."""
-        return None if self.timing is None else self.floor_seconds / self.timing.median
+    def size(self) -> str:
+        return f"{self.image_size} ({self.tokens:,} tokens), batch {self.batch}"
 
 
-@dataclass
-class Meter:
-    """Measures the cases of one size after those of another, smallest first.
+def measure(
+    size: Size, cases: Sequence[Case], baseline: str, settings: Settings, floor: Floor, pace: dict[str, float]
+) -> list[Row]:
+    """Check the cases of one size, then time them in turns.
 
     Args:
-        floor (`Floor`): Of the machine.
-        device (`str`): Where the cases run.
-        seconds (`float`): See `time_in_turns`.
-        max_seconds (`float`): A case whose pass is forecast to take longer is left out.
-    """
+        size (`Size`): The size.
+        cases (`Sequence[Case]`): What to measure.
+        baseline (`str`): Name of the case that speed is given relative to.
+        settings (`Settings`): How to measure.
+        floor (`Floor`): Floor of the machine.
+        pace (`dict[str, float]`): Seconds per FLOP that each case took at the size before; updated.
 
-    floor: Floor
-    device: str
-    seconds: float = 2.0
-    max_seconds: float = 10.0
-    # seconds per FLOP that a case of this name took at the size before
-    _pace: dict[str, float] = field(default_factory=dict)
-
-    def __call__(self, size: Size, cases: list[Case]) -> list[Row]:
-        """One row per case.
-
-        Raises:
-            AdaLAError: if a case gives a wrong result; nothing of this size is then timed.
-        """
-        skipped = {case.name: reason for case in cases if (reason := self._reason_to_skip(case)) is not None}
-        runs, errors, peaks = {}, {}, {}
-        for case in cases:
-            if case.name in skipped:
-                continue
-            try:
-                errors[case.name] = None if case.check is None else case.check()
-                runs[case.name] = case.open()
-                peaks[case.name] = None if case.peak is None else case.peak()
-            except torch.OutOfMemoryError:
-                runs.pop(case.name, None)
-                torch.cuda.empty_cache()
-                skipped[case.name] = "out of memory"
-        timings = time_in_turns(runs, self.device, self.seconds) if runs else {}
-        for case in cases:
-            if case.name in timings:
-                self._pace[case.name] = timings[case.name].median / case.flops
-        return [
-            Row(
-                case.name,
-                size,
-                case.flops,
-                self.floor.seconds(case.flops, case.bytes_moved),
-                timings.get(case.name),
-                peaks.get(case.name),
-                errors.get(case.name),
-                skipped.get(case.name),
-            )
-            for case in cases
-        ]
-
-    def _reason_to_skip(self, case: Case) -> str | None:
-        if case.refused is not None:
-            return case.refused
-        forecast = case.flops * self._pace.get(case.name, 1 / self.floor.throughput)
-        if forecast > self.max_seconds:
-            return f"a pass would take about {forecast:.0f} s, --max-seconds is {self.max_seconds:g}"
-        return None
-
-
-def compiled_or_error(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` after its first call, which compiles it.
+    Returns:
+        `list[Row]`: One row per case.
 
     Raises:
-        AdaLAError: if it does not compile.
+        AdaLAError: If a case gives a wrong result; nothing of this size is then timed.
+    """
+    found: dict[str, dict[str, Any]] = {case.name: {} for case in cases}
+    runs: dict[str, Callable[[], Any]] = {}
+    for case in cases:
+        forecast = case.flops * pace.get(case.name, 1 / floor.throughput)
+        if forecast > settings.max_seconds:
+            limit = f"--max-seconds is {settings.max_seconds:g}"
+            found[case.name]["skipped"] = f"a pass would take about {forecast:.0f} s, {limit}"
+        else:
+            try:
+                error = None if case.check is None else case.check()
+                peak = None if case.peak is None else case.peak()
+                if case.compiled:
+                    compile_now(case.name, case.run)
+                found[case.name] |= {"relative_error": error, "peak_bytes": peak}
+                runs[case.name] = case.run
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                found[case.name]["skipped"] = "out of memory"
+    timings = time_in_turns(runs, settings.device, settings.seconds) if runs else {}
+    rows = []
+    for case in cases:
+        least, timing = floor.seconds(case.flops, case.bytes_moved), timings.get(case.name)
+        if timing is not None:
+            pace[case.name] = timing.median / case.flops
+            found[case.name] |= timing_columns(timing) | {
+                "images_per_second": size.batch / timing.median,
+                "floor_share": least / timing.median,
+                "speedup": timings[baseline].median / timing.median if baseline in timings else None,
+            }
+        image_size = "x".join(map(str, size.image_size))
+        rows.append(Row(case.name, image_size, size.tokens, size.batch, case.flops, 1000 * least, **found[case.name]))
+    return rows
+
+
+def timing_columns(timing: Timing) -> dict[str, Any]:
+    """Return median and quartiles in milliseconds, and the number of samples."""
+    return {
+        "milliseconds": 1000 * timing.median,
+        "lower_milliseconds": 1000 * timing.lower,
+        "upper_milliseconds": 1000 * timing.upper,
+        "samples": timing.samples,
+    }
+
+
+def compile_now(name: str, run: Callable[[], Any]) -> Any:
+    """Return the result of the first call of a compiled pass, which compiles it.
+
+    Raises:
+        AdaLAError: If it does not compile.
     """
     try:
-        run()
+        return run()
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # what Dynamo's and Inductor's errors have in common
+    except RuntimeError as error:  # the common base class of Dynamo's and Inductor's errors
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise AdaLAError(f"{name} does not compile: {reason} Leave out --compile.") from error
-    return run
-
-
-@dataclass(frozen=True)
-class BreakEven:
-    """Where a linear case begins to be faster than a softmax case, on a log scale between two measured sizes.
-
-    Args:
-        tokens (`float`), side (`float`): Tokens, and the side in pixels of a square image; of the smallest measured
-            size where linear is faster at all of them.
-        between (`tuple[Size, Size]` or `None`): The measured sizes around it.
-    """
-
-    tokens: float
-    side: float
-    between: tuple[Size, Size] | None
-
-
-def break_even(rows: list[Row], name: str, baseline: str, batch: int) -> BreakEven | None:
-    """The size from which on `name` is faster than `baseline` at all measured sizes; `None` if there is none."""
-    points = [(size, ratio) for size, ratio in ratios(rows, name, baseline) if size.batch == batch]
-    points.sort(key=lambda point: point[0].tokens)
-    slower = [index for index, (_, ratio) in enumerate(points) if ratio < 1]
-    if not points or (slower and slower[-1] == len(points) - 1):
-        return None
-    if not slower:
-        size = points[0][0]
-        return BreakEven(size.tokens, math.sqrt(math.prod(size.image_size)), None)
-    (below, low), (above, high) = points[slower[-1]], points[slower[-1] + 1]
-    share = math.log(low) / (math.log(low) - math.log(high))
-
-    def between(a: float, b: float) -> float:
-        return math.exp((1 - share) * math.log(a) + share * math.log(b))
-
-    sides = [math.sqrt(math.prod(size.image_size)) for size in (below, above)]
-    return BreakEven(between(below.tokens, above.tokens), between(*sides), (below, above))
-
-
-def ratios(rows: list[Row], name: str, baseline: str) -> list[tuple[Size, float]]:
-    """How many times as fast as `baseline` a case is, wherever both were measured."""
-    found = []
-    for size in dict.fromkeys(row.size for row in rows):
-        ours, theirs = (find(rows, size, wanted) for wanted in (name, baseline))
-        if ours is not None and theirs is not None:
-            found.append((size, theirs.median / ours.median))
-    return found
-
-
-def find(rows: list[Row], size: Size, name: str) -> Timing | None:
-    """The timing of a case at a size, if it was measured."""
-    return next((row.timing for row in rows if row.size == size and row.name == name), None)

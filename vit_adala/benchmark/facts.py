@@ -1,4 +1,4 @@
-"""What a figure means nothing without: machine, versions, threads, backend, commit."""
+"""Provenance of a measurement: machine, versions, threads, backend, commit."""
 
 import subprocess
 import sys
@@ -12,16 +12,16 @@ from modeling_adala.kernels import choose_backend
 from trainers.runs.facts import describe_machine, software_versions
 
 _ROOT = Path(__file__).parents[2]
-# what measuring itself writes does not make a tree dirty
+# written by the measurement itself, which does not make a tree dirty
 _RESULTS = (":!benchmarks/results", ":!docs")
 
 
 def run_facts(device: str) -> dict[str, Any]:
-    """Of this run.
+    """Return the provenance of this run.
 
     Returns:
         `dict`: `machine`, `device`, `threads`, `versions`, `backend` (name and reason), `commit` (`None` outside a git
-        checkout), `dirty` (whether tracked or new files differ from it), `date` (UTC), `command`.
+        checkout), `dirty` (whether files differ from it), `date` (UTC), `command`.
     """
     backend = choose_backend(device)
     versions = software_versions()
@@ -46,14 +46,11 @@ def _command() -> str:
 def _commit() -> dict[str, Any]:
     if not (_ROOT / ".git").exists():  # installed: a checkout around it would be another project's
         return {"commit": None, "dirty": None}
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--", ".", *_RESULTS)
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-
-
-def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=True)
+        commit, changes = (
+            subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", ".", *_RESULTS))
+        )
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+        return {"commit": None, "dirty": None}
+    return {"commit": commit.strip(), "dirty": bool(changes)}

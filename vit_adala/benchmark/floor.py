@@ -1,11 +1,4 @@
-"""The floor: what the machine itself allows, measured on it in the same run.
-
-    floor = max(bytes moved / copy bandwidth, FLOPs / matrix throughput)
-
-The operator must read query, key and value and write the output once; its FLOPs are its two matrix products. For a
-whole model the FLOPs alone count. Copy bandwidth is that of a copy too large for any cache, its bytes read and written
-both counted, so a case that fits a cache can beat it; matrix throughput is the best of a few square products.
-"""
+"""Floor of a machine: the shortest time that it allows, measured on it in the same run; see `DEFINITION`."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -22,16 +15,16 @@ DEFINITION = (
     " cache; a case that fits one can beat it."
 )
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
-_PRODUCT_SECONDS = 1.0
+_PRODUCT_SECONDS = 1.0  # a dtype without hardware of its own, such as float16 on most CPUs, would take minutes
 _MATRIX_SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 
 
 @dataclass(frozen=True)
 class Floor:
-    """What a machine can do at best.
+    """Peak rates of a machine.
 
     Args:
-        bandwidth (`float`): Bytes per second of a large copy, read and written counted.
+        bandwidth (`float`): Bytes per second of a large copy, bytes read and written both counted.
         throughput (`float`): FLOPs per second of the best square matrix product in `dtype`.
         dtype (`str`): Such as `"bfloat16"`.
     """
@@ -41,7 +34,7 @@ class Floor:
     dtype: str
 
     def seconds(self, flops: float, bytes_moved: float = 0.0) -> float:
-        """Shortest time in which that much can be done."""
+        """Return the shortest time in which that much work can be done."""
         return max(flops / self.throughput, bytes_moved / self.bandwidth)
 
     def __str__(self) -> str:
@@ -51,33 +44,26 @@ class Floor:
         )
 
 
-@dataclass(frozen=True)
-class OperatorWork:
-    """What an attention operator with a linear state has to do at least; see `DEFINITION`.
+def operator_work(query: torch.Tensor, value: torch.Tensor, features: int, backward: bool) -> tuple[int, int]:
+    """Return the least FLOPs and bytes moved of an attention operator with a linear state; see `DEFINITION`.
 
     Args:
-        flops (`int`): Of matrix products.
-        bytes_moved (`int`): Between memory and processor.
+        query (`torch.Tensor`), value (`torch.Tensor`): `(batch, heads, tokens, head_dim)`; the key is like the query.
+        features (`int`): Features per head after the feature map.
+        backward (`bool`): Count forward and backward pass.
     """
-
-    flops: int
-    bytes_moved: int
-
-    @classmethod
-    def of(cls, query: torch.Tensor, value: torch.Tensor, features: int, backward: bool) -> "OperatorWork":
-        """Of `(batch, heads, tokens, head_dim)` tensors, key like query, and `features` per head after the map."""
-        product = 2 * query[..., 0].numel() * features * value.shape[-1]
-        products, tensors = (6, 11) if backward else (2, 4)
-        return cls(products * product, tensors * query.numel() * query.element_size())
+    product = 2 * query[..., 0].numel() * features * value.shape[-1]
+    products, tensors = (6, 11) if backward else (2, 4)
+    return products * product, tensors * query.numel() * query.element_size()
 
 
 def measure_floor(dtype: torch.dtype, device: torch.device | str = "cpu", scale: float = 1.0) -> Floor:
-    """Measures both, which takes some seconds.
+    """Measure bandwidth and throughput, which takes some seconds.
 
     Args:
-        dtype (`torch.dtype`): Of the matrix product.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`).
-        scale (`float`, *optional*, defaults to 1): Below 1, smaller copies and products: for tests.
+        dtype (`torch.dtype`): Type of the matrix product.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Device to measure.
+        scale (`float`, *optional*, defaults to 1): Size of copies and products, below 1 for tests.
     """
     kind = torch.device(device).type
     source = torch.ones(int(_COPY_BYTES[kind] * scale), dtype=torch.uint8, device=device)
@@ -90,6 +76,6 @@ def measure_floor(dtype: torch.dtype, device: torch.device | str = "cpu", scale:
         # the best quartile and not the median: a floor that noise has raised would flatter us
         seconds = time_in_turns({"product": partial(torch.matmul, left, right)}, device, seconds=0.3)["product"].lower
         throughput = max(throughput, 2 * side**3 / seconds)
-        if 8 * seconds > _PRODUCT_SECONDS:  # the next one; a dtype without hardware of its own (float16 on most CPUs)
+        if 8 * seconds > _PRODUCT_SECONDS:  # the next one
             break
     return Floor(2 * source.numel() / copied.lower, throughput, str(dtype).removeprefix("torch."))

@@ -1,24 +1,25 @@
-"""The attention operators that are timed beside each other, and the proof that what is timed is right.
-
-The plain ones are what a user would write: no care for strides, masks or overflow.
-"""
+"""The attention operators that are timed side by side, and the check of ours."""
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from modeling_adala.errors import AdaLAError
-from modeling_adala.feature_maps import EluFeatureMap, FeatureMap, ReluFeatureMap
+from modeling_adala.feature_maps import FeatureMap
 from modeling_adala.linear_attention import linear_attention, linear_attention_reference
+
+from .cases import LINEAR, Settings
 
 Operator = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+PLAIN, SDPA = "plain PyTorch", "SDPA"
 # largest relative error against the reference in float64, ‖difference‖ / ‖reference‖
 BOUNDS = {torch.float16: 2e-2, torch.bfloat16: 2e-2, torch.float32: 1e-5}
-# of the N x N weights that the reference may form
+# N x N weights that the reference may form
 _REFERENCE_WEIGHTS = 2**22
 PLAIN_EPS = 1e-6
 
@@ -32,8 +33,7 @@ def operator_inputs(
     device: torch.device | str = "cpu",
     requires_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random query, key, value `(batch, heads, tokens, head_dim)`: views of `(batch, tokens, heads, head_dim)`, which
-    is what projections write."""
+    """Return random query, key and value, `(batch, heads, tokens, head_dim)` with strides as projections give them."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(batch, tokens, heads, head_dim, generator=generator)
@@ -45,49 +45,29 @@ def operator_inputs(
     return query, key, value
 
 
-def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, feature_map: FeatureMap, low_precision: bool = False
-) -> Tensor:
-    """Linear attention in five lines of PyTorch; in float32 as the formula asks, or all in the dtype of the input."""
-    output_dtype = value.dtype
-    if not low_precision:
-        query, key, value = query.float(), key.float(), value.float()
-    query, key = _plain_features(query, key, feature_map)
-    state, normalizer = key.transpose(2, 3) @ value, key.sum(dim=2)[..., None]
-    return ((query @ state) / (query @ normalizer + PLAIN_EPS)).to(output_dtype)
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, feature_map: FeatureMap) -> Tensor:
+    """Compute linear attention as a user would write it: no care for strides, masks or overflow."""
+    query, key = feature_map(query.float(), key.float())
+    state, normalizer = key.transpose(2, 3) @ value.float(), key.sum(dim=2)[..., None]
+    return ((query @ state) / (query @ normalizer + PLAIN_EPS)).to(value.dtype)
 
 
-def eager_softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention with the N x N weights in memory."""
-    scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
-    return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
-
-
-def operators(feature_map: FeatureMap, names: tuple[str, ...] | None = None) -> dict[str, Operator]:
-    """What is timed, by name; ours first.
-
-    Args:
-        feature_map (`FeatureMap`): phi of the linear ones.
-        names (`tuple[str, ...]`, *optional*): Those wanted. Default: all.
-    """
-    everything: dict[str, Operator] = {
-        "linear": lambda q, k, v: linear_attention(q, k, v, feature_map),
-        "plain PyTorch": lambda q, k, v: plain_attention(q, k, v, feature_map),
-        "plain PyTorch, input dtype": lambda q, k, v: plain_attention(q, k, v, feature_map, low_precision=True),
-        "SDPA": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
-        "eager softmax": eager_softmax,
+def operators(feature_map: FeatureMap) -> dict[str, Operator]:
+    """Return the operators by name, ours first; `feature_map` is that of the linear ones."""
+    return {
+        LINEAR: lambda q, k, v: linear_attention(q, k, v, feature_map),
+        PLAIN: lambda q, k, v: plain_attention(q, k, v, feature_map),
+        SDPA: lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
     }
-    return everything if names is None else {name: everything[name] for name in names}
 
 
-def eager_bytes(query: Tensor) -> int:
-    """What `eager_softmax` needs for its weights: scores, their softmax in float32, and that in the input dtype."""
-    batch, heads, tokens, _ = query.shape
-    return batch * heads * tokens**2 * (2 * query.element_size() + 4)
-
-
-def forward_of(operator: Operator, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
-    """One pass without gradients."""
+def pass_of(operator: Operator, inputs: tuple[Tensor, Tensor, Tensor], backward: bool = False) -> Callable[[], Any]:
+    """Return one pass of an operator; with `backward`, also the gradients for a fixed gradient of the output."""
+    if backward:
+        query, value = inputs[0], inputs[2]
+        batch, heads, tokens, _ = query.shape
+        incoming = value.new_ones(batch, tokens, heads, value.shape[3]).transpose(1, 2)  # as from the projection
+        return lambda: torch.autograd.grad(operator(*inputs), inputs, incoming)
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -96,48 +76,37 @@ def forward_of(operator: Operator, inputs: tuple[Tensor, Tensor, Tensor]) -> Cal
     return forward
 
 
-def forward_backward_of(operator: Operator, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], object]:
-    """One pass and the gradients with respect to the inputs, for a fixed gradient of the output."""
-    query, value = inputs[0], inputs[2]
-    batch, heads, tokens, _ = query.shape
-    incoming = torch.ones(batch, tokens, heads, value.shape[3], dtype=value.dtype, device=value.device)
-    return lambda: torch.autograd.grad(operator(*inputs), inputs, incoming.transpose(1, 2))
+def prepare_operator(
+    name: str, feature_map: FeatureMap, shape: tuple[int, int, int, int], settings: Settings
+) -> Callable[[], Any]:
+    """Return one pass of an operator, warmed up by a few tokens, for a fresh process."""
+    operator, (batch, heads, tokens, width) = operators(feature_map)[name], shape
+    few, all_of_them = (
+        operator_inputs(batch, heads, count, width, settings.dtype, settings.device, settings.backward)
+        for count in (16, tokens)
+    )
+    pass_of(operator, few, settings.backward)()
+    return pass_of(operator, all_of_them, settings.backward)
 
 
 def check_operator(
     operator: Operator, inputs: tuple[Tensor, Tensor, Tensor], feature_map: FeatureMap, backward: bool = False
 ) -> float:
-    """`operator_error`, where it is within the bound of the dtype in `BOUNDS`.
+    """Return the relative error of an operator against the quadratic reference in float64, known to be small.
 
-    Raises:
-        AdaLAError: if it exceeds the bound, or is no number.
-    """
-    error, query = operator_error(operator, inputs, feature_map, backward), inputs[0]
-    bound = BOUNDS[query.dtype]
-    if not error <= bound:
-        shape, dtype = "x".join(map(str, query.shape)), str(query.dtype).removeprefix("torch.")
-        raise AdaLAError(
-            f"operator on {shape} ({dtype}): relative error {error:.1e} against the reference exceeds {bound:.0e}; no"
-            " speed is given for a wrong result. Please report this."
-        )
-    return error
-
-
-def operator_error(
-    operator: Operator, inputs: tuple[Tensor, Tensor, Tensor], feature_map: FeatureMap, backward: bool = False
-) -> float:
-    """Relative error of an operator against the quadratic reference in float64, gradients included if asked for.
-
-    All keys count, but only so many queries, heads and images, spread evenly, that the reference stays small.
+    All keys count, but only as many queries, heads and images, spread evenly, as keep the reference small.
 
     Args:
-        operator (`Callable`): To be judged.
+        operator (`Callable`): Operator to check.
         inputs (`tuple[Tensor, Tensor, Tensor]`): Query, key, value, which need gradients if `backward`.
         feature_map (`FeatureMap`): phi.
-        backward (`bool`, *optional*, defaults to `False`): Compare the gradients of query, key and value, too.
+        backward (`bool`, *optional*, defaults to `False`): Also compare the gradients of query, key and value.
 
     Returns:
-        `float`: the largest of the errors, each ‖difference‖ / ‖reference‖.
+        `float`: Largest of the errors, each ‖difference‖ / ‖reference‖.
+
+    Raises:
+        AdaLAError: If it exceeds the bound of the dtype in `BOUNDS`, or is not a number.
     """
     query, key, value = inputs
     batch, heads, tokens, _ = query.shape
@@ -162,26 +131,25 @@ def operator_error(
         exact = torch.autograd.grad(expected, leaves, weight.double())
         ours = torch.autograd.grad(output, inputs, incoming)
         pairs += list(zip([part(ours[0])[:, :, rows], part(ours[1]), part(ours[2])], exact, strict=True))
-    return max(relative_error(actual, wanted) for actual, wanted in pairs)
+    errors, bound = torch.tensor([relative_error(actual, wanted) for actual, wanted in pairs]), BOUNDS[query.dtype]
+    error = errors.max().item()  # NaN if one of them is, unlike `max`
+    if not error <= bound:
+        shape, dtype = "x".join(map(str, query.shape)), str(query.dtype).removeprefix("torch.")
+        raise AdaLAError(
+            f"operator on {shape} ({dtype}): relative error {error:.1e} against the reference exceeds {bound:.0e}; no"
+            " speed is given for a wrong result. Please report this."
+        )
+    return error
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual - expected‖ / ‖expected‖; 0 where both vanish, not a number where either holds none."""
+    """Return ‖actual - expected‖ / ‖expected‖; 0 if both are zero, NaN if either holds NaN."""
     difference = (actual.double() - expected.double()).norm()
     return 0.0 if difference == 0 else (difference / expected.double().norm()).item()
 
 
-def _plain_features(query: Tensor, key: Tensor, feature_map: FeatureMap) -> tuple[Tensor, Tensor]:
-    # as textbooks have them: ours are written for accuracy, which may cost or save time
-    plain: dict[type, Callable[[Tensor], Tensor]] = {EluFeatureMap: lambda x: F.elu(x) + 1, ReluFeatureMap: F.relu}
-    phi = plain.get(type(feature_map))
-    if phi is None or feature_map.scale != 1.0 or feature_map.center_keys:
-        return feature_map(query, key)
-    return phi(query), phi(key)
-
-
 def _in_float64(feature_map: FeatureMap, heads: list[int]) -> FeatureMap:
-    """A copy in float64 of some of the heads."""
+    """Return a copy in float64 of some of the heads."""
     exact = copy.deepcopy(feature_map).double()
     exact.num_heads = len(heads)
     for parameter in exact.parameters():

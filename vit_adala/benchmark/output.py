@@ -1,7 +1,6 @@
-"""What a benchmark leaves behind: sentences and a table for people, JSON and CSV for programs, a picture for both."""
+"""Output of a benchmark: sentences, a table and a picture for people, JSON for programs."""
 
-import csv
-import io
+import itertools
 import json
 import math
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from trainers.runs.checkpoints import whole_file
 
-from .cases import Row, Size, break_even, find, ratios
+from .cases import LINEAR, Row
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -23,60 +22,61 @@ from matplotlib.ticker import NullLocator
 MIB = 2**20
 
 
-def record(row: Row, rows: list[Row], baseline: str) -> dict[str, Any]:
-    """A row as plain values: milliseconds, bytes, ratios; `None` for what was not measured."""
-    timing = row.timing
-    speedup = dict(ratios(rows, row.name, baseline)).get(row.size)
-    return {
-        "name": row.name,
-        "image_size": f"{row.size.image_size[0]}x{row.size.image_size[1]}",
-        "tokens": row.size.tokens,
-        "batch": row.size.batch,
-        "milliseconds": timing and 1000 * timing.median,
-        "lower_milliseconds": timing and 1000 * timing.lower,
-        "upper_milliseconds": timing and 1000 * timing.upper,
-        "samples": timing and timing.samples,
-        "images_per_second": row.images_per_second,
-        "peak_bytes": row.peak_bytes,
-        "flops": row.flops,
-        "floor_milliseconds": 1000 * row.floor_seconds,
-        "floor_share": row.floor_share,
-        "speedup": speedup,
-        "relative_error": row.relative_error,
-        "skipped": row.skipped,
-    }
+def find_crossing(rows: list[Row], batch: int) -> tuple[float, float, tuple[int, int] | None] | None:
+    """Return from where on linear attention is faster than the baseline at all measured sizes of a batch size.
+
+    Returns:
+        `tuple`: Tokens and side in pixels of a square image, interpolated on a log scale, and the tokens of the two
+        measured sizes around it; `None` for those if it is faster at the smallest already. `None` if it is slower at
+        the largest.
+    """
+    points = [
+        (row.tokens, math.sqrt(math.prod(map(int, row.image_size.split("x")))), row.speedup)
+        for row in sorted(rows, key=lambda row: row.tokens)
+        if row.name == LINEAR and row.batch == batch and row.speedup is not None
+    ]
+    slower = [index for index, (_, _, speedup) in enumerate(points) if speedup < 1]
+    if not points or (slower and slower[-1] == len(points) - 1):
+        return None
+    if not slower:
+        return (*points[0][:2], None)
+    low, high = points[slower[-1]], points[slower[-1] + 1]
+    share = math.log(low[2]) / (math.log(low[2]) - math.log(high[2]))
+    tokens, side = (math.exp((1 - share) * math.log(low[i]) + share * math.log(high[i])) for i in (0, 1))
+    return tokens, side, (low[0], high[0])
 
 
-def sentences(rows: list[Row], baseline: str, name: str = "linear") -> list[str]:
-    """Where `name` is slower than `baseline`, where they meet, and what was not measured."""
+def sentences(rows: list[Row], baseline: str) -> list[str]:
+    """Say where linear attention is slower than the baseline, where they meet, and what was not measured."""
     lines = []
-    for size, ratio in ratios(rows, name, baseline):
-        ours, theirs = find(rows, size, name), find(rows, size, baseline)
-        assert ours is not None and theirs is not None
-        if ratio < 1:
-            spread = ", a difference within the spread" if ours.overlaps(theirs) else ""
+    others = {row.size: row for row in rows if row.name == baseline}
+    compared = [row for row in rows if row.name == LINEAR and row.speedup is not None]
+    for row in (row for row in compared if row.speedup < 1):
+        other = others[row.size]
+        overlap = row.lower_milliseconds <= other.upper_milliseconds
+        lines.append(
+            f"{row.name} is slower than {baseline} at {row.size}: {three_digits(row.milliseconds)} ms against"
+            f" {three_digits(other.milliseconds)} ms, {row.speedup:.2f}x"
+            f"{', a difference within the spread' if overlap else ''}."
+        )
+    for batch in dict.fromkeys(row.batch for row in compared):
+        start, met = f"break-even with {baseline}, batch {batch}: ", find_crossing(rows, batch)
+        if met is None:
+            lines.append(f"{start}none measured; {LINEAR} is slower at the largest size that both were measured at.")
+        elif met[2] is None:
             lines.append(
-                f"{name} is slower than {baseline} at {size}: {_ms(ours.median)} against {_ms(theirs.median)},"
-                f" {ratio:.2f}x{spread}."
+                f"{start}below what was measured; {LINEAR} is faster at every size from {met[0]:,} tokens on."
             )
-    for batch in dict.fromkeys(row.size.batch for row in rows):
-        if any(size.batch == batch for size, _ in ratios(rows, name, baseline)):
-            lines.append(_meeting(rows, name, baseline, batch))
-    lines += [f"{row.name} was not measured at {row.size}: {row.skipped}." for row in rows if row.skipped]
-    return lines
-
-
-def break_even_record(rows: list[Row], baseline: str, name: str = "linear") -> dict[str, Any]:
-    """Per batch size, `tokens` and `side` from which on `name` is faster; `None` if it is not at the largest size."""
-    found = {batch: break_even(rows, name, baseline, batch) for batch in dict.fromkeys(row.size.batch for row in rows)}
-    return {
-        str(batch): None if met is None else {"tokens": round(met.tokens), "side": round(met.side)}
-        for batch, met in found.items()
-    }
+        else:
+            lines.append(
+                f"{start}about {met[0]:,.0f} tokens, a square image of {met[1]:.0f} pixels (interpolated on a log"
+                f" scale between {met[2][0]:,} and {met[2][1]:,} tokens)."
+            )
+    return lines + [f"{row.name} was not measured at {row.size}: {row.skipped}." for row in rows if row.skipped]
 
 
 def print_table(rows: list[Row], baseline: str, title: str) -> None:
-    """All rows; ± is half the distance of the quartiles, in percent of the median."""
+    """Print all rows; ± is half the distance of the quartiles, in percent of the lower one."""
     console = Console()
     console = Console(width=max(console.width, 120))
     table = Table(title=title, title_justify="left", title_style="bold")
@@ -85,103 +85,69 @@ def print_table(rows: list[Row], baseline: str, title: str) -> None:
     table.add_column("", no_wrap=True)
     for heading in ("ms", "±", "images/s", "peak MiB", "GFLOP", "of floor", f"{baseline} = 1"):
         table.add_column(heading, justify="right", no_wrap=True)
-    before: Size | None = None
+    before = None
     for row in rows:
         if before is not None and row.size != before:
             table.add_section()
-        facts = record(row, rows, baseline)
-        size = [facts["image_size"], f"{row.size.tokens:,}", str(row.size.batch)]
+        size = [row.image_size, f"{row.tokens:,}", str(row.batch)] if row.size != before else ["", "", ""]
+        spread = "-" if row.samples is None else f"{(row.upper_milliseconds / row.lower_milliseconds - 1) / 2:.0%}"
         table.add_row(
-            *(size if row.size != before else ["", "", ""]),
+            *size,
             escape(row.name),
-            three_digits(facts["milliseconds"]),
-            "-" if row.timing is None else f"{(row.timing.upper - row.timing.lower) / (2 * row.timing.median):.0%}",
-            three_digits(facts["images_per_second"]),
+            three_digits(row.milliseconds),
+            spread,
+            three_digits(row.images_per_second),
             three_digits(row.peak_bytes and row.peak_bytes / MIB),
             three_digits(row.flops / 1e9),
             "-" if row.floor_share is None else f"{row.floor_share:.0%}",
-            "-" if facts["speedup"] is None else f"{facts['speedup']:.2f}x",
+            "-" if row.speedup is None else f"{row.speedup:.2f}x",
         )
         before = row.size
     console.print(table)
 
 
-def write_files(directory: Path, report: dict[str, Any], rows: list[Row], baseline: str, title: str) -> list[Path]:
-    """`bench.json`, `bench.csv` and, if anything was measured, `bench.png`.
+def write_files(directory: Path, report: dict[str, Any], rows: list[Row], title: str) -> list[Path]:
+    """Write `bench.json` and, if anything was measured, `bench.png`; return their paths.
 
     Raises:
-        CheckpointError: if one cannot be written.
+        CheckpointError: If one cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    measured = any(row.timing for row in rows)
-    paths = [directory / f"bench.{kind}" for kind in ("json", "csv", *(["png"] if measured else []))]
+    paths = [directory / "bench.json"]
     whole_file(paths[0], json.dumps(report, indent=2) + "\n")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(report["rows"][0]))
-    writer.writeheader()
-    writer.writerows(report["rows"])
-    whole_file(paths[1], text.getvalue())
-    if measured:
-        draw(paths[2], rows, title)
+    if any(row.samples for row in rows):
+        paths.append(directory / "bench.png")
+        draw(paths[1], rows, title)
     return paths
 
 
 def draw(path: Path, rows: list[Row], title: str) -> None:
-    """Time and peak memory over tokens, one curve per case and batch size; the floor is dotted."""
-    has_memory = any(row.peak_bytes for row in rows)
-    figure, panels = plt.subplots(1, 1 + has_memory, figsize=(5.6 * (1 + has_memory), 4), squeeze=False)
-    batches = list(dict.fromkeys(row.size.batch for row in rows))
-    for index, name in enumerate(dict.fromkeys(row.name for row in rows)):
-        for batch in batches:
-            curve = [row for row in rows if row.name == name and row.size.batch == batch and row.timing]
-            curve.sort(key=lambda row: row.size.tokens)
-            label = name if len(batches) == 1 else f"{name}, batch {batch}"
-            style = {"color": f"C{index}", "linestyle": ("-", "--", "-.", ":")[batches.index(batch) % 4]}
-            tokens = [row.size.tokens for row in curve]
-            times = [row.timing for row in curve if row.timing]
-            panels[0, 0].plot(tokens, [1000 * t.median for t in times], marker="o", markersize=4, label=label, **style)
-            panels[0, 0].fill_between(
-                tokens, [1000 * t.lower for t in times], [1000 * t.upper for t in times], alpha=0.2, color=f"C{index}"
-            )
-            if name == "linear":
-                floors = [1000 * row.floor_seconds for row in curve]
-                panels[0, 0].plot(tokens, floors, color="gray", linestyle=":", label=f"floor of {label}")
-            if has_memory:
-                used = [(row.size.tokens, row.peak_bytes / MIB) for row in curve if row.peak_bytes]
-                panels[0, 1].plot(*zip(*used), marker="o", markersize=4, label=label, **style) if used else None
-    sizes = sorted({row.size.tokens: row.size for row in rows}.items())
-    for axes, label in zip(panels[0], ("milliseconds", "peak memory above the weights, MiB")):
+    """Draw time and peak memory over tokens, one curve per case and batch size; the floor is dotted."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
+    measured = [row for row in rows if row.milliseconds is not None]
+    for index, name in enumerate(dict.fromkeys(row.name for row in measured)):
+        for batch, line in zip(dict.fromkeys(row.batch for row in measured), itertools.cycle(("-", "--", "-.", ":"))):
+            curve = [row for row in measured if row.name == name and row.batch == batch]
+            tokens, style = [row.tokens for row in curve], {"color": f"C{index}", "linestyle": line, "marker": "."}
+            panels[0].plot(tokens, [row.milliseconds for row in curve], label=f"{name}, batch {batch}", **style)
+            panels[1].plot(tokens, [(row.peak_bytes or math.nan) / MIB for row in curve], **style)
+            if name == LINEAR:
+                panels[0].plot(tokens, [row.floor_milliseconds for row in curve], ":", color="gray", label="its floor")
+    names = {row.tokens: f"{row.tokens:,}\n({row.image_size})" for row in measured}
+    for axes, label in zip(panels, ("milliseconds", "peak memory above the weights, MiB")):
         axes.set(xscale="log", yscale="log", xlabel="tokens (image)", ylabel=label)
-        names = [f"{tokens:,}\n({size.image_size[0]}x{size.image_size[1]})" for tokens, size in sizes]
-        axes.set_xticks([tokens for tokens, _ in sizes], names, fontsize=8)
+        axes.set_xticks(list(names), list(names.values()), fontsize=8)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    panels[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _meeting(rows: list[Row], name: str, baseline: str, batch: int) -> str:
-    met, start = break_even(rows, name, baseline, batch), f"break-even with {baseline}, batch {batch}: "
-    if met is None:
-        return start + f"none measured; {name} is slower at the largest size that both were measured at."
-    if met.between is None:
-        return start + f"below what was measured; {name} is faster at every size from {met.tokens:,.0f} tokens on."
-    low, high = (size.tokens for size in met.between)
-    return start + (
-        f"about {met.tokens:,.0f} tokens, a square image of {met.side:.0f} pixels (interpolated on a log scale between"
-        f" {low:,} and {high:,} tokens)."
-    )
-
-
-def _ms(seconds: float) -> str:
-    return f"{three_digits(1000 * seconds)} ms"
-
-
 def three_digits(value: float | None) -> str:
-    """A figure for people; a dash where there is none."""
+    """Return a figure for people; a dash for `None`."""
     if value is None:
         return "-"
     if value == 0:

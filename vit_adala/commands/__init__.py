@@ -1,1 +1,1 @@
-"""One module per command; each has `main(arguments)`, from parsed arguments to the functions of the packages."""
+"""One module per command, each with a function `main(arguments)`."""

@@ -1,15 +1,15 @@
-"""`vit-adala align`: stage 1."""
+"""`vit-adala align`: stage 1, attention alignment."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from transformers import set_seed
 
+from modeling_adala.configuration_adala import LinearAttentionConfig
 from modeling_adala.conversion.convert import convert, student_config
-from modeling_adala.conversion.loading import load_teacher_config
+from modeling_adala.conversion.loading import load_teacher
 from trainers.attention_alignment_config import AttentionAlignmentConfig
 from trainers.data.data_config import DataConfig
-from trainers.runs.recipe_config import StudentConfig
 
 from ..arguments import CommandParser
 from .common import finished_before, load_data, open_folder, run_and_report
@@ -24,21 +24,21 @@ def main(arguments: Sequence[str]) -> None:
     """`vit-adala align TEACHER --dataset D [--output-dir O]`"""
     parser = CommandParser(
         "align",
-        "Stage 1: each linear attention learns to give its softmax attention's output.",
+        "Stage 1, attention alignment: each linear attention learns the output of its teacher's softmax attention.",
         "vit-adala align facebook/dinov2-small --dataset ILSVRC/imagenet-1k",
         AlignArguments,
-        StudentConfig,
+        LinearAttentionConfig,
         DataConfig,
         AttentionAlignmentConfig,
     )
-    model_args, student_args, data_args, args = parser.parse(arguments)
-    options, teacher = student_args.feature_options, model_args.teacher
-    folder = open_folder("attention-alignment", args, data_args, [teacher], teacher=teacher, **asdict(student_args))
-    student_config(load_teacher_config(teacher), **options)  # before any time is spent
+    model_args, linear, data_args, args = parser.parse(arguments)
+    name = model_args.teacher
+    folder = open_folder("attention-alignment", args, data_args, [name], teacher=name, **asdict(linear))
     if finished_before(folder):
         return
     set_seed(args.seed)
-    data, processor = load_data(data_args, teacher)
+    teacher = load_teacher(name)
+    student_config(teacher.config, linear)  # refuses wrong options before the data are read
+    data, processor = load_data(data_args, name, teacher.config)
     args.check_evaluation(data.raw_eval is not None)
-    student = convert(teacher, **options)
-    run_and_report(folder, student, args, data, processor, teacher_model=teacher)
+    run_and_report(folder, convert(teacher, linear), args, data, processor, teacher_model=teacher)

@@ -1,6 +1,5 @@
-"""What several commands share: loading data, running one stage."""
+"""Helpers of several commands: loading data, running a stage, recording an evaluation."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,59 +7,69 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hub_cards import write_card
-from modeling_adala.conversion.loading import load_config, load_image_processor
+from hub_cards.records import EVALUATION, EVALUATIONS, write_json
+from modeling_adala.conversion.loading import load_image_processor
 from trainers.base_config import AdaLATrainingArguments
 from trainers.base_trainer import is_student
 from trainers.data.data_config import DataConfig, DataModule, check_streaming
 from trainers.data.sources import fingerprint
 from trainers.runs.callbacks import cost_in_words
-from trainers.runs.checkpoints import whole_file
 from trainers.runs.facts import data_facts, training_settings
-from trainers.runs.output_folder import EVALUATION, OutputFolder
+from trainers.runs.output_folder import OutputFolder
 from trainers.runs.stages import STAGES, StageResult, run_stage
 
 from ..doctor.environment_checks import check_cache
 from ..interruption import writes_to
 
 
-def load_data(config: DataConfig, model: str, require_labels: bool = False) -> tuple[DataModule, Any]:
+def load_data(
+    config: DataConfig, model: str, model_config: PretrainedConfig, require_labels: bool = False
+) -> tuple[DataModule, Any]:
+    """Return the data for a model and the model's image processor."""
     processor = load_image_processor(model)
-    return DataModule(config, load_config(model), processor, require_labels=require_labels), processor
+    return DataModule(config, model_config, processor, require_labels=require_labels), processor
 
 
 def open_folder(
     name: str, args: AdaLATrainingArguments, data: DataConfig, models: Sequence[str | None], **settings: Any
 ) -> OutputFolder:
-    """Check what a stage command can know before any time is spent, its output folder first of all.
+    """Return the output folder of a stage command, after the checks that can be made before any time is spent.
 
     Args:
         name (`str`): Name of the stage.
         args (`AdaLATrainingArguments`): Its settings, `output_dir` among them.
         data (`DataConfig`): Where the images come from.
-        models (`Sequence[str]`): What is read besides, teacher and model; names on the Hub or folders.
-        settings: All else that decides the result.
+        models (`Sequence[str]`): Teacher and model, folders or Hub ids.
+        settings: Everything else that decides the result.
 
     Raises:
         UsageError: See `OutputFolder`, `check_streaming` and `check_cache`.
     """
     check_streaming(data, args.max_steps)
     of_data = {key: value for key, value in asdict(data).items() if not key.startswith("eval_")}
-    named = {"dataset": data.dataset} | {key: value for key, value in settings.items() if isinstance(value, str)}
-    places = {key: os.path.realpath(value) for key, value in named.items() if value and os.path.exists(value)}
     inputs = [*models, data.dataset]
-    folder = OutputFolder(args.output_dir, name, of_data | settings | places | training_settings(args), inputs)
+    settings = absolute(of_data | settings) | training_settings(args)
+    folder = OutputFolder(args.output_dir, name, settings, inputs)
     writes_to(args.output_dir)
     check_cache()
     return folder
 
 
+def absolute(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with absolute paths for the names of existing files and folders."""
+    return {
+        name: os.path.realpath(value) if isinstance(value, str) and value and os.path.exists(value) else value
+        for name, value in settings.items()
+    }
+
+
 def finished_before(folder: OutputFolder) -> bool:
-    """Return whether a stage has finished in a folder, and say so."""
+    """Return whether a command has finished in a folder, and say so."""
     if folder.finished and PartialState().is_main_process:
-        print(f"stage {STAGES[folder.command].number}, {folder.command}: already done, in {folder.path}")
+        print(f"{EVALUATIONS.get(folder.command, folder.command)}: already done, in {folder.path}")
     return folder.finished
 
 
@@ -77,16 +86,16 @@ def run_and_report(
     result = run_stage(stage, model, args, folder=folder, **kwargs)
     if PartialState().is_main_process:
         print(
-            f"stage {stage.number}, {stage.name}: {result.steps} steps in {result.seconds:.0f} s"
+            f"{EVALUATIONS[stage.name]}: {result.steps} steps in {result.seconds:.0f} s"
             f"{cost_in_words(result.metrics)}, {train_dataset.summary()}; saved {folder.path}"
         )
     return result
 
 
 def record_evaluation(directory: Path, model: PreTrainedModel, data: DataModule, figures: dict[str, float]) -> None:
-    """Leave the figures of a checkpoint's own head in its folder, as `evaluation.json`, and in its card."""
+    """Write the figures of a checkpoint's own head into its folder, as `evaluation.json` and in its card."""
     if PartialState().is_main_process:
         facts = data_facts(data) | {f"head_{name}": value for name, value in figures.items()}
-        whole_file(directory / EVALUATION, json.dumps(facts, indent=2) + "\n")
+        write_json(directory / EVALUATION, facts)
         if is_student(model):
             write_card(directory)

@@ -1,23 +1,24 @@
-"""`vit-adala distill`: stage 2."""
+"""`vit-adala distill`: stage 2, feature alignment."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
-from modeling_adala.configuration_adala import vision_config
+from modeling_adala.configuration_adala import LinearAttentionConfig, vision_config
 from modeling_adala.conversion.convert import convert, student_config
-from modeling_adala.conversion.loading import check_stage_directory, load_config, load_student, load_teacher_config
+from modeling_adala.conversion.loading import check_stage_directory, load_config, load_student, load_teacher
 from modeling_adala.errors import UsageError
+from modeling_adala.families import is_adala
 from modeling_adala.inspection.towers import transformer_blocks
 from trainers.base_config import COUNT
 from trainers.data.data_config import DataConfig
 from trainers.feature_alignment_config import FeatureAlignmentConfig
-from trainers.runs.recipe_config import StudentConfig
 from trainers.runs.settings import check_settings
 
-from ..arguments import CommandParser
+from ..arguments import LINEAR_ATTENTION, CommandParser
 from .common import finished_before, load_data, open_folder, run_and_report
 
 
@@ -25,7 +26,7 @@ from .common import finished_before, load_data, open_folder, run_and_report
 class DistillArguments:
     model: str = field(
         metadata={
-            "help": "Folder that stage 1 left, or a softmax checkpoint: it is converted and is its own teacher.",
+            "help": "Folder of stage 1 or of convert, or a softmax checkpoint: it is converted and its own teacher.",
             "positional": "MODEL",
         }
     )
@@ -40,42 +41,40 @@ class DistillArguments:
     def __post_init__(self):
         check_settings(self, {})
         if self.lora_target_modules and self.lora_r is None:
-            raise UsageError(f"lora_target_modules={self.lora_target_modules} needs a rank; pass --lora-r 16, too.")
+            raise UsageError(f"lora_target_modules={self.lora_target_modules} needs a rank; also pass --lora-r 16.")
 
 
 def main(arguments: Sequence[str]) -> None:
     """`vit-adala distill MODEL [--teacher T] --dataset D [--output-dir O]`"""
     parser = CommandParser(
         "distill",
-        "Stage 2: the whole student learns the teacher's final features.",
+        "Stage 2, feature alignment: the whole student learns the teacher's final features.",
         "vit-adala distill out/1-attention-alignment --teacher facebook/dinov2-small --dataset ILSVRC/imagenet-1k",
         DistillArguments,
-        StudentConfig,
+        LinearAttentionConfig,
         DataConfig,
         FeatureAlignmentConfig,
     )
-    model_args, student_args, data_args, args = parser.parse(arguments)
-    models = [model_args.teacher, model_args.model]
-    settings = asdict(model_args) | asdict(student_args)
-    folder = open_folder("feature-alignment", args, data_args, models, **settings)
-    is_student = load_config(model_args.model).model_type.startswith("adala_")
-    options = student_args.feature_options
-    _check_teacher(model_args, is_student, options)
-    teacher = model_args.teacher if is_student else model_args.model
-    teacher_config = load_teacher_config(teacher)
-    width = vision_config(teacher_config).hidden_size
+    model_args, linear, data_args, args = parser.parse(arguments)
+    name, models = model_args.model, [model_args.teacher, model_args.model]
+    folder = open_folder("feature-alignment", args, data_args, models, **asdict(model_args) | asdict(linear))
+    config = load_config(name)
+    is_student = is_adala(config)
+    _check_teacher(model_args, config, {key: getattr(linear, key) for key in LINEAR_ATTENTION if key in parser.given})
+    width = vision_config(config).hidden_size
     if model_args.lora_r is not None and model_args.lora_r > width:
         raise UsageError(f"lora_r={model_args.lora_r} is more than the {width} channels of the model; 16 is usual.")
     if is_student:
-        check_stage_directory(model_args.model, ("attention-alignment", "converted", "feature-alignment"), "stage 2")
-    else:
-        student_config(teacher_config, **options)  # before any time is spent
+        check_stage_directory(name, ("converted", "attention-alignment", "feature-alignment"), "stage 2")
     if finished_before(folder):
         return
     set_seed(args.seed)
-    data, processor = load_data(data_args, teacher)
+    teacher = load_teacher(model_args.teacher if is_student else name)
+    if not is_student:
+        student_config(teacher.config, linear)  # refuses wrong options before the data are read
+    data, processor = load_data(data_args, models[0] if is_student else name, teacher.config)
     args.check_evaluation(data.raw_eval is not None)
-    student = load_student(model_args.model) if is_student else convert(teacher, **options)
+    student = load_student(name) if is_student else convert(teacher, linear)
     peft_config = None
     if model_args.lora_r is not None:
         from peft import LoraConfig
@@ -85,25 +84,25 @@ def main(arguments: Sequence[str]) -> None:
     run_and_report(folder, student, args, data, processor, teacher_model=teacher, peft_config=peft_config)
 
 
-def _check_teacher(model_args: DistillArguments, is_student: bool, options: dict) -> None:
-    name, teacher = model_args.model, model_args.teacher
-    if is_student and teacher is None:
-        recorded = getattr(vision_config(load_config(name)), "teacher_name_or_path", None)
+def _check_teacher(args: DistillArguments, config: PretrainedConfig, options: dict[str, Any]) -> None:
+    is_student, name = is_adala(config), args.model
+    if is_student and args.teacher is None:
+        recorded = getattr(vision_config(config), "teacher_name_or_path", None)
         origin = f" (converted from {recorded!r})" if recorded else ""
         raise UsageError(f"teacher is missing: {name!r} is a linear student{origin}; pass --teacher.")
     if is_student and options:
-        option = next(iter(options))
+        option, value = next(iter(options.items()))
         raise UsageError(
-            f"{option}={options[option]!r} is for converting a softmax model, and {name!r} is linear; leave it out."
+            f"{option}={value!r} is for converting a softmax model, and {name!r} is linear; leave it out."
         )
-    if not is_student and teacher not in (None, name):
+    if not is_student and args.teacher not in (None, name):
         raise UsageError(
-            f"teacher={teacher!r}: {name!r} is a softmax model, which is its own teacher here; leave --teacher out."
+            f"teacher={args.teacher!r}: {name!r} is a softmax model and its own teacher; leave --teacher out."
         )
 
 
 def _lora_targets(student: PreTrainedModel, chosen: list[str]) -> list[str]:
-    """Full names of the linear modules in the blocks of the vision tower, or of those with a chosen last name."""
+    """Return the names of the linear modules in the vision tower's blocks, all or those whose last part is chosen."""
     in_blocks = {id(module) for block in transformer_blocks(student) for module in block.modules()}
     names = [
         name

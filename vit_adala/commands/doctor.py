@@ -1,4 +1,4 @@
-"""`vit-adala doctor`: one line per check of the environment and of a model, with the remedy."""
+"""`vit-adala doctor`: checks of the environment and of a model, one line each, with the remedy."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -86,7 +86,7 @@ def _checks(args: DoctorArguments, directory: Path | None) -> Iterator[Check]:
 
 
 def _find(model: str) -> Path:
-    """The folder of a model; one of the Hub comes from the cache, or is downloaded into it.
+    """Return the folder of a model; one of the Hub comes from the cache, or is downloaded into it.
 
     Raises:
         DataError: if there is none.
@@ -97,13 +97,13 @@ def _find(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise DataError(
-            f"model {model!r} could not be opened: it is no local folder, and the Hub did not deliver it (offline, or"
-            " no such id). Pass a checkpoint folder or a reachable Hub id."
+            f"model {model!r} could not be opened: it is not a local folder, and the Hub did not deliver it"
+            " (offline, or no such id). Pass a checkpoint folder or a reachable Hub id."
         ) from error
 
 
 def _images(directory: Path, dataset: str | None) -> Tensor | None:
-    """Images as the model wants them; `None` where the built-in ones are not installed."""
+    """Return images processed for the model; `None` if the built-in ones are not installed."""
     from modeling_adala.conversion.loading import load_image_processor
     from trainers.data.data_config import DataConfig, DataModule
 
@@ -119,7 +119,7 @@ def _images(directory: Path, dataset: str | None) -> Tensor | None:
 
 
 def _line(check: Check) -> Text:
-    """One line of text, whatever a name or a message holds: no markup, no line break, no control character."""
+    """Return one line of text without markup, line breaks and control characters."""
     text = Text(f"{check.status}  ", style=STYLES[check.status])
     body = f"{check.name}: {check.message}" + (f" -> {check.remedy}" if check.remedy else "")
     text.append("".join(c if c.isprintable() else " " for c in body), style="default")

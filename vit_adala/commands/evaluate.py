@@ -1,4 +1,4 @@
-"""`vit-adala evaluate`: teacher beside student."""
+"""`vit-adala evaluate`: a student beside its teacher."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from modeling_adala.conversion.loading import load_student, load_teacher, load_teacher_config
+from modeling_adala.conversion.loading import load_student, load_teacher
 from modeling_adala.errors import UsageError
 from trainers.alignment_trainer import check_pair
 from trainers.base_config import COUNT
@@ -22,7 +22,7 @@ from .common import load_data
 
 @dataclass
 class EvaluateArguments:
-    model: str = field(metadata={"help": "The student: an AdaLA checkpoint.", "positional": "MODEL"})
+    model: str = field(metadata={"help": "Student: an AdaLA checkpoint.", "positional": "MODEL"})
     teacher: str = field(metadata={"help": "Softmax checkpoint: Hub id or folder."})
     knn_images: int = field(
         default=2000, metadata={"help": "Training images for k-NN and linear probe.", "range": COUNT}
@@ -40,18 +40,17 @@ def main(arguments: Sequence[str]) -> None:
     """`vit-adala evaluate MODEL --teacher T --dataset D [--json]`"""
     parser = CommandParser(
         "evaluate",
-        "Teacher beside student, each on its own forward pass.",
+        "Evaluate a student beside its teacher, each on its own forward pass: k-NN, linear probe, features.",
         "vit-adala evaluate out/2-feature-alignment --teacher facebook/dinov2-small --dataset uoft-cs/cifar10",
         EvaluateArguments,
         DataConfig,
     )
     model_args, data_args = parser.parse(arguments)
     check_cache()
-    load_teacher_config(model_args.teacher)
-    student = load_student(model_args.model)
     teacher = load_teacher(model_args.teacher)
+    student = load_student(model_args.model)
     check_pair(teacher, student)
-    data, _ = load_data(data_args, model_args.teacher)
+    data, _ = load_data(data_args, model_args.teacher, teacher.config)
     if data.raw_eval is None:
         raise UsageError(f"dataset={data_args.dataset!r} has no test or validation split; pass --eval-split.")
     comparison = Comparison(teacher, data, knn_images=model_args.knn_images, eval_images=model_args.eval_images)

@@ -1,4 +1,4 @@
-"""`vit-adala features`: pictures of patch features and of attention, student beside teacher."""
+"""`vit-adala features`: pictures of patch features and attention, student beside teacher."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from modeling_adala.conversion.loading import (
     load_teacher_config,
 )
 from modeling_adala.errors import DataError, UsageError
-from modeling_adala.families import get_family
+from modeling_adala.families import get_family, is_adala
 from modeling_adala.inspection.towers import attention_modules, native_size, patch_size, token_groups
 from trainers.alignment_trainer import check_pair
 from trainers.data.image_files import ImageFiles, Unreadable, blaming, open_image
@@ -63,8 +63,8 @@ def main(arguments: Sequence[str]) -> None:
     """`vit-adala features MODEL IMAGE ... [--teacher T] [--layer L] [--query ROW,COLUMN] [--output-dir O]`"""
     parser = CommandParser(
         "features",
-        "Pictures of what a model sees: its patch features as colors (three principal components, the teacher's for"
-        " both), and what one patch attends to.",
+        "Draw the attention of one patch, and patch features as colors (three principal components, the teacher's for"
+        " both models).",
         "vit-adala features out/2-feature-alignment street.jpg --teacher facebook/dinov2-small --image-size 336x448",
         FeaturesArguments,
     )
@@ -94,12 +94,12 @@ def main(arguments: Sequence[str]) -> None:
         for label, model in models.items():
             rows = query_attention(model, pixels[index : index + 1].to(model.device), layer, query)[0, :, patches]
             weights[f"{label}, {_kind(model, layer)}"] = rows.unflatten(1, _grid(model, size))
-        draw_attention(path, picture, query, weights, f"{Path(name).name}, layer {layer}: what one patch attends to")
+        draw_attention(path, picture, query, weights, f"{Path(name).name}, layer {layer}: attention of one patch")
         print(path)
 
 
 def _check_new(*paths: Path) -> None:
-    """Raises `UsageError` if a picture would replace a file."""
+    """Raise `UsageError` if a picture would replace a file."""
     for path in paths:
         if path.exists():
             raise UsageError(f"output_dir={str(path.parent)!r} already holds {path.name}; pass another --output-dir.")
@@ -120,10 +120,10 @@ def _draw_features(path: Path, models: dict[str, PreTrainedModel], pixels: Tenso
 
 
 def _load(name: str, teacher_name: str | None) -> dict[str, PreTrainedModel]:
-    """The models by their label, the one whose principal components are shown first."""
+    """Return the models by label, first the one whose principal components are shown."""
     if teacher_name is not None:
         load_teacher_config(teacher_name)
-    is_linear = load_config(name).model_type.startswith("adala_")
+    is_linear = is_adala(load_config(name))
     model = load_student(name) if is_linear else load_teacher(name)
     models = {"model": model}
     if teacher_name is not None:
@@ -134,12 +134,12 @@ def _load(name: str, teacher_name: str | None) -> dict[str, PreTrainedModel]:
 
 
 def _read(names: Sequence[str], transform: ImageTransform) -> Tensor:
-    """`(images, channels, height, width)`.
+    """Return images as `(images, channels, height, width)`.
 
     Raises:
-        DataError: for a file that is missing or no image.
+        DataError: For a file that is missing or not an image.
     """
-    images, files = [], ImageFiles(external=True)  # named by the user himself
+    images, files = [], ImageFiles(external=True)  # named by the user
     for name in names:
         try:
             with blaming(name, files):
@@ -154,12 +154,12 @@ def _read(names: Sequence[str], transform: ImageTransform) -> Tensor:
 def _parse_query(text: str) -> tuple[int, int]:
     parts = text.split(",")
     if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
-        raise UsageError(f"query={text!r} is no patch; pass ROW,COLUMN from the top left, such as 12,16.")
+        raise UsageError(f"query={text!r} is not a valid patch; pass ROW,COLUMN from the top left, such as 12,16.")
     return int(parts[0]), int(parts[1])
 
 
 def _kind(model: PreTrainedModel, layer: int) -> str:
-    is_linear = vision_config(model.config).model_type.startswith("adala_")
+    is_linear = is_adala(vision_config(model.config))
     return "linear" if is_linear and feature_map_of(attention_modules(model)[layer]) is not None else "softmax"
 
 

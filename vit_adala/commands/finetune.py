@@ -1,4 +1,4 @@
-"""`vit-adala finetune`: stage 3."""
+"""`vit-adala finetune`: stage 3, supervised fine-tuning."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,8 +8,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import set_seed
+from transformers import PretrainedConfig, set_seed
 
+from hub_cards.records import EVALUATION, METRICS, append_metrics
 from modeling_adala.conversion.loading import (
     check_stage_directory,
     load_classifier,
@@ -18,13 +19,12 @@ from modeling_adala.conversion.loading import (
     load_segmenter,
 )
 from modeling_adala.errors import UsageError
-from modeling_adala.families import get_family
+from modeling_adala.families import get_family, is_adala
 from trainers.data.data_config import DataConfig
 from trainers.data.segmentation_data import SegmentationData, read_labels
 from trainers.evaluation.comparison import Comparison
 from trainers.evaluation.segmentation import evaluate_segmentation, segmentation_processor
-from trainers.runs.callbacks import append_metrics
-from trainers.runs.output_folder import EVALUATION, METRICS, OutputFolder
+from trainers.runs.output_folder import OutputFolder
 from trainers.supervised_config import SupervisedConfig
 
 from ..arguments import CommandParser
@@ -44,10 +44,12 @@ class FinetuneArguments:
     )
     labels: str | None = field(
         default=None,
-        metadata={"help": "Segmentation: class names, a,b,c or a JSON file. Default: the data's, or else numbers."},
+        metadata={
+            "help": "Segmentation: class names, a,b,c or a JSON file. Default: those of the data, otherwise numbers."
+        },
     )
     reduce_labels: bool = field(
-        default=False, metadata={"help": "Segmentation: mask value 0 is no class, 1 the first (ADE20K)."}
+        default=False, metadata={"help": "Segmentation: mask value 0 is ignored, 1 is the first class (ADE20K)."}
     )
 
 
@@ -55,8 +57,8 @@ def main(arguments: Sequence[str]) -> None:
     """`vit-adala finetune MODEL --dataset D [--output-dir O]`"""
     parser = CommandParser(
         "finetune",
-        "Stage 3: trains a classifier or a segmenter; give it the softmax teacher to get the baseline under the same"
-        " command.",
+        "Stage 3, supervised fine-tuning: train a classifier or a segmenter. With the softmax teacher as MODEL, it"
+        " trains the baseline in the same way.",
         "vit-adala finetune out/2-feature-alignment --dataset uoft-cs/cifar10",
         FinetuneArguments,
         DataConfig,
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
     folder = open_folder("supervised", args, data_args, [model_args.model], **asdict(model_args))
     config = load_config(model_args.model)
     get_family(config.model_type)
-    if config.model_type.startswith("adala_"):
+    if is_adala(config):
         check_stage_directory(
             model_args.model, ("feature-alignment", "supervised", "attention-alignment", "converted"), "stage 3"
         )
@@ -77,16 +79,20 @@ def main(arguments: Sequence[str]) -> None:
         finished_before(folder)
         return
     set_seed(args.seed)
-    TASKS[model_args.task](folder, model_args, data_args, args)
+    TASKS[model_args.task](folder, model_args, config, data_args, args)
 
 
 def _classify(
-    folder: OutputFolder, model_args: FinetuneArguments, data_args: DataConfig, args: SupervisedConfig
+    folder: OutputFolder,
+    model_args: FinetuneArguments,
+    config: PretrainedConfig,
+    data_args: DataConfig,
+    args: SupervisedConfig,
 ) -> None:
     for name, value in {**vars(model_args), "window": args.window, "stride": args.stride}.items():
         if name in ("labels", "reduce_labels", "window", "stride") and value:
             raise UsageError(f"{name}={value!r} is for --task semantic-segmentation; leave it out.")
-    data, processor = load_data(data_args, model_args.model, require_labels=True)
+    data, processor = load_data(data_args, model_args.model, config, require_labels=True)
     args.check_evaluation(data.raw_eval is not None)
     # a kill may have come between the end of the training and the evaluation
     model = load_classifier(str(folder.path) if finished_before(folder) else model_args.model, data.labels or [])
@@ -101,12 +107,16 @@ def _classify(
 
 
 def _segment(
-    folder: OutputFolder, model_args: FinetuneArguments, data_args: DataConfig, args: SupervisedConfig
+    folder: OutputFolder,
+    model_args: FinetuneArguments,
+    config: PretrainedConfig,
+    data_args: DataConfig,
+    args: SupervisedConfig,
 ) -> None:
     processor, windows = load_image_processor(model_args.model), args.windows
     data = SegmentationData(
         data_args,
-        load_config(model_args.model),
+        config,
         processor,
         labels=None if model_args.labels is None else read_labels(model_args.labels),
         reduce_labels=model_args.reduce_labels,

@@ -1,4 +1,4 @@
-"""`vit-adala inspect`: what a model is, what linear attention would replace in it, and what that saves."""
+"""`vit-adala inspect`: facts of a model, the attention that is or would become linear, and the savings."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from modeling_adala.configuration_adala import pair
 from modeling_adala.conversion.loading import load_config
+from modeling_adala.families import is_adala
 from modeling_adala.inspection.flops import (
     ATTENTIONS,
     break_even,
@@ -31,7 +32,7 @@ from ..arguments import CommandParser, print_json
 SIZES = ("224", "512", "1024", "2048")
 CONVENTION = (
     "1 multiply-add = 2 FLOPs; matrix products and convolutions only, as torch.utils.flop_counter counts. Attention is"
-    " what lies between the q, k, v projections and the output projection. Memory is what training keeps for the"
+    " everything between the q, k, v projections and the output projection. Memory is what training keeps for the"
     " backward pass (batch 1, float32, no checkpointing), without weights and optimizer; eager softmax keeps the N x N"
     " weights, sdpa (PyTorch's fused softmax, the default) does not."
 )
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     """`vit-adala inspect MODEL [--image-size S ...] [--json]`"""
     parser = CommandParser(
         "inspect",
-        "What a model is, what linear attention replaces in it, and what that saves. Reads the configuration alone.",
+        "Describe a model, the attention that linear attention replaces, and the savings. Reads no weights.",
         "vit-adala inspect facebook/dinov2-large --image-size 518 1036x1554",
         InspectArguments,
     )
@@ -72,10 +73,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def describe(config: PretrainedConfig) -> dict[str, Any]:
-    """What a stock or an AdaLA model is and what of it is, or would become, linear.
+    """Return the facts of a stock or an AdaLA model, and which of its attention is, or would become, linear.
 
     Raises:
-        UsageError: for a model that is not supported.
+        UsageError: For a model that is not supported.
     """
     linear = linear_config(config)
     groups, met = token_groups(config), break_even(config)
@@ -87,7 +88,7 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
         softmax.append(f"text tower ({text.num_hidden_layers} layers)")
     return {
         "model_type": config.model_type,
-        "is_linear": config.model_type.startswith("adala_"),
+        "is_linear": is_adala(config),
         "num_hidden_layers": linear.num_hidden_layers,
         "hidden_size": linear.hidden_size,
         "num_attention_heads": linear.num_attention_heads,
@@ -106,7 +107,7 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def compare(config: PretrainedConfig, requested: tuple[int, int]) -> dict[str, Any]:
-    """Softmax beside linear at the valid size nearest to `requested`, `(height, width)` in pixels."""
+    """Return the costs of softmax and linear attention at the valid size nearest to `requested`, in pixels."""
     size = nearest_size(config, requested)
     costs = {name: dataclasses.asdict(image_cost(config, size, name)) for name in ATTENTIONS}
     return {"requested": requested, "image_size": size, "tokens": count_tokens(config, size), **costs}
@@ -138,8 +139,8 @@ def _show(facts: dict[str, Any]) -> None:
     met = facts["break_even"]
     if met is not None:
         console.print(
-            f"\nbreak-even in FLOPs: {met['tokens']:,} tokens ({_pixels((met['image_size'],) * 2)}). In time it comes"
-            " later: below about a thousand tokens expect no gain."
+            f"\nbreak-even in FLOPs: {met['tokens']:,} tokens ({_pixels((met['image_size'],) * 2)}). In time, it is"
+            " higher: expect no gain below about a thousand tokens."
         )
     rounded = [size for size in facts["sizes"] if size["requested"] != size["image_size"]]
     if rounded:
@@ -158,7 +159,7 @@ def _swapped(facts: dict[str, Any]) -> str:
 
 
 def _print_tables(sizes: list[dict[str, Any]]) -> None:
-    # one below the other: side by side they would not fit a terminal
+    # side by side, they would not fit a terminal
     console = Console()
     console = Console(width=max(console.width, 100))
     for title, kind, columns, unit in (
@@ -185,7 +186,7 @@ def _print_tables(sizes: list[dict[str, Any]]) -> None:
 
 
 def _human(value: float, unit: str) -> str:
-    """Three digits and an SI prefix."""
+    """Return a number with three digits and an SI prefix."""
     prefixes = iter(" kMGTPE")
     prefix = next(prefixes)
     while value >= 999.5:

@@ -1,4 +1,4 @@
-"""`vit-adala push`: a checkpoint folder becomes a repository on the Hub, in one commit."""
+"""`vit-adala push`: upload a checkpoint folder to the Hub in one commit."""
 
 import sys
 from collections.abc import Sequence
@@ -37,12 +37,12 @@ def main(arguments: Sequence[str]) -> None:
     """`vit-adala push DIR REPO_ID [--private] [--revision BRANCH] [--dry-run] [--yes] [--json]`
 
     Raises:
-        UsageError: if there is nobody to ask before an existing repository changes, or see `plan_push`.
-        AdaLAError: see `plan_push` and `push`.
+        UsageError: If an existing repository would change and no terminal is there to ask, or see `plan_push`.
+        AdaLAError: See `plan_push` and `push`.
     """
     parser = CommandParser(
         "push",
-        "Uploads weights, configuration, image processor, code, card and pictures in one commit.",
+        "Upload weights, configuration, image processor, code, card and pictures in one commit.",
         "vit-adala push out/3-supervised my-org/vit-adala-digits",
         PushArguments,
     )
@@ -82,6 +82,6 @@ def _agreed(plan: PushPlan, yes: bool, may_ask: bool) -> bool:
     if yes or not plan.exists or not plan.changes:
         return True
     if not may_ask:
-        raise UsageError(f"{plan.repo_id} exists and would change; look at it with --dry-run, then pass --yes.")
+        raise UsageError(f"{plan.repo_id} exists and would change; check with --dry-run, then pass --yes.")
     answer = input(f"{plan.repo_id} exists. Change {len(plan.changes)} files in it? [y/N] ")
     return answer.strip().lower() in ("y", "yes")

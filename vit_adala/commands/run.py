@@ -19,13 +19,13 @@ from ..recipes import find_recipe
 class RunArguments:
     recipe: str | None = field(
         default=None,
-        metadata={"help": "A YAML of the settings below, or quickstart.", "positional": "RECIPE.yaml"},
+        metadata={"help": "YAML file of the settings below, or quickstart.", "positional": "RECIPE.yaml"},
     )
-    from_stage: int | None = field(default=None, metadata={"help": "Run stage N and those after it again."})
+    from_stage: int | None = field(default=None, metadata={"help": "Run stage N and later stages again."})
     settings: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Any setting, dotted; those of the stages: vit-adala align --help-all.",
+            "help": "Any setting, with dots for those of a stage, listed by vit-adala align --help-all.",
             "flag": "set",
             "repeat": True,
         },
@@ -36,8 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     """`vit-adala run [RECIPE.yaml] [--teacher T --dataset D ...]`"""
     parser = CommandParser(
         "run",
-        "Runs all stages. Killed at any point, the same command resumes. Settings win in this order: flags, --set,"
-        " recipe, default.",
+        "Run all stages. If it is killed, the same command resumes. Precedence: flags, --set, recipe, defaults.",
         "vit-adala run --teacher facebook/dinov2-small --dataset uoft-cs/cifar10 --image-size 112"
         " --set feature_alignment.max_steps=2000",
         RunArguments,

@@ -1,4 +1,4 @@
-"""The form of a health check, for `vit-adala doctor` and for any script: a small function that returns a `Check`."""
+"""Health checks for `vit-adala doctor` and other scripts: small functions that return a `Check`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ class Check:
     """One line of a health report.
 
     Args:
-        name (`str`): What was looked at.
-        status (`str`): `"PASS"`, `"WARN"` (works, but should be known) or `"FAIL"`.
-        message (`str`): What was found, in one line.
-        remedy (`str`, *optional*): What to do about it. Default: nothing.
+        name (`str`): Name of the check.
+        status (`str`): `"PASS"`, `"WARN"` (works, with a limitation) or `"FAIL"`.
+        message (`str`): Finding, in one line.
+        remedy (`str`, *optional*): What to do about it.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Check:
 
 
 def run_check(check: Callable[..., Check], *args: Any) -> Check:
-    """Runs a check. An error inside it is its finding, since what is to be examined may be broken in any way."""
+    """Run a check. An exception in it becomes a FAIL, since the model may be broken in any way."""
     try:
         return check(*args)
     except AdaLAError as error:
@@ -39,7 +39,7 @@ def run_check(check: Callable[..., Check], *args: Any) -> Check:
 
 
 def title(check: Callable[..., Check]) -> str:
-    """The name of a check, from that of its function."""
+    """Return the name of a check, from that of its function."""
     return check.__name__.replace("_", " ")
 
 

@@ -1,6 +1,6 @@
-"""Is this machine ready? The checks of `vit-adala doctor` that need no model.
+"""Checks of `vit-adala doctor` on the environment.
 
-The packages that they judge are imported inside them, so that a broken one is a finding and not a crash.
+The packages to check are imported inside the functions, so that a broken one is a finding and not a crash.
 """
 
 import importlib.metadata
@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 import torch
 from huggingface_hub import constants, get_token
@@ -30,7 +29,7 @@ FREE_GB_WARN, FREE_GB_FAIL = 5.0, 0.5
 
 
 def requirements() -> list[Requirement]:
-    """What the installed distribution requires, extras left out; empty where it is not installed."""
+    """Return the requirements of the installed distribution without extras; none if it is not installed."""
     try:
         lines = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
@@ -39,7 +38,7 @@ def requirements() -> list[Requirement]:
 
 
 def python() -> Check:
-    """The interpreter is in the tested range, and so is known what is."""
+    """Check that the interpreter is in the tested range."""
     version = platform.python_version()
     try:
         wanted = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
@@ -54,20 +53,20 @@ def python() -> Check:
 
 
 def requirement(wanted: Requirement) -> Check:
-    """One package is there, in the range that the metadata of this distribution gives."""
+    """Check that a package is installed in the tested range."""
     remedy = f"Run pip install '{wanted.name}{wanted.specifier}'."
     try:
         version = importlib.metadata.version(wanted.name)
     except importlib.metadata.PackageNotFoundError:
         return Check(wanted.name, "FAIL", f"not installed (tested: {wanted.specifier})", remedy)
-    # a local build (2.13.0+cpu) and a release candidate count as what they are builds of
+    # local builds (2.13.0+cpu) and release candidates count as the release
     if not wanted.specifier.contains(Version(version).public, prereleases=True):
         return Check(wanted.name, "FAIL", f"{version} is outside the tested {wanted.specifier}", remedy)
     return Check(wanted.name, "PASS", f"{version} (tested: {wanted.specifier})")
 
 
 def torchvision() -> Check:
-    """Torchvision is not needed, but one built for another torch breaks the imports of Transformers."""
+    """Check that torchvision, if installed, fits torch: otherwise it breaks imports of Transformers."""
     try:
         version, lines = importlib.metadata.version("torchvision"), importlib.metadata.requires("torchvision") or []
     except importlib.metadata.PackageNotFoundError:
@@ -80,12 +79,14 @@ def torchvision() -> Check:
             "torchvision", "FAIL", f"{version} is built for torch{wanted[0]}, but torch is {installed}", remedy
         )
     if (Version(version).local or "") != (installed.local or ""):
-        return Check("torchvision", "WARN", f"{version} and torch {installed} are builds for other devices", remedy)
+        return Check(
+            "torchvision", "WARN", f"{version} and torch {installed} are builds for different devices", remedy
+        )
     return Check("torchvision", "PASS", f"{version}, which fits torch {installed}")
 
 
 def device() -> Check:
-    """Where models run."""
+    """Check which device models run on."""
     from trainers.runs.facts import describe_machine
 
     machine = describe_machine()
@@ -104,7 +105,7 @@ def device() -> Check:
 
 
 def bf16() -> Check:
-    """Whether training uses bf16 by default, and why."""
+    """Check whether training uses bf16 by default, and say why."""
     from trainers.base_config import has_fast_bf16
 
     if has_fast_bf16():
@@ -113,7 +114,7 @@ def bf16() -> Check:
 
 
 def attention() -> Check:
-    """Which implementation computes attention, and why."""
+    """Check which backend computes attention, and say why."""
     from modeling_adala.kernels import choose_backend
 
     if "adala" not in AttentionInterface().valid_keys():
@@ -127,7 +128,7 @@ def attention() -> Check:
 
 
 def disk() -> Check:
-    """Room for checkpoints here and for downloads in the Hub's cache."""
+    """Check the free space for checkpoints here and for downloads in the Hub's cache."""
     places = {"here": Path.cwd(), "in the Hub's cache": Path(constants.HF_HUB_CACHE)}
     free = {name: shutil.disk_usage(_existing(path)).free / 1e9 for name, path in places.items()}
     message = ", ".join(f"{size:.1f} GB free {name}" for name, size in free.items())
@@ -138,23 +139,25 @@ def disk() -> Check:
 
 
 def hub() -> Check:
-    """Whether the Hub is to be used, and answers."""
-    endpoint = _without_login(constants.ENDPOINT)
+    """Check whether the Hub is enabled and answers."""
+    from hub_cards.push import without_login
+
+    endpoint = without_login(constants.ENDPOINT).partition("?")[0]
     where = endpoint + (" (from HF_ENDPOINT)" if os.environ.get("HF_ENDPOINT") else "")
     if constants.is_offline_mode():
-        return Check("hub", "PASS", f"offline by HF_HUB_OFFLINE; only folders and the cache are used, not {where}")
+        return Check("hub", "PASS", f"offline (HF_HUB_OFFLINE): folders and the cache are used, not {where}")
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
     except Exception as error:  # the client's own, of a library that may change
-        remedy = "Check the network, set HF_ENDPOINT to a mirror, or set HF_HUB_OFFLINE=1 to work without."
+        remedy = "Check the network, set HF_ENDPOINT to a mirror, or set HF_HUB_OFFLINE=1 to work offline."
         return Check("hub", "WARN", f"{where} does not answer ({type(error).__name__})", remedy)
     return Check("hub", "PASS", f"{where} answers")
 
 
 def token() -> Check:
-    """Whether a token is there. Never shows any of it."""
+    """Check for a token, without showing any of it."""
     if get_token() is None:
-        return Check("token", "PASS", "none; only pushing and private models need one (hf auth login)")
+        return Check("token", "PASS", "none; only pushes and private models need one (hf auth login)")
     named = [name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)]
     return Check("token", "PASS", f"present, from {named[0] if named else constants.HF_TOKEN_PATH}")
 
@@ -163,7 +166,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (torchvision, device, bf16, attention,
 
 
 def environment_checks() -> Iterator[Check]:
-    """All of them, each as soon as it is done."""
+    """Yield the checks of the environment, each as soon as it is done."""
     yield run_check(python)
     for wanted in requirements():
         yield run_check(requirement, wanted)
@@ -172,17 +175,12 @@ def environment_checks() -> Iterator[Check]:
 
 
 def _existing(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that is there."""
+    """Return the folder, or its nearest parent that exists."""
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def _without_login(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1], query="", fragment=""))
-
-
 def check_cache() -> None:
-    """Refuse a cache folder that cannot be written before `datasets` takes the data for broken.
+    """Refuse a cache folder that cannot be written, which `datasets` would report as broken data.
 
     Raises:
         UsageError: Naming the folder and the variable that chooses another.

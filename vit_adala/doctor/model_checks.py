@@ -1,4 +1,4 @@
-"""Is a model healthy? The checks of `vit-adala doctor MODEL`, on a folder whose files are all there."""
+"""Checks of `vit-adala doctor MODEL` on a complete checkpoint folder."""
 
 import json
 import math
@@ -23,6 +23,7 @@ from modeling_adala.conversion.checkpoint_safety import check_checkpoint
 from modeling_adala.conversion.loading import load_config, load_image_processor, load_student, load_teacher
 from modeling_adala.conversion.stored_weights import nonfinite_tensors, read_tensors, weight_files
 from modeling_adala.errors import CheckpointError
+from modeling_adala.families import is_adala
 from modeling_adala.feature_maps import FeatureMap
 from modeling_adala.inspection.towers import attention_modules, forward_features, native_size, patch_size
 from modeling_adala.mixins import num_special_tokens
@@ -35,14 +36,13 @@ PROBE_SECONDS = 600
 
 @dataclass
 class Subject:
-    """A model under examination. What several checks need is loaded once, when the first of them asks for it.
+    """Model under examination. Anything that several checks need is loaded once, on first use.
 
     Args:
-        directory (`Path`): The checkpoint folder; for a model of the Hub, its snapshot in the cache.
-        images (`Callable`, *optional*): Gives pixel values `(batch, channels, height, width)`, processed for this
-            model, or `None` if there are none. Called once the folder is known to be safe.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether the user allows the code in the folder to
-            run, in a process of its own.
+        directory (`Path`): Checkpoint folder; for a model of the Hub, its snapshot in the cache.
+        images (`Callable`, *optional*): Returns pixel values `(batch, channels, height, width)`, processed for this
+            model, or `None`. Called once the folder is known to be safe.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Run the code in the folder, in a separate process.
     """
 
     directory: Path
@@ -60,8 +60,8 @@ class Subject:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        load = load_student if self.config.model_type.startswith("adala_") else load_teacher
-        return load(str(self.directory), finite=False).eval()  # whether they are finite has a line of its own
+        load = load_student if is_adala(self.config) else load_teacher
+        return load(str(self.directory), finite=False).eval()  # `finite_weights` reports those
 
     @cached_property
     def pixel_values(self) -> Tensor | None:
@@ -95,19 +95,19 @@ class Subject:
 
 
 def feature_maps(model: PreTrainedModel) -> dict[int, FeatureMap]:
-    """The feature maps of the linear layers, by layer."""
+    """Return the feature maps of the linear layers, by layer."""
     found = {layer: getattr(m, "feature_map", None) for layer, m in enumerate(attention_modules(model))}
     return {layer: feature_map for layer, feature_map in found.items() if feature_map is not None}
 
 
 def run_probe(directory: Path, *options: str) -> dict[str, Any]:
-    """What vit_adala/doctor/probe.py found in a fresh process.
+    """Return the findings of vit_adala/doctor/probe.py in a fresh process.
 
     Raises:
-        CheckpointError: with the last line of its error.
+        CheckpointError: With the last line of its error.
     """
     script = Path(__file__).with_name("probe.py")
-    paths = [str(script.parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [str(Path(modeling_adala.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     process = subprocess.run(
         [sys.executable, "-P", str(script), str(directory.absolute()), *options],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TRANSFORMERS_VERBOSITY": "error"},
@@ -121,13 +121,13 @@ def run_probe(directory: Path, *options: str) -> dict[str, Any]:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-# --- The files -------------------------------------------------------------------------------------------------------
+# --- the files -------------------------------------------------------------------------------------------------------
 
 
 def weights(subject: Subject) -> Check:
-    """Nothing of the training is stored beside the model: no teacher, no projections of a loss."""
+    """Check that the weights are those of the student alone, without its teacher's."""
     if not subject.shapes:
-        return Check("weights", "FAIL", "there is no safetensors file", "Save the model with save_pretrained.")
+        return Check("weights", "FAIL", "no safetensors file", "Save the model with save_pretrained.")
     teacher = [name for name in subject.shapes if "teacher" in name.lower()]
     if teacher:
         return Check(
@@ -141,7 +141,7 @@ def weights(subject: Subject) -> Check:
 
 
 def position_grid(subject: Subject) -> Check:
-    """The stored position embeddings have one entry per patch of the configuration's image size."""
+    """Check that the position embeddings have one entry per patch of the configured image size."""
     config = vision_config(subject.config)
     (height, width), patch = native_size(config), patch_size(config)
     rows, columns = height // patch[0], width // patch[1]
@@ -161,46 +161,46 @@ def position_grid(subject: Subject) -> Check:
 
 
 def image_processor(subject: Subject) -> Check:
-    """The folder says how images become pixel values, in valid numbers."""
+    """Check that the folder has a valid image processor."""
     if load_image_processor(str(subject.directory)) is not None:
         return Check("image processor", "PASS", "found, with a valid mean and standard deviation")
     remedy = "Save the teacher's image processor into the folder."
-    return Check("image processor", "WARN", "none: users have to guess the normalization", remedy)
+    return Check("image processor", "WARN", "missing: users have to guess the normalization", remedy)
 
 
 def card(subject: Subject) -> Check:
-    """README.md has what the Hub reads from it, and a text."""
+    """Check that README.md has metadata for the Hub and no empty section."""
     path = subject.directory / "README.md"
-    remedy = "Write one with hub_cards.write_card(folder), and fill in what no file records."
+    remedy = "Write one with hub_cards.write_card(folder) and complete it by hand."
     if not path.is_file():
-        return Check("card", "WARN", "there is no README.md", remedy)
+        return Check("card", "WARN", "no README.md", remedy)
     metadata = metadata_load(path) or {}
     missing = [name for name in CARD_FIELDS if not metadata.get(name)]
     if missing:
-        return Check("card", "WARN", f"README.md does not say {', '.join(missing)}", remedy)
+        return Check("card", "WARN", f"README.md lacks {', '.join(missing)}", remedy)
     if "More information needed" in path.read_text(encoding="utf-8"):
-        return Check("card", "WARN", "README.md has sections that nobody filled in", remedy)
+        return Check("card", "WARN", "README.md has empty sections", remedy)
     return Check("card", "PASS", "README.md has text and metadata")
 
 
-# --- Opening it ------------------------------------------------------------------------------------------------------
+# --- opening it ------------------------------------------------------------------------------------------------------
 
 
 def loads_with_the_package(subject: Subject) -> Check:
-    """A fresh process opens it through its Auto class, and every tensor finds its place."""
+    """Check that a fresh process opens the model through its Auto class, with every stored tensor and no other."""
     found, name = subject.opened, "loads with the package"
     remedy = "Convert or save the model again with this version."
-    for kind, problem in (("missing", "has no stored value"), ("unexpected", "is stored but has no place")):
+    for kind, problem in (("missing", "has no stored value"), ("unexpected", "is stored but not part of the model")):
         if found[kind]:
             return Check(name, "FAIL", f"{found[kind][0]!r} {problem}, one of {len(found[kind])}", remedy)
     return Check(name, "PASS", f"{found['class']}, in a fresh process")
 
 
 def code_files(subject: Subject) -> Check:
-    """The Python files in the folder are those of this package, byte for byte."""
+    """Check that the Python files in the folder equal those of this package."""
     files = sorted(subject.directory.glob("*.py"))
     if not files:
-        return Check("code files", "PASS", "the folder carries none")
+        return Check("code files", "PASS", "none in the folder")
     version = getattr(vision_config(subject.config), "adala_version", None)
     if version != ADALA_VERSION:
         remedy = f"Install vit-adala {version} to compare them." if version else "Read them before you let them run."
@@ -217,23 +217,23 @@ def code_files(subject: Subject) -> Check:
 
 
 def loads_without_the_package(subject: Subject) -> Check:
-    """The code files that the folder carries are complete and, where the user allows them to run, open it alike."""
+    """Check that the code files in the folder are complete and, if allowed to run, give the same outputs."""
     name, auto_map = "loads without the package", getattr(subject.config, "auto_map", None)
-    if not subject.config.model_type.startswith("adala_"):
+    if not is_adala(subject.config):
         return Check(name, "PASS", f"{subject.config.model_type} is part of Transformers")
     if not auto_map:
         remedy = "Save or push it again with this version, or tell its users to import modeling_adala."
-        return Check(name, "WARN", "the folder carries no code (no auto_map in config.json)", remedy)
+        return Check(name, "WARN", "no code in the folder (no auto_map in config.json)", remedy)
     files = {f"{reference.rsplit('.', 1)[0]}.py" for reference in auto_map.values()}
     for file in sorted(files):
         if "--" in file or Path(file).name != file:
-            return Check(name, "FAIL", f"auto_map names code outside of the folder ({file!r})", "Do not run its code.")
+            return Check(name, "FAIL", f"auto_map names code outside the folder ({file!r})", "Do not run its code.")
         path = subject.directory / file
         related = get_relative_import_files(str(path)) if path.is_file() else [str(path)]
         missing = [Path(path).name for path in related if not Path(path).is_file()]
         if missing:
             remedy = "Save or push it again with this version."
-            return Check(name, "FAIL", f"auto_map needs the code file {missing[0]!r}, which is not there", remedy)
+            return Check(name, "FAIL", f"auto_map needs the code file {missing[0]!r}, which is missing", remedy)
     if not subject.trust_remote_code:
         remedy = "Read the .py files of the folder; --trust-remote-code then runs them."
         return Check(name, "WARN", f"the code files are complete ({', '.join(sorted(files))}); not run", remedy)
@@ -241,16 +241,16 @@ def loads_without_the_package(subject: Subject) -> Check:
     expected = torch.tensor(subject.opened["outputs"])
     outputs = torch.tensor(found["outputs"])
     if len(outputs) != len(expected) or not torch.allclose(outputs, expected, rtol=1e-3, atol=1e-4, equal_nan=True):
-        remedy = "Save or push it again, so that code and weights are of one version."
-        return Check(name, "FAIL", "its own code gives other outputs than the package", remedy)
+        remedy = "Save or push it again, so that code and weights are from the same version."
+        return Check(name, "FAIL", "the code in the folder and the package give different outputs", remedy)
     return Check(name, "PASS", f"{found['class']}, in a fresh process, with the same outputs")
 
 
-# --- Its numbers -----------------------------------------------------------------------------------------------------
+# --- its numbers -----------------------------------------------------------------------------------------------------
 
 
 def finite_weights(subject: Subject) -> Check:
-    """No NaN and no infinity in the weights."""
+    """Check that the weights are finite."""
     bad = nonfinite_tensors(weight_files(subject.directory))
     if bad:
         remedy = "Training diverged: go back to an earlier checkpoint and lower the learning rate."
@@ -259,7 +259,7 @@ def finite_weights(subject: Subject) -> Check:
 
 
 def finite_outputs(subject: Subject) -> Check:
-    """No NaN and no infinity in the features of real images."""
+    """Check that the features of real images are finite."""
     if subject.pixel_values is None:
         return _no_images("finite outputs")
     features, _ = subject.forward
@@ -271,7 +271,7 @@ def finite_outputs(subject: Subject) -> Check:
 
 
 def smallest_normalizer(subject: Subject) -> Check:
-    """phi(q) z, what linear attention divides by, stays well above the eps that is added to it.
+    """Check that the normalizer phi(q) z of linear attention is well above the eps that is added to it.
 
     Below 100 eps, attention weights sum to less than 0.99; below eps, to less than a half.
     """
@@ -284,15 +284,15 @@ def smallest_normalizer(subject: Subject) -> Check:
     _, smallest = subject.forward
     if smallest.keys() != layers.keys():
         remedy = "Open the model with attn_implementation='adala'."
-        return Check(name, "WARN", "the linear layers did not run as such, nothing was measured", remedy)
-    # nan is the worst, and no minimum finds it
+        return Check(name, "WARN", "not measured: the linear layers did not run", remedy)
+    # NaN is the worst, which `min` does not find
     worst = min(smallest, key=lambda layer: -math.inf if math.isnan(smallest[layer]) else smallest[layer])
     eps = layers[worst].eps
     values = " ".join(f"{layer}:{value:.1e}" for layer, value in smallest.items())
     message = f"{smallest[worst]:.1e} in layer {worst}, eps is {eps:.0e} (by layer {values})"
     if smallest[worst] >= 100 * eps:
         return Check(name, "PASS", message)
-    remedy = "Some queries attend to almost nothing: train stage 1 longer, or convert with feature_map='exp'."
+    remedy = "Some queries attend to almost nothing: train stage 1 longer, or convert with feature_map='hedgehog'."
     return Check(name, "WARN" if smallest[worst] >= eps else "FAIL", message, remedy)
 
 
@@ -301,7 +301,7 @@ def _is_same_file(file: Path, other: Path) -> bool:
 
 
 def _no_images(name: str) -> Check:
-    return Check(name, "WARN", "not measured: there are no images", "Pass images with --dataset.")
+    return Check(name, "WARN", "not measured: no images", "Pass images with --dataset.")
 
 
 CHECKS: tuple[Callable[[Subject], Check], ...] = (
@@ -319,13 +319,13 @@ CHECKS: tuple[Callable[[Subject], Check], ...] = (
 
 
 def safe_to_open(subject: Subject) -> Check:
-    """`check_checkpoint`: nothing in the folder is dangerous or broken."""
+    """Check that nothing in the folder is dangerous or broken, see `check_checkpoint`."""
     check_checkpoint(subject.directory)
-    return Check("safe to open", "PASS", "no link out of the folder, whole safetensors, a sound config.json")
+    return Check("safe to open", "PASS", "no links out of the folder, intact safetensors, a valid config.json")
 
 
 def model_checks(subject: Subject) -> Iterator[Check]:
-    """All checks of a model, each as soon as it is done. A folder that is not safe is not looked at further."""
+    """Yield the checks of a model, each as soon as it is done; only the first for a folder that is not safe."""
     safe = run_check(safe_to_open, subject)
     yield safe
     if safe.status != "FAIL":

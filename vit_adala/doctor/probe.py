@@ -1,9 +1,9 @@
-"""Opens a checkpoint folder as its user would, in a process of its own, and prints what came of it as JSON.
+"""Opens a checkpoint folder as its users do, in a separate process, and prints the findings as JSON.
 
     python -P vit_adala/doctor/probe.py FOLDER                                        with the package
     python -P vit_adala/doctor/probe.py FOLDER --without-package --trust-remote-code  with the code in the folder
 
-A script, and no module of the package: it has to run where the package cannot be imported.
+A script, not a module of the package: it has to run where the package cannot be imported.
 """
 
 import argparse
@@ -40,11 +40,11 @@ def hide_package() -> None:
 
 
 def probe(folder, trust=False):
-    """Return which class a folder opens as, which weights were missing or left over, and what it gives.
+    """Return the class that a folder opens as, missing and unexpected weights, and outputs.
 
     Args:
-        folder (`str`): The checkpoint folder.
-        trust (`bool`): Whether the code files in it may run.
+        folder (`str`): Checkpoint folder.
+        trust (`bool`, *optional*, defaults to `False`): Run the code files in it.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     model, info = find_class(folder, config, trust).from_pretrained(
@@ -61,7 +61,7 @@ def probe(folder, trust=False):
 
 
 def find_class(folder, config, trust):
-    """The Auto class that opens the architecture of a configuration, or the class itself where none does."""
+    """Return the Auto class that opens the architecture of a configuration, or the class itself if none does."""
     architecture = (config.architectures or [""])[0]
     references = getattr(config, "auto_map", None) or {}
     for name in (name for name in dir(transformers) if name.startswith("AutoModel")):
@@ -79,7 +79,7 @@ def find_class(folder, config, trust):
 
 
 def make_inputs(model, config):
-    """Pixels of the size that a model was made for, the same in every process, and token ids where it takes a text."""
+    """Return pixels of the model's own size, the same in every process, and token ids if it takes text."""
     vision, names = getattr(config, "vision_config", config), inspect.signature(model.forward).parameters
     size = getattr(vision, "image_size", None)
     if size is None:  # SigLIP 2 says how many patches, of a square
@@ -98,7 +98,7 @@ def make_inputs(model, config):
 
 
 def tensors(output):
-    """All tensors of a model output, flat."""
+    """Return all tensors of a model output as a list."""
     if isinstance(output, torch.Tensor):
         return [output]
     values = output.values() if isinstance(output, dict) else output
@@ -108,5 +108,5 @@ def tensors(output):
 if __name__ == "__main__":
     try:
         main()
-    except Exception as error:  # whatever it is, one line of it is what the parent shows
+    except Exception as error:  # the parent shows one line
         sys.exit(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")

@@ -1,4 +1,4 @@
-"""The recipes that come with the package, by name: `vit-adala run quickstart`."""
+"""Built-in recipes, by name: `vit-adala run quickstart`."""
 
 from pathlib import Path
 

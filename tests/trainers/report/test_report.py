@@ -40,7 +40,7 @@ def test_precision_is_one_that_the_machine_multiplies(monkeypatch, fast):
 def test_teacher_without_a_head_for_the_data_has_no_accuracy():
     evaluations = {
         "teacher": {},
-        "swapped": {"num_eval_images": 5, "teacher_knn_accuracy": 0.9, "student_knn_accuracy": 0.5},
+        "converted": {"num_eval_images": 5, "teacher_knn_accuracy": 0.9, "student_knn_accuracy": 0.5},
         "supervised": {"num_eval_images": 5, "head_accuracy": 0.8},
     }
     heading, teacher, _, supervised = summary_table(evaluations, {"stages": {}})
