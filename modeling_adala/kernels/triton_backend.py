@@ -6,7 +6,7 @@ Next to `fla-org/flash-bidirectional-linear-attention`:
   reads its inputs and writes its outputs once, two launches forward and two backward, and copies nothing;
 - tokens are cut into as many parts as the card has room for, so that batch 1 fills it; tiles do not depend on the
   number of tokens, and kernels take that at run time: nothing is compiled or tuned again for another resolution;
-- scratch is one float32 record of the state per part (`features x value_dim`), forward and backward, whatever N is;
+- scratch is one float32 record of the state per part (`features x value_dim`), forward and backward, for any N;
 - any head dim: tiles are the next power of two and loads are masked. At 72 to 96 that is idle arithmetic, but no idle
   traffic, and traffic bounds these kernels (a 128 x 128 tile at 72: about 110 operations per byte, of the 295 that an
   H100 can do meanwhile);

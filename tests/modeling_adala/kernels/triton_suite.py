@@ -202,7 +202,7 @@ def test_value_of_another_dtype(value_dtype):
 
 
 @pytest.mark.parametrize("phi", PHI)
-def test_padding_has_no_influence_whatever_it_holds(phi):
+def test_padding_has_no_influence_even_if_not_finite(phi):
     query, key, value = inputs_of(phi, 2, 1, 12, 12, 16, 16)
     mask = torch.arange(12, device=DEVICE) < torch.tensor([[5], [0]], device=DEVICE)
     feature_map = feature_map_of(phi, 1, 16)
