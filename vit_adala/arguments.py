@@ -25,9 +25,10 @@ from transformers import TrainingArguments
 from modeling_adala.configuration_adala import LinearAttentionConfig
 from modeling_adala.errors import UsageError
 from modeling_adala.feature_maps import FEATURE_MAPS
+from trainers.attention_alignment_config import AttentionAlignmentConfig
 from trainers.base_config import AdaLATrainingArguments
 from trainers.runs.plain_yaml import parse_yaml
-from trainers.runs.settings import NO, YES, build, did_you_mean
+from trainers.runs.settings import NO, YES, build, did_you_mean, parse_softmax_layers
 
 # inherited from TrainingArguments, but what people look for first
 COMMON = {
@@ -55,9 +56,9 @@ HELP = ("-h", "--help", "--help-all")
 LINEAR_ATTENTION = {
     "feature_map": f"phi, one of {', '.join(sorted(FEATURE_MAPS))}.",
     "feature_map_kwargs": "Options of the feature map, such as '{scale: 0.5}'.",
-    "softmax_layers": "Layers that keep softmax, from 0 or, negative, from the end.",
+    "softmax_layers": "Layers that keep softmax, from 0 or, negative, from the end; auto:K measures which.",
+    "local_mixing": "Side of a convolution of the values over the patch grid, such as 3; 0 for none.",
 }
-assert LINEAR_ATTENTION.keys() == {item.name for item in dataclasses.fields(LinearAttentionConfig)}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -123,6 +124,11 @@ class CommandParser(argparse.ArgumentParser):
         """
         texts = self.read(arguments)
         self.given = set(texts)
+        if texts.get("softmax_layers", "").startswith("auto"):
+            _, count = parse_softmax_layers(texts.pop("softmax_layers"))
+            if AttentionAlignmentConfig not in self.types:
+                self.error(f"--softmax-layers auto:{count} chooses layers at the end of stage 1: vit-adala align or run")
+            texts["auto_softmax_layers"] = str(count)
         parsed = []
         for kind in self.types:
             names = {item.name for item in dataclasses.fields(kind)}

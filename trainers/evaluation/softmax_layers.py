@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.errors import UsageError
 from modeling_adala.inspection.towers import attention_modules, eval_mode, forward_features
 
 from .metrics import FeatureRelativeError
@@ -82,20 +81,6 @@ def keep_softmax(student: PreTrainedModel, teacher: PreTrainedModel, layers: Seq
             del module.local_mixing
         _copy_projections(attention_modules(teacher)[layer], module)
     config.softmax_layers = sorted({*config.softmax_layers, *layers})
-
-
-def parse_softmax_layers(value: str | Sequence[int] | None) -> tuple[list[int] | None, int]:
-    """Return the layers that `softmax_layers` lists, and how many `"auto:K"` asks to choose.
-
-    Raises:
-        UsageError: For text that is neither.
-    """
-    if not isinstance(value, str):
-        return None if value is None else list(value), 0
-    name, _, count = value.partition(":")
-    if name != "auto" or not count.isdecimal() or int(count) < 1:
-        raise UsageError(f"softmax_layers={value!r}: pass layers, such as 0 11, or auto:K to choose K by measurement.")
-    return None, int(count)
 
 
 @contextmanager

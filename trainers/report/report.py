@@ -221,7 +221,7 @@ def _render(
             "",
             f"- Teacher: {code(manifest['teacher'])}{teacher_revision}, weights {manifest['teacher_sha256'][:12]}",
             f"- Data: {code(manifest['dataset'])}, fingerprint {manifest['data_fingerprint']}",
-            f"- Student: {code(config.feature_options)} (empty: defaults); conversion parity {parity}",
+            f"- Student: {code(asdict(config.linear_attention))}; conversion parity {parity}",
             *stages,
             f"- Machine: {manifest['machine']}; bf16 autocast {'on' if manifest['bf16'] else 'off'};"
             f" {', '.join(f'{name} {number}' for name, number in manifest['versions'].items())}",
@@ -260,7 +260,7 @@ def _students(out: Path, comparison: Comparison, config: RecipeConfig) -> dict[s
         if (out / stage.directory).is_dir():
             students[stage.name] = load_student(str(out / stage.directory)).to(device)
     if not students:
-        students["swapped"] = convert(comparison.teacher, check_parity=False, **config.feature_options)
+        students["swapped"] = convert(comparison.teacher, config.linear_attention, check_parity=False)
     return {**students, "last": list(students.values())[-1]}
 
 

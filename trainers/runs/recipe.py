@@ -113,7 +113,7 @@ class _Run:
         teacher = find_teacher(config.teacher)
         self.image_processor = load_image_processor(teacher)
         self.teacher = load_teacher(teacher)
-        student_config(self.teacher.config, **config.feature_options)  # refuses layers that it does not have
+        student_config(self.teacher.config, config.linear_attention)  # refuses layers that it does not have
         supervised = "supervised" in config.stages
         self.data = DataModule(config, self.teacher.config, self.image_processor, require_labels=supervised)
         device = PartialState().device
@@ -157,7 +157,7 @@ class _Run:
 
     def _evaluate_before_training(self) -> PreTrainedModel:
         set_seed(self.config.seed)
-        student = convert(self.teacher, check_parity=False, **self.config.feature_options)
+        student = convert(self.teacher, self.config.linear_attention, check_parity=False)
         vision_config(student.config).teacher_name_or_path = self.config.teacher
         if "parity" not in self.manifest:
             parity = parity_report(self.teacher, student)
@@ -228,7 +228,7 @@ class _Run:
             args.max_steps = round(second["steps"] + extra)
             args.output_dir = str(directory)
             set_seed(self.config.seed)
-            student = convert(self.teacher, check_parity=False, **self.config.feature_options)
+            student = convert(self.teacher, self.config.linear_attention, check_parity=False)
             result = run_stage(
                 stage,
                 student,

@@ -5,51 +5,25 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from modeling_adala.configuration_adala import DEFAULT_FEATURE_MAP
+from modeling_adala.configuration_adala import LinearAttentionConfig
 from modeling_adala.errors import UsageError
-from modeling_adala.feature_maps import FEATURE_MAPS
 
 from ..base_config import COUNT, RANGES, AdaLATrainingArguments
 from ..data.data_config import DataConfig, check_streaming
 from ..data.sources import describe
 from .plain_yaml import dump_yaml, read_yaml
-from .settings import build, did_you_mean, fit_type
+from .settings import build, did_you_mean, fit_type, parse_softmax_layers
 from .stages import STAGES, Stage
 
-FEATURE_MAP_HELP = f"phi: {', '.join(sorted(FEATURE_MAPS))}. Default: {DEFAULT_FEATURE_MAP}"
-
-
 @dataclass
-class StudentConfig:
-    """Options of linear attention that a conversion takes.
-
-    Args:
-        feature_map, feature_map_kwargs, softmax_layers (*optional*): See `AdaLAConfigMixin`.
-    """
-
-    feature_map: str | None = field(default=None, metadata={"help": f"{FEATURE_MAP_HELP}."})
-    feature_map_kwargs: dict = field(
-        default_factory=dict, metadata={"help": "Options of the feature map, such as '{scale: 0.5}'."}
-    )
-    softmax_layers: list[int] = field(
-        default_factory=list, metadata={"help": "Layers that keep softmax, from 0 or, negative, from the end."}
-    )
-
-    @property
-    def feature_options(self) -> dict[str, Any]:
-        """Arguments for `convert`; those left at their default are left out."""
-        names = [item.name for item in fields(StudentConfig)]
-        return {name: getattr(self, name) for name in names if getattr(self, name)}
-
-
-@dataclass
-class RecipeConfig(StudentConfig, DataConfig):
-    """Settings of `run_recipe`, on top of `DataConfig`.
+class RecipeConfig(LinearAttentionConfig, DataConfig):
+    """Settings of `run_recipe`, on top of `LinearAttentionConfig` and `DataConfig`.
 
     Args:
         teacher (`str`): Softmax checkpoint: Hub id or local folder.
         output_dir (`str`, *optional*, defaults to `"out"`): Everything the run leaves behind.
-        feature_map, feature_map_kwargs, softmax_layers (*optional*): See `AdaLAConfigMixin`.
+        softmax_layers (`list[int]` or `str`, *optional*): Also `"auto:K"`: K layers that are chosen after stage 1, by
+            measurement.
         stages (`list[str]`, *optional*): Default: stages 1 and 2, and stage 3 where the data have labels and
             `supervised` is given.
         attention_alignment, feature_alignment, supervised (`dict`, *optional*): Settings of each stage's config class.
@@ -94,6 +68,11 @@ class RecipeConfig(StudentConfig, DataConfig):
             section, hints = section_of(stage), get_type_hints(stage.config_class)
             settings = getattr(self, section).items()
             setattr(self, section, {name: fit_type(name, value, hints[name]) for name, value in settings})
+
+    @property
+    def linear_attention(self) -> LinearAttentionConfig:
+        """Return the options for `convert`."""
+        return LinearAttentionConfig(**{item.name: getattr(self, item.name) for item in fields(LinearAttentionConfig)})
 
     def stage_arguments(self, stage: Stage) -> AdaLATrainingArguments:
         """Return the stage's configuration, writing to its folder in `output_dir`.
@@ -143,7 +122,18 @@ class RecipeConfig(StudentConfig, DataConfig):
         for name, value in overrides.items():
             merges = isinstance(value, dict) and isinstance(content.get(name), dict)
             content[name] = {**content[name], **value} if merges else value
-        return build(cls, content)
+        return cls.from_settings(content)
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> "RecipeConfig":
+        """Return a recipe from plain values, `softmax_layers: auto:K` among them."""
+        layers = settings.get("softmax_layers")
+        if isinstance(layers, str) and layers.startswith("auto"):
+            _, count = parse_softmax_layers(layers)
+            stage = {**settings.get("attention_alignment", {}), "auto_softmax_layers": count}
+            settings = {**settings, "attention_alignment": stage}
+            del settings["softmax_layers"]
+        return build(cls, settings)
 
 
 def section_of(stage: Stage) -> str:

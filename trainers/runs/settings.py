@@ -180,3 +180,17 @@ def _as_integer(value: Any, kinds: list[Any]) -> int:
     if not float(value).is_integer():
         raise ValueError(value)
     return int(float(value))
+
+
+def parse_softmax_layers(value: str | Sequence[int] | None) -> tuple[list[int] | None, int]:
+    """Return the layers that `softmax_layers` lists, and how many `"auto:K"` asks to choose.
+
+    Raises:
+        UsageError: For text that is neither.
+    """
+    if not isinstance(value, str):
+        return None if value is None else list(value), 0
+    name, _, count = value.partition(":")
+    if name != "auto" or not count.isdecimal() or int(count) < 1:
+        raise UsageError(f"softmax_layers={value!r}: pass layers, such as 0 11, or auto:K to choose K by measurement.")
+    return None, int(count)

@@ -51,11 +51,13 @@ def main(arguments: Sequence[str]) -> None:
     if unknown:
         hint = did_you_mean(unknown[0], hints)
         raise UsageError(f"--set {unknown[0]}=...: no such setting{hint}; see vit-adala run --help.")
+    automatic = texts.get("softmax_layers", "").startswith("auto")  # resolved by the recipe
+    hints |= {"softmax_layers": str} if automatic else {}
     overrides |= {name: fit_type(name, text, hints[name]) for name, text in texts.items()}
     if run_args.recipe is not None:
         config = RecipeConfig.from_yaml(find_recipe(run_args.recipe), **overrides)
     else:
-        config = build(RecipeConfig, overrides)
+        config = RecipeConfig.from_settings(overrides)
     writes_to(config.output_dir)
     check_cache()
     report = run_recipe(config, from_stage=run_args.from_stage)

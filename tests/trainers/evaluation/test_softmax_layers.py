@@ -12,7 +12,8 @@ from modeling_adala import UsageError, convert, load_student
 from modeling_adala.inspection.towers import attention_modules, forward_features
 from modeling_adala.modeling_adala import MODELS
 from trainers import AttentionAlignmentConfig, AttentionAlignmentTrainer
-from trainers.evaluation.softmax_layers import keep_softmax, parse_softmax_layers, rank_softmax_layers
+from trainers.evaluation.softmax_layers import keep_softmax, rank_softmax_layers
+from trainers.runs.settings import parse_softmax_layers
 
 
 def trained_pair(name: str = "vit", layers: int = 3):
