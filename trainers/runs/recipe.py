@@ -20,6 +20,7 @@ from modeling_adala.conversion.loading import (
     load_image_processor,
     load_student,
     load_teacher,
+    load_teacher_config,
 )
 from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
 
@@ -111,9 +112,9 @@ class _Run:
         if from_stage is not None:
             self._check_from(from_stage)
         teacher = find_teacher(config.teacher)
+        student_config(load_teacher_config(teacher), **config.feature_options)  # before any weights are read
         self.image_processor = load_image_processor(teacher)
         self.teacher = load_teacher(teacher)
-        student_config(self.teacher.config, **config.feature_options)  # refuses layers that it does not have
         supervised = "supervised" in config.stages
         self.data = DataModule(config, self.teacher.config, self.image_processor, require_labels=supervised)
         device = PartialState().device
