@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trainers.runs.checkpoints import whole_file
+from hub_cards.records import write_text
 from trainers.runs.timing import Timing
 from vit_adala.benchmark.facts import run_facts
 from vit_adala.benchmark.floor import Floor
@@ -57,7 +57,7 @@ def write_result(
     path = output or (SMOKE if smoke else RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"name": name, "smoke": smoke, **run_facts(device), **facts, "rows": rows}
-    whole_file(path, json.dumps(result, indent=1) + "\n")
+    write_text(path, json.dumps(result, indent=1) + "\n")
     print(path)
     return path
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hub_cards.card import code, plain, table
+from hub_cards.records import write_text
 from modeling_adala.errors import DataError
-from trainers.runs.checkpoints import whole_file
 from vit_adala.benchmark.output import three_digits
 
 from .common import RESULTS, ROOT
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     text = PAGE.read_text()
-    whole_file(PAGE, replace_tables(text, render(load_results(RESULTS))))
+    write_text(PAGE, replace_tables(text, render(load_results(RESULTS))))
     print(PAGE)
 
 

@@ -66,6 +66,13 @@ class LinearAttentionConfig:
     softmax_layers: list[int] = field(default_factory=list)
     local_mixing: int = 0
 
+    def __post_init__(self, **kwargs):
+        if isinstance(self, PretrainedConfig):
+            super().__post_init__(**kwargs)
+        check_feature_map(self.feature_map, self.feature_map_kwargs)
+        if self.local_mixing != 0 and (self.local_mixing % 2 == 0 or not 3 <= self.local_mixing <= 15):
+            raise UsageError(f"local_mixing={self.local_mixing}: pass an odd number from 3 to 15, or 0 for none.")
+
 
 @dataclass(kw_only=True)
 class AdaLAConfigMixin(LinearAttentionConfig):
@@ -146,10 +153,7 @@ class AdaLAConfigMixin(LinearAttentionConfig):
                     f" {layers - 1}."
                 )
         self.softmax_layers = sorted({layer % layers for layer in self.softmax_layers})
-        if self.local_mixing != 0 and (self.local_mixing % 2 == 0 or not 3 <= self.local_mixing <= 15):
-            raise UsageError(f"local_mixing={self.local_mixing}: pass an odd number from 3 to 15, or 0 for none.")
         check_backend(self.backend)
-        check_feature_map(self.feature_map, self.feature_map_kwargs)
 
     @property
     def linear_layers(self) -> list[int]:

@@ -40,7 +40,7 @@ folder = Path(sys.argv[1])
 trainers.report.pictures.draw_colors(folder / "colors.png", torch.rand(1, 3, 8, 8), {"a": torch.rand(1, 4, 4, 3)})
 weights = {"a": torch.rand(2, 4, 4)}
 trainers.report.pictures.draw_attention(folder / "attention.png", torch.rand(3, 8, 8), (0, 0), weights, "t")
-trainers.report.report.draw_blocks(folder / "blocks.png", [], {"swapped": {"block_errors": [0.1, 0.2]}})
+trainers.report.report.draw_blocks(folder / "blocks.png", [], {"converted": {"block_errors": [0.1, 0.2]}})
 trainers.report.report.draw_speed(folder / "speed.png", [{"size": 32, "teacher": 1.0, "student": 0.5}])
 assert matplotlib.get_backend() == "svg" and pyplot.get_fignums() == [mine.number], "not the user's own any more"
 """

@@ -22,7 +22,6 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
-from modeling_adala.configuration_adala import LinearAttentionConfig
 from modeling_adala.errors import UsageError
 from modeling_adala.feature_maps import FEATURE_MAPS
 from trainers.attention_alignment_config import AttentionAlignmentConfig
@@ -127,7 +126,9 @@ class CommandParser(argparse.ArgumentParser):
         if texts.get("softmax_layers", "").startswith("auto"):
             _, count = parse_softmax_layers(texts.pop("softmax_layers"))
             if AttentionAlignmentConfig not in self.types:
-                self.error(f"--softmax-layers auto:{count} chooses layers at the end of stage 1: vit-adala align or run")
+                self.error(
+                    f"--softmax-layers auto:{count} chooses layers at the end of stage 1: vit-adala align or run"
+                )
             texts["auto_softmax_layers"] = str(count)
         parsed = []
         for kind in self.types:

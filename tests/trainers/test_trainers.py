@@ -25,11 +25,12 @@ from training_helpers import (
 )
 from transformers import PreTrainedModel, TrainerCallback
 
+from hub_cards.records import append_metrics
 from modeling_adala import CheckpointError, DataError, UsageError, convert
 from modeling_adala.conversion.loading import load_student
 from trainers.attention_alignment_config import AttentionAlignmentConfig
 from trainers.feature_alignment_config import FeatureAlignmentConfig
-from trainers.runs.callbacks import MetricsFileCallback, append_metrics, read_metrics
+from trainers.runs.callbacks import MetricsFileCallback, read_metrics
 from trainers.runs.checkpoints import list_checkpoints
 from trainers.runs.stages import STAGES, run_stage
 from trainers.supervised_config import SupervisedConfig
@@ -662,8 +663,8 @@ def test_line_after_a_torn_one_can_be_read(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     append_metrics(path, {"evaluation": "teacher"})
-    append_metrics(path, {"evaluation": "swapped"})
-    assert read_metrics(path) == [{"step": 1}, {"evaluation": "teacher"}, {"evaluation": "swapped"}]
+    append_metrics(path, {"evaluation": "converted"})
+    assert read_metrics(path) == [{"step": 1}, {"evaluation": "teacher"}, {"evaluation": "converted"}]
 
 
 # --- wrong use -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from modeling_adala import convert
 from modeling_adala.configuration_adala import LinearAttentionConfig, vision_config
 from modeling_adala.conversion import loading
 from modeling_adala.conversion.loading import load_student
-from modeling_adala.inspection.towers import FAMILIES
+from modeling_adala.modeling_adala import MODELS
 from vit_adala.cli import main
 
 QUICK = ["--max-steps", "1", "--per-device-train-batch-size", "8", "--use-cpu", "--bf16", "false"]
@@ -77,9 +77,9 @@ def test_converted_student_is_distilled(teacher, tmp_path):
     assert license == {"license": "mit"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_every_family_is_converted(family, tmp_path):
-    config = tiny_config(stock_config_class(FAMILIES[family]))
+    config = tiny_config(stock_config_class(MODELS[family]))
     AutoModel.from_config(config).save_pretrained(tmp_path / "teacher")
     shutil.copy(Path(save_teacher(tmp_path / "vit")) / "preprocessor_config.json", tmp_path / "teacher")
     out = tmp_path / "student"

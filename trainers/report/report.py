@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hub_cards.card import code, plain
 from hub_cards.records import EVALUATIONS as ROWS
-from hub_cards.records import FIGURES, IMAGES, read_json, read_metrics
+from hub_cards.records import FIGURES, IMAGES, read_json, read_metrics, write_text
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.convert import convert
 from modeling_adala.conversion.loading import load_student
@@ -25,7 +26,6 @@ from modeling_adala.inspection.towers import forward_features, patch_size
 from ..base_config import has_fast_bf16
 from ..evaluation.comparison import Comparison
 from ..runs.callbacks import cost_in_words
-from ..runs.checkpoints import whole_file
 from ..runs.facts import describe_machine
 from ..runs.memory import peak_above
 from ..runs.recipe_config import RecipeConfig
@@ -63,11 +63,11 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
     speed = read_json(out / "speed.json")
     if not speed.get("rows"):  # once for all stages: they change the weights, not what these cost
         speed = measure_speed(comparison.teacher, students["last"])
-        whole_file(out / "speed.json", json.dumps(speed, indent=2) + "\n")
+        write_text(out / "speed.json", json.dumps(speed, indent=2) + "\n")
     draw_speed(out / "speed.png", speed["rows"])
     conditions = f"batch {speed['batch_size']}, {speed['dtype']}, on {speed['machine']}"
     pictures["speed.png"] = f"Forward pass over resolution, {conditions}"
-    whole_file(out / "report.md", _render(table, manifest, pictures, speed["rows"], config))
+    write_text(out / "report.md", _render(table, manifest, pictures, speed["rows"], config))
     _print(table)
     return out / "report.md"
 
@@ -260,7 +260,7 @@ def _students(out: Path, comparison: Comparison, config: RecipeConfig) -> dict[s
         if (out / stage.directory).is_dir():
             students[stage.name] = load_student(str(out / stage.directory)).to(device)
     if not students:
-        students["swapped"] = convert(comparison.teacher, config.linear_attention, check_parity=False)
+        students["converted"] = convert(comparison.teacher, config.linear_attention, check_parity=False)
     return {**students, "last": list(students.values())[-1]}
 
 

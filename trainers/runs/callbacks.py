@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from hub_cards.records import number, read_metrics
+from hub_cards.records import append_metrics, number, read_metrics, write_text
 
-from .checkpoints import whole_file
 from .memory import peak_memory, reset_peak_memory
 
 logger = logging.getLogger(__name__)
@@ -62,7 +60,7 @@ class MetricsFileCallback(TrainerCallback):
             return
         kept = [line for line in read_metrics(self.path) if not self._will_return(line, state.global_step)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
@@ -72,16 +70,6 @@ class MetricsFileCallback(TrainerCallback):
     def _will_return(self, line: dict[str, Any], step: int) -> bool:
         # the summary of a run that ended, but was killed before its result was written
         return line.get("stage") == self.stage and (line.get("step", step + 1) > step or "train_runtime" in line)
-
-
-def append_metrics(path: str | Path, values: dict[str, Any]) -> None:
-    """Append one line, apart from the torn one that a kill may have left."""
-    with Path(path).open("a+b") as file:
-        torn = False
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            torn = file.read(1) != b"\n"
-        file.write(b"\n" * torn + json.dumps(values).encode() + b"\n")
 
 
 class TrainingCost(TrainerCallback):

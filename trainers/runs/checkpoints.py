@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from hub_cards.records import write_text
 from modeling_adala.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -71,19 +72,6 @@ def whole_directory(destination: str | os.PathLike) -> Iterator[Path]:
         os.replace(staging, destination)
 
 
-def whole_file(destination: str | os.PathLike, text: str) -> None:
-    """Write a text file that is either the old one or the new one, even after a kill.
-
-    Raises:
-        CheckpointError: See `writing`.
-    """
-    destination = Path(destination)
-    staging = destination.with_name(f".{destination.name}.writing")
-    with writing(destination, cleanup=staging):
-        staging.write_text(text)
-        os.replace(staging, destination)
-
-
 def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """Return the `checkpoint-<step>` folders of a run, oldest first, intact or not."""
     folder = Path(output_dir)
@@ -101,7 +89,7 @@ def seal(checkpoint: str | os.PathLike) -> None:
     checkpoint = Path(checkpoint)
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     sums = {path.relative_to(checkpoint).as_posix(): _sha256(path) for path in files}
-    whole_file(checkpoint / CHECKSUMS, json.dumps(sums, indent=1) + "\n")
+    write_text(checkpoint / CHECKSUMS, json.dumps(sums, indent=1) + "\n")
 
 
 def unseal(checkpoint: str | os.PathLike) -> None:

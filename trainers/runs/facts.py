@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer
 
-from hub_cards.records import find_license, mapping, read_manifest
+from hub_cards.records import find_license, mapping, read_manifest, write_text
 from modeling_adala import __version__
 from modeling_adala.configuration_adala import vision_config
 
 from ..base_config import AdaLATrainingArguments
 from ..data.data_config import DataModule
 from ..data.digits import DIGITS_NAME
-from .checkpoints import whole_file
 
 # Of the settings that all stages share, those that decide how a training goes.
 SETTINGS = (
@@ -81,7 +80,7 @@ def record_stage(
         "versions": software_versions(),
         "stages": {**stages, stage: facts},
     }
-    whole_file(Path(directory) / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    write_text(Path(directory) / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     return facts
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hub_cards.records import EVALUATION, MANIFEST, METRICS
+from hub_cards.records import EVALUATION, MANIFEST, METRICS, write_text
 from modeling_adala.errors import CheckpointError, UsageError
 
-from .checkpoints import is_sealed, list_checkpoints, remove_checkpoints, remove_files, whole_file, writing
+from .checkpoints import is_sealed, list_checkpoints, remove_checkpoints, remove_files, writing
 
 CHECKPOINTS = "checkpoints"
 LOCK, STAGING = ".lock", ".writing"
@@ -216,7 +216,7 @@ class OutputFolder:
         known = read_manifest_file(self.path) | facts
         files = sorted({*self.record.get("files", []), *files})
         known["run"] = {"command": self.command, "status": status, "settings": self.settings, "files": files}
-        whole_file(self.path / MANIFEST, json.dumps(known, indent=2) + "\n")
+        write_text(self.path / MANIFEST, json.dumps(known, indent=2) + "\n")
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, set_seed
 
 from hub_cards import write_card
 from hub_cards.card_data import PICTURES
-from hub_cards.records import find_license, read_manifest
+from hub_cards.records import append_metrics, find_license, read_manifest, write_text
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.convert import convert, parity_report, student_config
 from modeling_adala.conversion.loading import (
@@ -20,6 +20,7 @@ from modeling_adala.conversion.loading import (
     load_image_processor,
     load_student,
     load_teacher,
+    load_teacher_config,
 )
 from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
 
@@ -29,8 +30,8 @@ from ..data.digits import find_teacher
 from ..data.sources import fingerprint
 from ..evaluation.comparison import Comparison
 from ..report.report import write_report
-from .callbacks import append_metrics, read_metrics
-from .checkpoints import remove_checkpoints, whole_file
+from .callbacks import read_metrics
+from .checkpoints import remove_checkpoints
 from .facts import data_facts, describe_machine, hash_weights, software_versions, training_settings
 from .output_folder import CHECKPOINTS, METRICS, OutputFolder, is_finished, read_manifest_file, remove_folder
 from .recipe_config import RecipeConfig
@@ -111,9 +112,9 @@ class _Run:
         if from_stage is not None:
             self._check_from(from_stage)
         teacher = find_teacher(config.teacher)
+        student_config(load_teacher_config(teacher), config.linear_attention)  # before any weights are read
         self.image_processor = load_image_processor(teacher)
         self.teacher = load_teacher(teacher)
-        student_config(self.teacher.config, config.linear_attention)  # refuses layers that it does not have
         supervised = "supervised" in config.stages
         self.data = DataModule(config, self.teacher.config, self.image_processor, require_labels=supervised)
         device = PartialState().device
@@ -127,7 +128,7 @@ class _Run:
         if self.main:
             if self.from_stage is not None:
                 self._forget_from(self.from_stage)
-            whole_file(self.out / CONFIG, self.config.to_yaml())
+            write_text(self.out / CONFIG, self.config.to_yaml())
         PartialState().wait_for_everyone()
         self.manifest = self._open_manifest()
         student = self._evaluate_before_training()
@@ -166,8 +167,8 @@ class _Run:
         if self.main and "teacher" not in self.manifest["evaluations"]:
             head = self.comparison.classifier_accuracy(self.teacher)
             self._keep_evaluation("teacher", {} if head is None else {"head_accuracy": head})
-        if self.main and "swapped" not in self.manifest["evaluations"]:
-            self._evaluate("swapped", student)
+        if self.main and "converted" not in self.manifest["evaluations"]:
+            self._evaluate("converted", student)
         return student
 
     def _run_stage(self, stage: Stage, student: PreTrainedModel) -> StageResult:
@@ -287,7 +288,7 @@ class _Run:
         lines = read_metrics(self.out / METRICS)
         kept = [line for line in lines if line.get("stage") not in names and line.get("evaluation") not in names]
         if lines:
-            whole_file(self.out / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+            write_text(self.out / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _open_manifest(self) -> dict[str, Any]:
         found = read_manifest_file(self.out)

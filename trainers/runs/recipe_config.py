@@ -15,6 +15,7 @@ from .plain_yaml import dump_yaml, read_yaml
 from .settings import build, did_you_mean, fit_type, parse_softmax_layers
 from .stages import STAGES, Stage
 
+
 @dataclass
 class RecipeConfig(LinearAttentionConfig, DataConfig):
     """Settings of `run_recipe`, on top of `LinearAttentionConfig` and `DataConfig`.

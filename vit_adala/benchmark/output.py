@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trainers.runs.checkpoints import whole_file
+from hub_cards.records import write_text
 
 from .cases import LINEAR, Row
 
@@ -114,7 +114,7 @@ def write_files(directory: Path, report: dict[str, Any], rows: list[Row], title:
     """
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / "bench.json"]
-    whole_file(paths[0], json.dumps(report, indent=2) + "\n")
+    write_text(paths[0], json.dumps(report, indent=2) + "\n")
     if any(row.samples for row in rows):
         paths.append(directory / "bench.png")
         draw(paths[1], rows, title)

@@ -129,7 +129,7 @@ def _show(facts: dict[str, Any]) -> None:
         "heads": f"{facts['num_attention_heads']} of {facts['head_dim']}",
         "tokens": " + ".join([f"patches of {_pixels(facts['patch_size'])}", *extra]),
         "made for": _pixels(facts["native_size"]),
-        "linear" if facts["is_linear"] else "would be linear": _swapped(facts),
+        "linear" if facts["is_linear"] else "would be linear": _converted_layers(facts),
         "stays softmax": "; ".join(facts["stays_softmax"]) or "nothing",
     }
     for name, text in lines.items():
@@ -149,7 +149,7 @@ def _show(facts: dict[str, Any]) -> None:
     console.print(f"[dim]{CONVENTION}[/]")
 
 
-def _swapped(facts: dict[str, Any]) -> str:
+def _converted_layers(facts: dict[str, Any]) -> str:
     layers = facts["linear_layers"]
     if not layers:
         return "nothing"
