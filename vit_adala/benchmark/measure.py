@@ -11,11 +11,11 @@ from modeling_adala.attention_interface import feature_map_of
 from modeling_adala.errors import UsageError
 from modeling_adala.inspection.flops import head_dim, image_cost, linear_config, num_features
 from modeling_adala.inspection.towers import attention_modules
+from trainers.runs.memory import peak_of
 
 from . import models, operators
 from .cases import LINEAR, Case, Row, Settings, Size, compile_now, measure
 from .floor import Floor, operator_work
-from .memory import peak_of
 
 SOFTMAX, COMPILED = "softmax", ", compiled"
 # forward pass, gradients of the activations, gradients of the weights: each takes as many products
