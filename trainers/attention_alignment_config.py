@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .base_config import COUNT, AdaLATrainingArguments
+from .base_config import AdaLATrainingArguments
 
 
 @dataclass
@@ -29,8 +29,5 @@ class AttentionAlignmentConfig(AdaLATrainingArguments):
     max_steps: int = field(default=500, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     calibration_images: int = field(
         default=64,
-        metadata={
-            "help": "Images on which the teacher's variance is measured before the first step.",
-            "range": COUNT,
-        },
+        metadata={"help": "Images on which the teacher's variance is measured before the first step."},
     )
