@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .base_config import COUNT, LEARNING_RATE, AdaLATrainingArguments
-from .runs.settings import Interval
+from .base_config import AdaLATrainingArguments
 
 
 @dataclass
@@ -34,23 +33,14 @@ class AttentionAlignmentConfig(AdaLATrainingArguments):
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     new_learning_rate: float | None = field(
         default=None,
-        metadata={
-            "help": "Peak learning rate of feature maps and local mixing. Default: learning_rate.",
-            "range": LEARNING_RATE,
-        },
+        metadata={"help": "Peak learning rate of feature maps and local mixing. Default: learning_rate."},
     )
     max_steps: int = field(default=500, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     auto_softmax_layers: int = field(
         default=0,
-        metadata={
-            "help": "Layers that go back to softmax after the last step, chosen by measurement.",
-            "range": Interval(0),
-        },
+        metadata={"help": "Layers that go back to softmax after the last step, chosen by measurement."},
     )
     calibration_images: int = field(
         default=64,
-        metadata={
-            "help": "Images on which the teacher's variance is measured before the first step.",
-            "range": COUNT,
-        },
+        metadata={"help": "Images on which the teacher's variance is measured before the first step."},
     )

@@ -18,7 +18,8 @@ from .runs.settings import Interval, build, check_settings
 from .upstream import cpu_multiplies_bfloat16
 
 COUNT, LEARNING_RATE = Interval(1), Interval(0, 10)
-# of every number that `TrainingArguments` takes; those of our own are in the metadata of their fields
+# of every number of `TrainingArguments` and the stages; not in the metadata of fields, all of which HfArgumentParser
+# hands to argparse
 RANGES = {
     "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT,
@@ -48,6 +49,10 @@ RANGES = {
     "ddp_bucket_cap_mb": COUNT,
     "ddp_timeout": COUNT,
     "local_rank": Interval(-1),
+    "calibration_images": COUNT,
+    "auto_softmax_layers": Interval(0),
+    **dict.fromkeys(("new_learning_rate", "head_learning_rate"), LEARNING_RATE),
+    **dict.fromkeys(("cls_weight", "register_weight", "patch_weight", "hidden_states_weight"), Interval(0)),
 }
 _PUSH = "upload the finished folder with vit-adala push DIR REPO_ID"
 _COMMAND = "the command decides that; leave it out"

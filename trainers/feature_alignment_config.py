@@ -5,12 +5,10 @@ from typing import ClassVar
 
 from modeling_adala.errors import UsageError
 
-from .base_config import COUNT, LEARNING_RATE, AdaLATrainingArguments
+from .base_config import AdaLATrainingArguments
 from .data.feature_cache import DTYPES as CACHE_DTYPES
-from .runs.settings import Interval
 
 LOSS_KINDS = ("mse", "cosine")
-WEIGHT = Interval(0)
 
 
 @dataclass
@@ -51,10 +49,7 @@ class FeatureAlignmentConfig(AdaLATrainingArguments):
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
     new_learning_rate: float | None = field(
         default=None,
-        metadata={
-            "help": "Peak learning rate of feature maps and local mixing. Default: learning_rate.",
-            "range": LEARNING_RATE,
-        },
+        metadata={"help": "Peak learning rate of feature maps and local mixing. Default: learning_rate."},
     )
     max_steps: int = field(default=400, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: a share of the steps, or a number of them."})
@@ -62,22 +57,13 @@ class FeatureAlignmentConfig(AdaLATrainingArguments):
     hidden_states: list[int] | None = field(
         default=None, metadata={"help": "Blocks matched besides the final features. Default: three, evenly spread."}
     )
-    hidden_states_weight: float = field(
-        default=1.0, metadata={"help": "Weight of those, as a mean over them.", "range": WEIGHT}
-    )
-    cls_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the class token's mean error.", "range": WEIGHT}
-    )
-    register_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the registers' mean error.", "range": WEIGHT}
-    )
-    patch_weight: float = field(default=1.0, metadata={"help": "Weight of the patches' mean error.", "range": WEIGHT})
+    hidden_states_weight: float = field(default=1.0, metadata={"help": "Weight of those, as a mean over them."})
+    cls_weight: float = field(default=1.0, metadata={"help": "Weight of the class token's mean error."})
+    register_weight: float = field(default=1.0, metadata={"help": "Weight of the registers' mean error."})
+    patch_weight: float = field(default=1.0, metadata={"help": "Weight of the patches' mean error."})
     calibration_images: int = field(
         default=64,
-        metadata={
-            "help": "Images on which the teacher's variance is measured before the first step.",
-            "range": COUNT,
-        },
+        metadata={"help": "Images on which the teacher's variance is measured before the first step."},
     )
     teacher_feature_cache: str | None = field(
         default=None,

@@ -6,7 +6,7 @@ from typing import ClassVar
 from modeling_adala.configuration_adala import pair
 from modeling_adala.errors import UsageError
 
-from .base_config import LEARNING_RATE, AdaLATrainingArguments
+from .base_config import AdaLATrainingArguments
 from .data.transforms import parse_size
 
 
@@ -34,9 +34,7 @@ class SupervisedConfig(AdaLATrainingArguments):
         default="out/3-supervised", metadata={"help": "Folder for the model and all else that the run leaves."}
     )
     learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate of the backbone."})
-    head_learning_rate: float = field(
-        default=1e-3, metadata={"help": "Peak learning rate of the head.", "range": LEARNING_RATE}
-    )
+    head_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the head."})
     max_steps: int = field(default=500, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
     freeze_backbone: bool = field(default=False, metadata={"help": "Train the head alone."})

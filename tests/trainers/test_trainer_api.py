@@ -17,10 +17,11 @@ from training_helpers import (
     tiny_dinov2,
     tiny_vit,
 )
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, HfArgumentParser
 
 from modeling_adala import UsageError, convert, load_student
 from trainers import (
+    DataConfig,
     FeatureAlignmentTrainer,
     FeatureEvaluator,
     ImageDataset,
@@ -106,6 +107,17 @@ def test_class_names_are_those_of_the_label_column():
     assert class_names(rows.rename_column("label", "digit")) is None
     assert class_names(Dataset.from_dict({"label": [0]}, features=Features(label=Value("int64")))) is None
     assert class_names(NoiseImages(2)) is class_names(None) is None
+
+
+@pytest.mark.parametrize("config_class", [DataConfig, *(stage.config_class for stage in STAGES.values())])
+def test_settings_are_arguments_of_a_script_of_transformers(config_class):
+    number = {"crop_scale": 0.25} if config_class is DataConfig else {"learning_rate": 0.25}
+    arguments = {"dataset": "mnist-digits"} if config_class is DataConfig else {"output_dir": "out"}
+    line = [part for name, value in (arguments | number).items() for part in (f"--{name}", str(value))]
+    (config,) = HfArgumentParser(config_class).parse_args_into_dataclasses(line)
+    assert all(getattr(config, name) == value for name, value in (arguments | number).items())
+    with pytest.raises(UsageError, match="must be"):
+        HfArgumentParser(config_class).parse_args_into_dataclasses([*line[:-1], "-1"])
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------

@@ -24,6 +24,13 @@ logger = logging.getLogger(__name__)
 # of all images of an evaluation batch: 64 images of 224 pixels in patches of 14, or 3 of 1,024
 TOKENS_PER_BATCH = 16_384
 LARGEST_BATCH = 64
+_RANGES = {
+    "shuffle_buffer": Interval(1),
+    "crop_scale": Interval(0, 1, above=True),
+    "horizontal_flip": Interval(0, 1),
+    "eval_batch_size": Interval(1),
+    "max_broken_fraction": Interval(0, 1),
+}
 
 
 @dataclass
@@ -70,10 +77,7 @@ class DataConfig:
     )
     shuffle_buffer: int = field(
         default=1000,
-        metadata={
-            "help": "Streaming: files held in memory by each worker to draw the next image from.",
-            "range": Interval(1),
-        },
+        metadata={"help": "Streaming: files held in memory by each worker to draw the next image from."},
     )
     # in this order: HfArgumentParser reads the second type of a union as that of the option
     image_size: int | str | None = field(
@@ -81,25 +85,23 @@ class DataConfig:
     )
     crop_scale: float = field(
         default=0.5,
-        metadata={"help": "Smallest share of the image in a training crop.", "range": Interval(0, 1, above=True)},
+        metadata={"help": "Smallest share of the image in a training crop."},
     )
-    horizontal_flip: float = field(
-        default=0.5, metadata={"help": "Probability of a horizontal flip in training.", "range": Interval(0, 1)}
-    )
+    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip in training."})
     eval_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Images evaluated at a time. Default: 64, fewer if they are large.", "range": Interval(1)},
+        metadata={"help": "Images evaluated at a time. Default: 64, fewer if they are large."},
     )
     max_broken_fraction: float = field(
         default=0.01,
-        metadata={"help": "Share of images that may be unreadable and are skipped, 0 to 1.", "range": Interval(0, 1)},
+        metadata={"help": "Share of images that may be unreadable and are skipped, 0 to 1."},
     )
     allow_external_images: bool = field(
         default=False, metadata={"help": "Open URLs, and paths outside of the dataset's folder, that rows name."}
     )
 
     def __post_init__(self):
-        check_settings(self, {})
+        check_settings(self, _RANGES)
         if self.dataset is None:
             raise UsageError("dataset is missing; pass a Hub id, a folder, a parquet file, or 'mnist-digits'.")
         if self.image_size is not None:
