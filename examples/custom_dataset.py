@@ -44,7 +44,7 @@ class Bits(torch.utils.data.Dataset):
         self.images, self.labels, self.transform, self.epoch = rows["image"][:], rows["label"][:], transform, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Optional. Augmentation drawn from epoch and index is the same again when a run is resumed."""
+        """Set the epoch (optional): augmentation drawn from epoch and index is the same after a resume."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def digits_with_masks(split: str, limit: int | None = None) -> datasets.Dataset:
-    """Rows of `image` and `mask`, a gray image of class numbers in the same size."""
+    """Make rows of `image` and `mask`, a gray image of class numbers in the same size."""
     rows = load_digits(split).shuffle(seed=0)
 
     def add_mask(row: dict) -> dict:

@@ -61,7 +61,7 @@ def share(directory: str, repo_id: str, private: bool) -> None:
 
 
 def share_on_test_hub() -> None:
-    """Runs this script again in a process that takes the test Hub for the real one."""
+    """Run this script again in a process that takes the test Hub for the real one."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from hub_server import HubServer
 

@@ -184,19 +184,19 @@ class AdaLACardData:
 
     @property
     def base_model(self) -> str | None:
-        """The teacher's Hub id; `None` for a teacher without a commit, which came from a folder."""
+        """Return the teacher's Hub id; `None` for a teacher without a commit, which came from a folder."""
         return hub_id(self.teacher) if self.teacher_revision else None
 
     @property
     def name(self) -> str:
-        """Name of the repository, or a description of the model."""
+        """Return the name of the repository, or a description of the model."""
         if self.repo_id:
             return self.repo_id.split("/")[-1]
         return f"{last_part(self.teacher)} with linear attention" if self.teacher else self.class_name
 
     @property
     def has_remote_code(self) -> bool:
-        """Whether the checkpoint opens without the package, by Python files beside it. On the Hub it always does."""
+        """Return whether the checkpoint opens without the package; on the Hub it always does."""
         return self.repo_id is not None or self.head.auto_class in mapping(getattr(self.config, "auto_map", None))
 
     @property

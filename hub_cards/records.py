@@ -29,7 +29,7 @@ MANIFEST, EVALUATION, SPEED, METRICS = "manifest.json", "evaluation.json", "spee
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of merit of an evaluation.
+    """Figure of merit of an evaluation.
 
     Args:
         student (`str`), teacher (`str`, *optional*): Keys of the student's and of the teacher's figure in a record.

@@ -178,7 +178,7 @@ class AdaLABackboneConfigMixin(BackboneConfigMixin, AdaLAConfigMixin):
 
 
 class AdaLAVisionTextConfigMixin:
-    """A vision and a text tower, of which the vision tower is linear; its fields are in `vision_config`."""
+    """Configuration of a linear vision tower beside a text tower; the fields of the former are in `vision_config`."""
 
     # "adala" is for the vision tower: causal text has no linear form here, and SigLIP's text was not asked for
     @property

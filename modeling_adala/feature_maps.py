@@ -58,7 +58,7 @@ class FeatureMap(nn.Module):
         self.center_keys = center_keys
 
     def forward(self, query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Features of queries and keys. `key_mask` is `(batch, tokens)`, True for real tokens; theirs alone count."""
+        """Return the features of queries and keys. `key_mask` is `(batch, tokens)`, True for real tokens."""
         query, key, scale = self.affine(query, key, key_mask)
         if scale != 1.0:
             query, key = query * scale, key * scale
@@ -66,11 +66,11 @@ class FeatureMap(nn.Module):
         return nonlinearity(query), nonlinearity(key)
 
     def affine(self, query: Tensor, key: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, float]:
-        """All that comes before the nonlinearity; the factor on both that is still to be applied comes last."""
+        """Return queries and keys before the nonlinearity, and the factor on both that is still to be applied."""
         return query, self.centered(key, key_mask), self.scale
 
     def centered(self, key: Tensor, key_mask: Tensor | None) -> Tensor:
-        """The keys, less their mean if `center_keys`."""
+        """Return the keys, less their mean if `center_keys`."""
         if not self.center_keys:
             return key
         wide = key.to(accumulation_dtype(key))
@@ -82,7 +82,7 @@ class FeatureMap(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Sets learned parameters to their neutral value; nothing to do where there are none."""
+        """Set learned parameters to their neutral value."""
 
 
 class EluFeatureMap(FeatureMap):
@@ -98,7 +98,7 @@ class ReluFeatureMap(FeatureMap):
 
 
 class _ProjectedFeatureMap(FeatureMap):
-    """A learned projection per head, separate for queries and keys, that starts at the identity."""
+    """Learned projection per head, separate for queries and keys, that starts at the identity."""
 
     learned = True
     use_bias = False
@@ -166,7 +166,7 @@ def build_feature_map(name: str, num_heads: int, head_dim: int, **kwargs) -> Fea
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """In what the features, the state and the normalizer of `x` are computed: float32, or float64 if it is."""
+    """Return the dtype of features, state and normalizer of `x`: float32, or float64 if it is."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

@@ -188,7 +188,7 @@ def _weights(query: Tensor, key: Tensor, feature_map: FeatureMap, key_mask: Tens
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:
-    """Autocast switched off, where the device has one ("meta" has none)."""
+    """Return a context with autocast off, where the device has one ("meta" has none)."""
     device = x.device.type
     # `torch.amp.is_autocast_available` would say the same, and break the graph of torch.compile before PyTorch 2.11
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
@@ -198,7 +198,7 @@ def _no_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def _check_tensors(**tensors: Tensor) -> None:
-    """Refuses query, key and value that do not fit each other."""
+    """Refuse query, key and value that do not fit each other."""
     query, key = tensors["query"], tensors["key"]
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
@@ -256,7 +256,7 @@ def _checked_feature_map(feature_map: FeatureMap | str, query: Tensor) -> Featur
 
 
 def _checked_mask(key_mask: Tensor | None, key: Tensor) -> Tensor | None:
-    """The mask as bool."""
+    """Return the mask as bool."""
     if key_mask is None:
         return None
     _check_companion("key_mask", key_mask, key)
@@ -277,7 +277,7 @@ def _checked_mask(key_mask: Tensor | None, key: Tensor) -> Tensor | None:
 
 
 def _checked_bounds(cu_seqlens: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """The bounds of packed images as int32, without gaps."""
+    """Return the bounds of packed images as int32, without gaps."""
     if cu_seqlens is None:
         return None
     _check_companion("cu_seqlens", cu_seqlens, key)
@@ -314,7 +314,7 @@ def _check_companion(name: str, x: Any, key: Tensor) -> None:
 
 
 def _has_values(x: Tensor) -> bool:
-    """Whether the numbers of a tensor may be looked at: not while a compiler or a CUDA graph records."""
+    """Return whether the values of a tensor may be looked at: not while a compiler or a CUDA graph records."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, torch.nn.Parameter):
         return False
     if x.is_cuda and torch.cuda.is_current_stream_capturing():

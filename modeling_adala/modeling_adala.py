@@ -51,7 +51,7 @@ class AdaLAViTBackbone(AdaLABackboneMixin, AdaLAMixin, transformers.ViTModel):
 
 
 class AdaLAViTForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, transformers.ViTPreTrainedModel):
-    """A ViT with linear attention and the linear segmentation head."""
+    """Semantic segmentation model: ViT with linear attention and a linear head."""
 
     config: AdaLAViTConfig
     backbone_class = AdaLAViTBackbone
@@ -88,7 +88,7 @@ class AdaLADeiTBackbone(AdaLABackboneMixin, AdaLAMixin, transformers.DeiTModel):
 
 
 class AdaLADeiTForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, transformers.DeiTPreTrainedModel):
-    """A DeiT with linear attention and the linear segmentation head."""
+    """Semantic segmentation model: DeiT with linear attention and a linear head."""
 
     config: AdaLADeiTConfig
     backbone_class = AdaLADeiTBackbone
@@ -113,7 +113,7 @@ class AdaLAIJepaBackbone(AdaLABackboneMixin, AdaLAMixin, transformers.IJepaModel
 
 
 class AdaLAIJepaForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, transformers.IJepaPreTrainedModel):
-    """An I-JEPA encoder with linear attention and the linear segmentation head."""
+    """Semantic segmentation model: I-JEPA encoder with linear attention and a linear head."""
 
     config: AdaLAIJepaConfig
     backbone_class = AdaLAIJepaBackbone
@@ -138,7 +138,7 @@ class AdaLADinov2Backbone(AdaLAMixin, transformers.Dinov2Backbone):
 
 
 class AdaLADinov2ForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, transformers.Dinov2PreTrainedModel):
-    """A DINOv2 with linear attention and the linear segmentation head."""
+    """Semantic segmentation model: DINOv2 with linear attention and a linear head."""
 
     config: AdaLADinov2Config
     backbone_class = AdaLADinov2Backbone
@@ -167,7 +167,7 @@ class AdaLADinov2WithRegistersBackbone(AdaLAMixin, transformers.Dinov2WithRegist
 class AdaLADinov2WithRegistersForSemanticSegmentation(
     AdaLASegmentationMixin, AdaLAMixin, transformers.Dinov2WithRegistersPreTrainedModel
 ):
-    """A DINOv2 with registers with linear attention and the linear segmentation head."""
+    """Semantic segmentation model: DINOv2 with registers with linear attention and a linear head."""
 
     config: AdaLADinov2WithRegistersConfig
     backbone_class = AdaLADinov2WithRegistersBackbone
@@ -186,7 +186,7 @@ class AdaLADINOv3ViTBackbone(AdaLAMixin, transformers.DINOv3ViTBackbone):
 
 
 class AdaLADINOv3ViTForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, transformers.DINOv3ViTPreTrainedModel):
-    """A DINOv3 with linear attention and the linear segmentation head."""
+    """Semantic segmentation model: DINOv3 with linear attention and a linear head."""
 
     config: AdaLADINOv3ViTConfig
     base_model_prefix = "dinov3_vit"  # the stock prefix is the name of a module inside
@@ -212,7 +212,7 @@ class AdaLACLIPVisionBackbone(AdaLABackboneMixin, AdaLAMixin, transformers.CLIPV
 
 
 class AdaLACLIPVisionForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, transformers.CLIPPreTrainedModel):
-    """A CLIP vision tower with linear attention and the linear segmentation head."""
+    """Semantic segmentation model: CLIP vision tower with linear attention and a linear head."""
 
     config: AdaLACLIPVisionConfig
     backbone_class = AdaLACLIPVisionBackbone
@@ -243,7 +243,7 @@ class AdaLASiglipVisionBackbone(AdaLABackboneMixin, AdaLAMixin, transformers.Sig
 
 
 class AdaLASiglipVisionForSemanticSegmentation(AdaLASegmentationMixin, AdaLAMixin, transformers.SiglipPreTrainedModel):
-    """A SigLIP vision tower with linear attention and the linear segmentation head."""
+    """Semantic segmentation model: SigLIP vision tower with linear attention and a linear head."""
 
     config: AdaLASiglipVisionConfig
     backbone_class = AdaLASiglipVisionBackbone
@@ -276,7 +276,7 @@ class AdaLASiglip2VisionBackbone(AdaLABackboneMixin, AdaLAMixin, transformers.Si
 class AdaLASiglip2VisionForSemanticSegmentation(
     AdaLASegmentationMixin, AdaLAMixin, transformers.Siglip2PreTrainedModel
 ):
-    """A SigLIP 2 vision tower with linear attention and the linear segmentation head."""
+    """Semantic segmentation model: SigLIP 2 vision tower with linear attention and a linear head."""
 
     config: AdaLASiglip2VisionConfig
     backbone_class = AdaLASiglip2VisionBackbone

@@ -74,8 +74,10 @@ class SupervisedTrainer(AdaLATrainer):
         super().__init__(model=model, args=args, compute_metrics=compute_metrics or compute_accuracy, **kwargs)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """As in `Trainer`, with a learning rate of its own for the head: a new head on a pretrained backbone needs one
-        that would wreck the backbone (docs/experiments.md)."""
+        """Return the optimizer of `Trainer`, with a learning rate of its own for the head.
+
+        A new head on a pretrained backbone needs one that would wreck the backbone (docs/experiments.md).
+        """
         if self.optimizer is None:
             split_groups(super().create_optimizer(model), self.head, self.args.head_learning_rate)
         return super().create_optimizer(model)

@@ -162,7 +162,7 @@ class MuonWithAdamW(Optimizer):
 
 
 def train_guide(digits: "Digits", epochs: int) -> nn.Module:
-    """A small convolutional network on the labels; frozen when it returns."""
+    """Train a small convolutional network on the labels, and freeze it."""
 
     def block(channels: int, wide: int) -> list[nn.Module]:
         return [nn.Conv2d(channels, wide, 3, padding=1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]

@@ -27,7 +27,7 @@ from .towers import eval_mode
 
 @dataclass(frozen=True)
 class LinearReport:
-    """What `check_linear` saw. `str(report)` is a short table.
+    """Findings of `check_linear`. `str(report)` is a short table.
 
     Args:
         model (`str`): Class name of the model.
@@ -71,7 +71,7 @@ class LinearReport:
 
 
 def check_linear(model: PreTrainedModel | PretrainedConfig, *inputs, **kwargs) -> LinearReport:
-    """Runs a model once, without gradients and in eval mode, and says which of its attention modules are linear.
+    """Run a model once, without gradients and in eval mode, and return which of its attention modules are linear.
 
     Attention that a model keeps on softmax for a stated reason is reported: a tower on another `attn_implementation`,
     a `feature_map` of `None` (`softmax_layers`), `nn.MultiheadAttention` such as SigLIP's pooling head, which

@@ -34,7 +34,7 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs.
+    """Cost of one image.
 
     Args:
         attention_flops (`int`), flops (`int`): Of attention and of the whole vision tower.
@@ -49,7 +49,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """From here on linear attention takes no more FLOPs than softmax.
+    """Size from which linear attention takes no more FLOPs than softmax.
 
     Args:
         tokens (`int`): Smallest number of tokens.
@@ -61,7 +61,7 @@ class BreakEven:
 
 
 def linear_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The AdaLA configuration of a vision tower: of an AdaLA model its own, of a stock one what `convert` would make.
+    """Return the AdaLA configuration of a vision tower: its own, or for a stock one that of `convert`.
 
     Raises:
         UsageError: for a model that is not supported.
@@ -71,7 +71,7 @@ def linear_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def nearest_size(config: PretrainedConfig, image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """The height and width nearest to `image_size` that whole patches tile.
+    """Return the height and width nearest to `image_size` that whole patches tile.
 
     Raises:
         UsageError: for a side below 1 pixel.
@@ -84,13 +84,13 @@ def nearest_size(config: PretrainedConfig, image_size: int | tuple[int, int]) ->
 
 
 def count_tokens(config: PretrainedConfig, image_size: tuple[int, int]) -> int:
-    """Patches of an image of `(height, width)`, and the class token and registers before them."""
+    """Return the number of patches of an image of `(height, width)`, and the class token and registers before them."""
     rows, columns = (side // patch for side, patch in zip(image_size, patch_size(config), strict=True))
     return rows * columns + num_special_tokens(vision_config(config))
 
 
 def image_cost(config: PretrainedConfig, image_size: tuple[int, int], attention: str) -> Cost:
-    """What one image costs a stock or an AdaLA model.
+    """Return the cost of one image for a stock or an AdaLA model.
 
     Args:
         config (`PretrainedConfig`): Of the model; of one with a text tower, its vision tower counts.
@@ -123,7 +123,7 @@ def image_cost(config: PretrainedConfig, image_size: tuple[int, int], attention:
 
 
 def break_even(config: PretrainedConfig) -> BreakEven | None:
-    """From which size on linear attention takes no more FLOPs than softmax; `None` if no layer is linear.
+    """Return the size from which linear attention takes no more FLOPs than softmax; `None` if no layer is linear.
 
     Per head, softmax takes `4 N^2 D` FLOPs and linear attention `N (p + 2 F D + 2 F (D + 1))`, with `F` features and
     `p` for a learned projection: they meet at `N = (p + 2 F (2 D + 1)) / (4 D)`.
@@ -138,23 +138,23 @@ def break_even(config: PretrainedConfig) -> BreakEven | None:
 
 
 def attention_width(config: PretrainedConfig) -> int:
-    """Heads times their width; in all but unusual configurations the hidden size."""
+    """Return heads times their width; in all but unusual configurations the hidden size."""
     return config.num_attention_heads * head_dim(config)
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """Width of one head of a vision tower."""
+    """Return the width of one head of a vision tower."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def num_features(config: PretrainedConfig) -> int:
-    """Features per head that the feature map of an AdaLA vision tower turns `head_dim` into."""
+    """Return the number of features per head that the feature map of an AdaLA vision tower turns `head_dim` into."""
     phi, token = _feature_map(config), torch.zeros(1, config.num_attention_heads, 1, head_dim(config))
     return phi(token, token)[0].shape[-1]
 
 
 def has_attention_pooling(config: PretrainedConfig) -> bool:
-    """Whether a vision tower ends in SigLIP's attention pooling: one query, hence linear in the tokens already."""
+    """Return whether a vision tower ends in SigLIP's attention pooling, which is linear in the tokens already."""
     return getattr(config, "vision_use_head", False)
 
 
@@ -165,25 +165,25 @@ def _feature_map(config: PretrainedConfig) -> FeatureMap:
 
 
 def _softmax_flops(config: PretrainedConfig, tokens: int) -> int:
-    """Of one layer: scores, and their weighted sum."""
+    """Return the FLOPs of one layer: scores, and their weighted sum."""
     return 4 * tokens**2 * attention_width(config)
 
 
 def _linear_flops(config: PretrainedConfig, tokens: int) -> int:
-    """Of one layer: learned projections of query and key, state, and its product with the normalizer beside it."""
+    """Return the FLOPs of one layer: learned projections, state, and its product with the normalizer beside it."""
     phi, width, features = _feature_map(config), head_dim(config), num_features(config)
     projected = 4 * width * getattr(phi, "feature_dim", 0)
     return config.num_attention_heads * tokens * (projected + 2 * features * width + 2 * features * (width + 1))
 
 
 def _kept_by_softmax(config: PretrainedConfig, tokens: int, implementation: str) -> int:
-    """Floats of one layer: query, key, value, output, and all weights or the normalizer of each row."""
+    """Return the floats of one layer: query, key, value, output, and all weights or the normalizer of each row."""
     rows = config.num_attention_heads * tokens
     return 4 * tokens * attention_width(config) + rows * (tokens if implementation == "eager" else 1)
 
 
 def _kept_by_linear(config: PretrainedConfig, tokens: int) -> int:
-    """Floats of one layer. They grow by the same number with each token, so two short runs of the operator tell."""
+    """Return the floats of one layer, from two short runs of the operator: they grow linearly with the tokens."""
     phi = _feature_map(config)
     few, many = 16, 32
     at_few, at_many = (_kept_floats(phi, count) for count in (few, many))
@@ -206,7 +206,7 @@ def _kept_floats(phi: FeatureMap, tokens: int) -> int:
 
 
 def _mlp(config: PretrainedConfig) -> tuple[int, int, int]:
-    """Matrix products of the MLP, its inner width, and how many tensors of that width autograd keeps of it."""
+    """Return the MLP's number of matrix products, inner width, and number of tensors of that width kept for autograd."""
     width = getattr(config, "intermediate_size", None)
     if width is None:
         width = int(config.hidden_size * config.mlp_ratio)

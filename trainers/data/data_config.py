@@ -163,7 +163,7 @@ class DataModule:
 
     @property
     def has_training_labels(self) -> bool:
-        """Whether all training images have a label."""
+        """Return whether all training images have a label."""
         return self._train_ids is not None
 
     @property
@@ -178,7 +178,7 @@ class DataModule:
 
     @property
     def num_eval_images(self) -> int:
-        """Number of images in the evaluation split, 0 without one."""
+        """Return the number of images in the evaluation split, 0 without one."""
         return 0 if self.raw_eval is None else len(self.raw_eval)
 
     def train_dataset(self, seed: int) -> ImageDataset | StreamingImageDataset:

@@ -57,7 +57,7 @@ def find_teacher(name: str) -> str:
 
 
 def load_digits(split: str) -> datasets.Dataset:
-    """Loads one split of the digits.
+    """Load one split of the digits.
 
     Args:
         split (`str`): `"train"` (4,000 rows, in a fixed shuffled order) or `"test"` (1,000 rows, sorted by digit).

@@ -182,7 +182,7 @@ class ImageDataset(ImageReader, torch.utils.data.Dataset):
 
     @property
     def broken_indices(self) -> list[int]:
-        """Rows found broken so far, in ascending order."""
+        """Return the rows found broken so far, in ascending order."""
         return self._broken.nonzero().flatten().tolist()
 
     def summary(self) -> str:

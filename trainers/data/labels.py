@@ -91,7 +91,7 @@ class SplitLabels:
 
     @property
     def is_labeled(self) -> bool:
-        """Whether any row has a label, as far as this is known."""
+        """Return whether any row has a label, as far as this is known."""
         return self.numbers is None or self.numbers.size > 0
 
     def classes(self) -> list[str]:

@@ -78,7 +78,7 @@ class OutputFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the command has finished here before."""
+        """Return whether the command has finished here before."""
         return is_finished(self.path)
 
     def foreign(self) -> list[str]:
@@ -220,8 +220,9 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
-        """Yield a folder to fill. Its files then move into this one, where they count once `manifest.json` lists them
-        and says that the command has finished.
+        """Yield a folder to fill, whose files then move into this one.
+
+        They count once `manifest.json` lists them and says that the command has finished.
 
         Raises:
             CheckpointError: See `writing`.

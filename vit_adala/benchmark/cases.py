@@ -37,7 +37,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Size:
-    """A batch of images.
+    """Batch of images.
 
     Args:
         batch (`int`): Number of images.

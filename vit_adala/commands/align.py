@@ -21,7 +21,7 @@ class AlignArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala align TEACHER --dataset D [--output-dir O]`"""
+    """Run `vit-adala align TEACHER --dataset D [--output-dir O]`."""
     parser = CommandParser(
         "align",
         "Stage 1, attention alignment: each linear attention learns the output of its teacher's softmax attention.",

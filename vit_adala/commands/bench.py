@@ -92,7 +92,7 @@ class BenchArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala bench MODEL [--teacher T] [--sizes S ...] [--batch B ...] [--operator] [--json] ...`
+    """Run `vit-adala bench MODEL [--teacher T] [--sizes S ...] [--batch B ...] [--operator] [--json] ...`.
 
     Raises:
         AdaLAError: If a result is wrong.

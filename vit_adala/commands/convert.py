@@ -23,7 +23,7 @@ class ConvertArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala convert TEACHER --output-dir O [--feature-map F] [--softmax-layers L ...]`"""
+    """Run `vit-adala convert TEACHER --output-dir O [--feature-map F] [--softmax-layers L ...]`."""
     parser = CommandParser(
         "convert",
         "Replace softmax by linear attention and save the student with its image processor and card. It has its"

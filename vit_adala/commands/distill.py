@@ -45,7 +45,7 @@ class DistillArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala distill MODEL [--teacher T] --dataset D [--output-dir O]`"""
+    """Run `vit-adala distill MODEL [--teacher T] --dataset D [--output-dir O]`."""
     parser = CommandParser(
         "distill",
         "Stage 2, feature alignment: the whole student learns the teacher's final features.",

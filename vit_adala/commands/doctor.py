@@ -50,7 +50,7 @@ class DoctorArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala doctor [MODEL] [--dataset D] [--trust-remote-code] [--json]`
+    """Run `vit-adala doctor [MODEL] [--dataset D] [--trust-remote-code] [--json]`.
 
     Raises:
         AdaLAError: if a check failed, which makes the exit code 1.

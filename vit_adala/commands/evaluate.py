@@ -37,7 +37,7 @@ class EvaluateArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala evaluate MODEL --teacher T --dataset D [--json]`"""
+    """Run `vit-adala evaluate MODEL --teacher T --dataset D [--json]`."""
     parser = CommandParser(
         "evaluate",
         "Evaluate a student beside its teacher, each on its own forward pass: k-NN, linear probe, features.",

@@ -60,7 +60,7 @@ class FeaturesArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala features MODEL IMAGE ... [--teacher T] [--layer L] [--query ROW,COLUMN] [--output-dir O]`"""
+    """Run `vit-adala features MODEL IMAGE ... [--teacher T] [--layer L] [--query ROW,COLUMN] [--output-dir O]`."""
     parser = CommandParser(
         "features",
         "Draw the attention of one patch, and patch features as colors (three principal components, the teacher's for"

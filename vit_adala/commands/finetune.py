@@ -54,7 +54,7 @@ class FinetuneArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala finetune MODEL --dataset D [--output-dir O]`"""
+    """Run `vit-adala finetune MODEL --dataset D [--output-dir O]`."""
     parser = CommandParser(
         "finetune",
         "Stage 3, supervised fine-tuning: train a classifier or a segmenter. With the softmax teacher as MODEL, it"

@@ -52,7 +52,7 @@ class InspectArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala inspect MODEL [--image-size S ...] [--json]`"""
+    """Run `vit-adala inspect MODEL [--image-size S ...] [--json]`."""
     parser = CommandParser(
         "inspect",
         "Describe a model, the attention that linear attention replaces, and the savings. Reads no weights.",

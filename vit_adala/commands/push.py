@@ -34,7 +34,7 @@ class PushArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala push DIR REPO_ID [--private] [--revision BRANCH] [--dry-run] [--yes] [--json]`
+    """Run `vit-adala push DIR REPO_ID [--private] [--revision BRANCH] [--dry-run] [--yes] [--json]`.
 
     Raises:
         UsageError: If an existing repository would change and no terminal is there to ask, or see `plan_push`.

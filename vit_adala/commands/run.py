@@ -33,7 +33,7 @@ class RunArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`vit-adala run [RECIPE.yaml] [--teacher T --dataset D ...]`"""
+    """Run `vit-adala run [RECIPE.yaml] [--teacher T --dataset D ...]`."""
     parser = CommandParser(
         "run",
         "Run all stages. If it is killed, the same command resumes. Precedence: flags, --set, recipe, defaults.",
