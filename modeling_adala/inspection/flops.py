@@ -206,7 +206,7 @@ def _kept_floats(phi: FeatureMap, tokens: int) -> int:
 
 
 def _mlp(config: PretrainedConfig) -> tuple[int, int, int]:
-    """Return the MLP's number of matrix products, inner width, and number of tensors of that width kept for autograd."""
+    """Return the MLP's number of matrix products, inner width, and tensors of that width kept for autograd."""
     width = getattr(config, "intermediate_size", None)
     if width is None:
         width = int(config.hidden_size * config.mlp_ratio)

@@ -1,0 +1,103 @@
+"""The frozen segmentation probe: it reads what patch features hold, and nothing that they do not."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_helpers import one_thread, tiny_dinov2  # noqa: F401
+
+from modeling_adala import AdaLAError, DataError, convert
+from trainers.data.data_config import DataConfig
+from trainers.data.segmentation_data import SegmentationData
+from trainers.evaluation.dense_probe import PatchBank, dense_probe, extract_patches, probe_pair
+from vit_adala.cli import main
+
+NAMES = ["left", "right", "sky"]
+
+
+def bank(images: int, seed: int, informative: bool = True) -> PatchBank:
+    """Features `(8, 4, 6)` that tell the class of each patch, or noise; masks of 8 x 12 pixels with a void border."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.randint(0, 3, (images, 4, 6), generator=generator)
+    features = torch.randn(images, 8, 4, 6, generator=generator)
+    if informative:
+        features[:, :3] += 8 * torch.nn.functional.one_hot(classes, 3).permute(0, 3, 1, 2)
+    masks = [mask.repeat_interleave(2, 0).repeat_interleave(2, 1) for mask in classes]
+    for mask in masks:
+        mask[0] = 255
+    return PatchBank(features, masks)
+
+
+def test_features_that_hold_the_classes_give_nearly_all_of_them_and_noise_gives_chance():
+    good = dense_probe(bank(32, 0), bank(16, 1), NAMES)
+    bad = dense_probe(bank(32, 0, informative=False), bank(16, 1, informative=False), NAMES)
+    assert good["mean_iou"] > 0.75 > 0.4 > bad["mean_iou"] > 0.1
+    assert {f"iou_{name}" for name in NAMES} <= good.keys()
+    assert dense_probe(bank(32, 0), bank(16, 1), NAMES) == good  # the same seed, the same figures
+
+
+def test_shares_are_those_of_the_pixels_that_count():
+    masks = [torch.tensor([[0, 0, 1, 255], [0, 2, 255, 255]])]
+    shares = PatchBank(torch.zeros(1, 8, 1, 2), masks).class_shares(3)
+    assert shares[0, :, 0, 0].tolist() == [0.75, 0, 0.25]
+    assert shares[0, :, 0, 1].tolist() == [0, 0.25, 0]
+
+
+def test_patches_are_those_of_the_model_in_the_order_of_the_image():
+    model = tiny_dinov2().train()
+    pixels = torch.randn(2, model.config.num_channels, 28, 42)
+    found = extract_patches(model, [{"pixel_values": pixels, "labels": [torch.zeros(5, 7)] * 2}])
+    assert found.features.shape == (2, model.config.hidden_size, 2, 3) and len(found) == 2
+    model.eval()
+    with torch.no_grad():
+        tokens = model(pixels).last_hidden_state[:, 1:]
+    torch.testing.assert_close(found.features[1, :, 1, 0], tokens[1, 3])
+    with pytest.raises(DataError, match="0 images to probe on"):
+        extract_patches(model, [])
+    model.layernorm.weight.data.fill_(float("nan"))
+    with pytest.raises(AdaLAError, match="features are not finite"):
+        extract_patches(model, [{"pixel_values": pixels, "labels": [torch.zeros(5, 7)] * 2}])
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A teacher, its student, and pictures whose left and right halves differ, with masks."""
+    root = tmp_path_factory.mktemp("dense")
+    teacher = tiny_dinov2()
+    teacher.save_pretrained(root / "teacher")
+    convert(str(root / "teacher"), check_parity=False).save_pretrained(root / "student")
+    rng, rows = np.random.default_rng(0), {"image": [], "label": []}
+    for _ in range(12):
+        pixels = rng.integers(0, 90, (28, 56, 3), dtype=np.uint8)
+        pixels[:, 28:] += 150
+        mask = np.zeros((28, 56), dtype=np.uint8)
+        mask[:, 28:] = 1
+        rows["image"].append(Image.fromarray(pixels))
+        rows["label"].append(Image.fromarray(mask))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    data = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(str(root / "data"))
+    return root
+
+
+def test_a_pair_is_probed_on_the_same_images(places):
+    teacher = tiny_dinov2()
+    config = DataConfig(dataset=str(places / "data"), image_size="28x56")
+    data = SegmentationData(config, teacher.config, labels=["left", "right"])
+    results = probe_pair(teacher, teacher, data, disable_progress=True)
+    assert results["student_mean_iou"] == results["teacher_mean_iou"] > 0.9
+    assert results["mean_iou_retained"] == results["pixel_accuracy_retained"] == 1
+
+
+def test_the_command_probes_masks(places, capsys):
+    arguments = ["evaluate", str(places / "student"), "--teacher", str(places / "teacher"), "--dataset"]
+    arguments += [str(places / "data"), "--image-size", "28x56", "--task", "semantic-segmentation", "--json"]
+    assert main(arguments) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert 0 < results["student_mean_iou"] <= 1 and results["teacher_mean_iou"] > 0.9
+    assert results["mean_iou_retained"] == pytest.approx(results["student_mean_iou"] / results["teacher_mean_iou"])
+    assert main([*arguments, "--task", "detection"]) == 2
+    assert "task='detection' is not supported" in capsys.readouterr().err

@@ -1,0 +1,188 @@
+"""Frozen segmentation probe: the share of a dense task that a linear map reads off a model's patch features.
+
+Batch norm and a 1x1 convolution on frozen patch features, DINOv2's linear protocol (Oquab et al. 2023, arXiv
+2304.07193, section 7.4). The features are extracted once, so that a probe takes seconds and is converged, where
+fine-tuning for the same time is not.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from modeling_adala.configuration_adala import vision_config
+from modeling_adala.errors import AdaLAError, DataError
+from modeling_adala.inspection.towers import eval_mode, forward_features, token_groups
+from modeling_adala.mixins import patch_grid
+
+from ..data.segmentation_data import IGNORE_INDEX, SegmentationData
+from .segmentation import SegmentationMetrics, score_masks
+
+STEPS, BATCH_SIZE, LEARNING_RATE = 600, 16, 1e-2
+
+
+@dataclass(frozen=True)
+class PatchBank:
+    """Patch features and masks of a data set, on the CPU.
+
+    Args:
+        features (`Tensor`): Final patch features, `(images, hidden_size, rows, columns)`, float32.
+        masks (`list[Tensor]`): Class indices, int64 `(height, width)` for each image.
+    """
+
+    features: Tensor
+    masks: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def class_shares(self, num_labels: int) -> Tensor:
+        """Return the share of each patch that each class covers, `(images, num_labels, rows, columns)`.
+
+        Patches without any class are all zeros.
+        """
+        grid = tuple(self.features.shape[-2:])
+        shares = []
+        for mask in self.masks:
+            one_hot = F.one_hot(mask.where(mask != IGNORE_INDEX, num_labels), num_labels + 1)[..., :num_labels]
+            shares.append(F.adaptive_avg_pool2d(one_hot.permute(2, 0, 1).float(), grid))
+        return torch.stack(shares)
+
+
+@torch.no_grad()
+def extract_patches(
+    model: nn.Module,
+    batches: Iterable[dict[str, Any]],
+    *,
+    autocast_dtype: torch.dtype | None = None,
+    description: str = "patch features",
+    disable_progress: bool | None = None,
+) -> PatchBank:
+    """Run a model over images with masks and keep its patch features.
+
+    Args:
+        model (`PreTrainedModel`): Stock or AdaLA model; runs in eval mode.
+        batches (`Iterable`): `pixel_values` and `labels`, as `collate_images` makes them.
+        autocast_dtype (`torch.dtype`, *optional*): Such as `torch.bfloat16`. Default: no autocast.
+        description (`str`, *optional*, defaults to `"patch features"`): Name on the progress bar.
+        disable_progress (`bool`, *optional*): Default: a progress bar only in a terminal.
+
+    Raises:
+        DataError: If there are no batches.
+        AdaLAError: If the features are not finite.
+    """
+    features, masks = list[Tensor](), list[Tensor]()
+    config: Any = model.config
+    patches = token_groups(config)["patches"]
+    with eval_mode(model):
+        for batch in tqdm(batches, desc=description, disable=disable_progress, leave=False):
+            pixels = batch["pixel_values"].to(next(model.parameters()).device)
+            with torch.autocast(pixels.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+                tokens = forward_features(model, pixels)[:, patches]  # type: ignore[arg-type]
+            grid = patch_grid(vision_config(config), pixels)
+            features.append(tokens.float().transpose(1, 2).unflatten(2, grid).cpu())
+            masks += list(batch["labels"])
+    if not features:
+        raise DataError("there are 0 images to probe on; choose another split with --eval-split.")
+    bank = PatchBank(torch.cat(features), masks)
+    if not bank.features.isfinite().all():
+        raise AdaLAError(f"{description}: features are not finite; the training diverged, or float16 overflows.")
+    return bank
+
+
+def dense_probe(
+    train: PatchBank,
+    test: PatchBank,
+    labels: list[str],
+    *,
+    steps: int = STEPS,
+    batch_size: int = BATCH_SIZE,
+    learning_rate: float = LEARNING_RATE,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Train batch norm and a 1x1 convolution on one bank, and score it on another at the resolution of its masks.
+
+    The target of a patch is the share that each class has of it, so that every step costs one small product. The same
+    seed gives the same figures.
+
+    Args:
+        train (`PatchBank`): To learn from.
+        test (`PatchBank`): To score on.
+        labels (`list[str]`): Class names.
+        steps (`int`, *optional*, defaults to 600): AdamW steps, on a cosine schedule.
+        batch_size (`int`, *optional*, defaults to 16): Images in a step.
+        learning_rate (`float`, *optional*, defaults to 1e-2): Peak of the schedule.
+        seed (`int`, *optional*, defaults to 0): Seed of the order and of the weights.
+
+    Returns:
+        `dict[str, float]`: Those of `SegmentationMetrics`: `mean_iou` and the others.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    targets, channels = train.class_shares(len(labels)), train.features.shape[1]
+    probe = nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, len(labels), kernel_size=1))
+    with torch.no_grad():
+        probe[1].weight.normal_(std=0.01, generator=generator)  # type: ignore[operator]
+        probe[1].bias.zero_()  # type: ignore[operator]
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(order) < min(batch_size, len(train)):
+            order = torch.cat((order, torch.randperm(len(train), generator=generator)))
+        chosen, order = order[:batch_size], order[batch_size:]
+        share = targets[chosen]
+        loss = -(share * probe(train.features[chosen]).log_softmax(dim=1)).sum() / share.sum().clamp(min=1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return _score(probe.eval(), test, labels)
+
+
+@torch.no_grad()
+def _score(probe: nn.Module, test: PatchBank, labels: list[str]) -> dict[str, float]:
+    metrics = SegmentationMetrics(labels)
+    for features, mask in zip(test.features, test.masks, strict=True):
+        metrics.metric.add_batch(predictions=score_masks(probe(features[None]), [mask])[1], references=[mask])
+    return metrics.compute()
+
+
+def probe_pair(
+    teacher: nn.Module,
+    student: nn.Module,
+    data: SegmentationData,
+    *,
+    train_images: int = 2000,
+    eval_images: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    disable_progress: bool | None = None,
+) -> dict[str, float]:
+    """Return mean IoU and pixel accuracy of the probe on student and teacher, and the student's share of both.
+
+    Args:
+        teacher, student (`PreTrainedModel`): On one device.
+        data (`SegmentationData`): Images with masks; training images are taken without augmentation.
+        train_images (`int`, *optional*, defaults to 2000): Training images at most, which the probe learns from.
+        eval_images (`int`, *optional*): Images to score on. Default: all of the evaluation split.
+        autocast_dtype, disable_progress (*optional*): As for `extract_patches`.
+
+    Returns:
+        `dict[str, float]`: `student_mean_iou`, `teacher_mean_iou`, `mean_iou_retained`, `student_pixel_accuracy`, ...
+
+    Raises:
+        DataError: Without an evaluation split.
+    """
+    splits = data.loader(data.bank_dataset(train_images)), data.loader(data.eval_dataset(eval_images))
+    results: dict[str, float] = {}
+    for name, model in (("student", student), ("teacher", teacher)):
+        options: Any = {"autocast_dtype": autocast_dtype, "disable_progress": disable_progress}
+        train, test = (extract_patches(model, loader or [], description=name, **options) for loader in splits)
+        scores = dense_probe(train, test, data.labels)
+        results |= {f"{name}_{key}": scores[key] for key in ("mean_iou", "pixel_accuracy")}
+    for key in ("mean_iou", "pixel_accuracy"):
+        results[f"{key}_retained"] = results[f"student_{key}"] / results[f"teacher_{key}"]
+    return results
