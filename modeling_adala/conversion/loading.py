@@ -140,7 +140,12 @@ def check_stage_directory(path: str, expected: tuple[str, ...], purpose: str) ->
 
 
 def load_teacher(
-    teacher: str | os.PathLike | PreTrainedModel, head: str | None = None, *, finite: bool = True, **kwargs
+    teacher: str | os.PathLike | PreTrainedModel,
+    head: str | None = None,
+    *,
+    finite: bool = True,
+    config: PretrainedConfig | None = None,
+    **kwargs,
 ) -> PreTrainedModel:
     """Open a stock softmax model of a supported family, frozen, in float32 and in eval mode.
 
@@ -150,6 +155,7 @@ def load_teacher(
             A head that the checkpoint does not have starts at random; one that only AdaLA has
             (`"ForSemanticSegmentation"`) opens the base model.
         finite (`bool`, *optional*, defaults to `True`): Refuse weights that are NaN or infinite.
+        config (`PretrainedConfig`, *optional*): That of `load_teacher_config`, not to open it again.
         kwargs: Passed to `from_pretrained`, such as `revision`, `dtype` (default: float32) or `attn_implementation`
             (default: `"sdpa"`, regardless of config.json).
 
@@ -161,7 +167,8 @@ def load_teacher(
     """
     teacher = os.fspath(teacher) if isinstance(teacher, os.PathLike) else teacher
     if isinstance(teacher, str):
-        config = load_config(teacher, **{key: kwargs[key] for key in ("revision",) if key in kwargs})
+        if config is None:
+            config = load_config(teacher, **{key: kwargs[key] for key in ("revision",) if key in kwargs})
         _check_is_stock(config, teacher)
         kwargs = {"attn_implementation": "sdpa"} | kwargs
         teacher_class = _stock_class(config, head)

@@ -251,7 +251,7 @@ def test_healthy_models_of_every_family_and_head_fail_no_check(case, families, w
     }, found
     if case in WITHOUT_PACKAGE:
         assert "with the same outputs" in found["loads without the package"].message
-    assert found["loads with the package"].message.startswith(MODELS[case[0]].classes[case[1]].__name__)
+    assert found["loads with the package"].message.startswith(MODELS[case[0]][case[1]].__name__)
     assert "4x4 patches (32x32 pixels)" in found["position grid"].message
     assert "2 images" in found["finite outputs"].message
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.errors import AdaLAError, DataError
@@ -45,17 +46,17 @@ class PatchBank:
 
         Patches without any class are all zeros.
         """
-        grid = tuple(self.features.shape[-2:])
+        rows, columns = self.features.shape[-2:]
         shares = []
         for mask in self.masks:
             one_hot = F.one_hot(mask.where(mask != IGNORE_INDEX, num_labels), num_labels + 1)[..., :num_labels]
-            shares.append(F.adaptive_avg_pool2d(one_hot.permute(2, 0, 1).float(), grid))
+            shares.append(F.adaptive_avg_pool2d(one_hot.permute(2, 0, 1).float(), (rows, columns)))
         return torch.stack(shares)
 
 
 @torch.no_grad()
 def extract_patches(
-    model: nn.Module,
+    model: Any,
     batches: Iterable[dict[str, Any]],
     *,
     autocast_dtype: torch.dtype | None = None,
@@ -82,7 +83,7 @@ def extract_patches(
         for batch in tqdm(batches, desc=description, disable=disable_progress, leave=False):
             pixels = batch["pixel_values"].to(next(model.parameters()).device)
             with torch.autocast(pixels.device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                tokens = forward_features(model, pixels)[:, patches]  # type: ignore[arg-type]
+                tokens = forward_features(model, pixels)[:, patches]
             grid = patch_grid(vision_config(config), pixels)
             features.append(tokens.float().transpose(1, 2).unflatten(2, grid).cpu())
             masks += list(batch["labels"])
@@ -152,8 +153,8 @@ def _score(probe: nn.Module, test: PatchBank, labels: list[str]) -> dict[str, fl
 
 
 def probe_pair(
-    teacher: nn.Module,
-    student: nn.Module,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
     data: SegmentationData,
     *,
     train_images: int = 2000,

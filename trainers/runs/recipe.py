@@ -112,9 +112,10 @@ class _Run:
         if from_stage is not None:
             self._check_from(from_stage)
         teacher = find_teacher(config.teacher)
-        student_config(load_teacher_config(teacher), config.linear_attention)  # before any weights are read
+        teacher_config = load_teacher_config(teacher)
+        student_config(teacher_config, config.linear_attention)  # before any weights are read
         self.image_processor = load_image_processor(teacher)
-        self.teacher = load_teacher(teacher)
+        self.teacher = load_teacher(teacher, config=teacher_config)
         supervised = "supervised" in config.stages
         self.data = DataModule(config, self.teacher.config, self.image_processor, require_labels=supervised)
         device = PartialState().device

@@ -7,7 +7,7 @@ from transformers import set_seed
 
 from modeling_adala.configuration_adala import LinearAttentionConfig
 from modeling_adala.conversion.convert import convert, student_config
-from modeling_adala.conversion.loading import load_teacher
+from modeling_adala.conversion.loading import load_teacher, load_teacher_config
 from trainers.attention_alignment_config import AttentionAlignmentConfig
 from trainers.data.data_config import DataConfig
 
@@ -37,8 +37,9 @@ def main(arguments: Sequence[str]) -> None:
     if finished_before(folder):
         return
     set_seed(args.seed)
-    teacher = load_teacher(name)
-    student_config(teacher.config, linear)  # refuses wrong options before the data are read
-    data, processor = load_data(data_args, name, teacher.config)
+    config = load_teacher_config(name)
+    student_config(config, linear)  # refuses wrong options before any time is spent
+    data, processor = load_data(data_args, name, config)
     args.check_evaluation(data.raw_eval is not None)
+    teacher = load_teacher(name, config=config)
     run_and_report(folder, convert(teacher, linear), args, data, processor, teacher_model=teacher)

@@ -9,7 +9,13 @@ from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
 from modeling_adala.configuration_adala import LinearAttentionConfig, vision_config
 from modeling_adala.conversion.convert import convert, student_config
-from modeling_adala.conversion.loading import check_stage_directory, load_config, load_student, load_teacher
+from modeling_adala.conversion.loading import (
+    check_stage_directory,
+    load_config,
+    load_student,
+    load_teacher,
+    load_teacher_config,
+)
 from modeling_adala.errors import UsageError
 from modeling_adala.families import is_adala
 from modeling_adala.inspection.towers import transformer_blocks
@@ -69,11 +75,13 @@ def main(arguments: Sequence[str]) -> None:
     if finished_before(folder):
         return
     set_seed(args.seed)
-    teacher = load_teacher(model_args.teacher if is_student else name)
+    teacher_name = model_args.teacher if is_student else name
+    teacher_config = load_teacher_config(teacher_name) if is_student else config
     if not is_student:
-        student_config(teacher.config, linear)  # refuses wrong options before the data are read
-    data, processor = load_data(data_args, models[0] if is_student else name, teacher.config)
+        student_config(config, linear)  # refuses wrong options before any time is spent
+    data, processor = load_data(data_args, teacher_name, teacher_config)
     args.check_evaluation(data.raw_eval is not None)
+    teacher = load_teacher(teacher_name, config=teacher_config)
     student = load_student(name) if is_student else convert(teacher, linear)
     peft_config = None
     if model_args.lora_r is not None:
