@@ -12,7 +12,7 @@ from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.loading import load_config
 from modeling_adala.errors import CheckpointError
 from modeling_adala.families import is_adala
-from modeling_adala.modeling_adala import models_of
+from modeling_adala.modeling_adala import head_of, models_of
 
 from .records import (
     EVALUATION,
@@ -161,18 +161,19 @@ class AdaLACardData:
 
     @property
     def head(self) -> Head:
-        if hasattr(self.config, "text_config") and self.class_name.endswith("Model"):
+        name = head_of(self.config, self.class_name)
+        if name == "Model" and hasattr(self.config, "text_config"):
             return IMAGE_AND_TEXT
-        found = (head for end, head in HEADS.items() if self.class_name.endswith(end))
         # no Auto class opens the others, such as CLIP's projection: the class itself does
-        return next(found, Head("image-feature-extraction", self.class_name))
+        return HEADS.get(name or "", Head("image-feature-extraction", self.class_name))
 
     @property
     def labels(self) -> list[str]:
         """Class names of a classifier or segmenter; empty if it has none but `LABEL_0`, `LABEL_1`, ..."""
         labels = [str(label) for label in (self.config.id2label or {}).values()]
         names_nothing = all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
-        return [] if names_nothing or not self.class_name.endswith(tuple(list(HEADS)[:2])) else labels
+        has_labels = head_of(self.config, self.class_name) in ("ForImageClassification", "ForSemanticSegmentation")
+        return labels if has_labels and not names_nothing else []
 
     @property
     def teacher(self) -> str | None:

@@ -67,8 +67,9 @@ class LinearAttentionConfig:
     local_mixing: int = 0
 
     def __post_init__(self, **kwargs):
-        if isinstance(self, PretrainedConfig):
-            super().__post_init__(**kwargs)
+        inherited = getattr(super(), "__post_init__", None)  # a configuration's, or a recipe's
+        if inherited is not None:
+            inherited(**kwargs)
         check_feature_map(self.feature_map, self.feature_map_kwargs)
         if self.local_mixing != 0 and (self.local_mixing % 2 == 0 or not 3 <= self.local_mixing <= 15):
             raise UsageError(f"local_mixing={self.local_mixing}: pass an odd number from 3 to 15, or 0 for none.")

@@ -143,7 +143,7 @@ def test_a_wheel_runs_the_quickstart_from_another_folder(tmp_path):
     for package in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / package, source / package, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     elsewhere.mkdir()
 

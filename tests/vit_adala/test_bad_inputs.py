@@ -81,7 +81,7 @@ RECIPES = {
         "teacher: teacher\ndataset: digits\nsupervised: {push_to_hub: true}\n",
         "supervised.push_to_hub; vit-adala push",
     ),
-    "unknown-map": ("teacher: teacher\ndataset: digits\nfeature_map: gelu\n", "feature_map='gelu'; elu, exp"),
+    "unknown-map": ("teacher: teacher\ndataset: digits\nfeature_map: gelu\n", "feature_map='gelu'; elu, hedgehog"),
 }
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from training_helpers import one_thread, save_teacher, tiny_vit  # noqa: F401
 from transformers import PreTrainedModel, ViTConfig
 
-from modeling_adala import CheckpointError, convert
+from modeling_adala import CheckpointError, LinearAttentionConfig, convert
 from modeling_adala.conversion.checkpoint_safety import check_checkpoint
 from modeling_adala.conversion.loading import load_classifier, load_config, load_student, load_teacher
 from trainers.report import report
@@ -406,7 +406,7 @@ def test_hostile_names_stay_plain_text_in_the_report():
     manifest = {"teacher": name, "teacher_revision": name, "teacher_sha256": "0", "dataset": name, "parity": {}}
     manifest |= {"data_fingerprint": "0", "machine": "m", "bf16": False, "versions": {}}
     manifest["stages"] = {"supervised": facts}
-    config = types.SimpleNamespace(feature_options={"a": name})
+    config = types.SimpleNamespace(linear_attention=LinearAttentionConfig())
     text = report._render([["", "error"], ["x", "1"]], manifest, {}, [], config)
     assert [line for line in text.splitlines() if line.startswith("#")] == [text.splitlines()[0]]
     outside = re.sub(r"(?<![\\`])(`+)(?!`).*?(?<!`)\1(?!`)", "", text)
