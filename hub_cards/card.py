@@ -32,6 +32,13 @@ def build_card(directory: str | Path, repo_id: str | None = None) -> ModelCard:
 
     Raises:
         CheckpointError, DataError, UsageError: See `AdaLACardData.from_checkpoint`.
+
+    Example:
+
+    ```python
+    card = build_card("out/2-feature-alignment")
+    print(card.content)
+    ```
     """
     return render_card(AdaLACardData.from_checkpoint(directory, repo_id))
 
@@ -44,6 +51,12 @@ def write_card(directory: str | Path, repo_id: str | None = None, **stated: Any)
 
     Raises:
         CheckpointError: If it cannot be written, or see `build_card`.
+
+    Example:
+
+    ```python
+    write_card("out/2-feature-alignment")  # writes README.md
+    ```
     """
     directory = Path(directory)
     data = AdaLACardData.from_checkpoint(directory, repo_id, **stated)

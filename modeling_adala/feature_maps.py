@@ -160,6 +160,14 @@ def build_feature_map(name: str, num_heads: int, head_dim: int, **kwargs) -> Fea
 
     Raises:
         UsageError: for an unknown name or option, or a value that an option cannot have.
+
+    Example:
+
+    ```python
+    feature_map = build_feature_map("hedgehog", num_heads=12, head_dim=64)
+    query, key, value = torch.randn(3, 2, 12, 197, 64)
+    output = linear_attention(query, key, value, feature_map)
+    ```
     """
     check_feature_map(name, kwargs)
     return FEATURE_MAPS[name](num_heads, head_dim, **kwargs)

@@ -395,7 +395,6 @@ AUTO_CLASSES = {
     "ForSemanticSegmentation": "AutoModelForSemanticSegmentation",
     "Backbone": "AutoBackbone",
 }
-"""Auto class of each head."""
 
 # Transformers would name only the class that is being saved, so that a pushed classifier would not open with AutoModel
 for _classes in MODELS.values():
@@ -406,5 +405,5 @@ for _classes in MODELS.values():
     for _class in _classes.values():
         _class.auto_map = {name: f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for name, cls in _opened.items()}
 
-__all__ = ["AUTO_CLASSES", "MODELS", "head_of", "models_of", "stock_class"]
+__all__ = ["MODELS"]
 __all__ += [_class.__name__ for _classes in MODELS.values() for _class in _classes.values()]

@@ -1,8 +1,7 @@
 """Private API of Transformers and PyTorch that the files beside it rely on.
 
-A release may move or change any of these names; `tests/test_upstream.py` then says in a sentence which one, and what
-needs it. Private attributes of public objects (`config._attn_implementation`, ...) are used where they belong; the
-same test lists them.
+A release may move any of these names; `tests/test_upstream.py` then says in a sentence which one, and what needs it.
+Private attributes of public objects (`config._attn_implementation`, ...) are used where they belong, as listed there.
 """
 
 # Whether `torch.func` is at work, whose tensors have no values to look at: linear_attention.py.

@@ -21,6 +21,12 @@ class AttentionAlignmentConfig(AdaLATrainingArguments):
             calibration images (`rank_softmax_layers`). The command line writes `--softmax-layers auto:K`.
         calibration_images (`int`, *optional*, defaults to 64): Training images on which each block's teacher variance
             is measured, once, before the first step.
+
+    Example:
+
+    ```python
+    args = AttentionAlignmentConfig(output_dir="out/1", max_steps=1000, auto_softmax_layers=1)
+    ```
     """
 
     LOWER_IS_BETTER: ClassVar[bool] = True

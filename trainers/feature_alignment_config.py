@@ -38,6 +38,12 @@ class FeatureAlignmentConfig(AdaLATrainingArguments):
             px with the default three. With several processes, the first one builds it while the others wait.
         teacher_feature_cache_dtype (`str`, *optional*, defaults to `"float32"`): `"float16"` takes half the space;
             the targets are then rounded to 11 bits, about as finely as bf16 training computes them.
+
+    Example:
+
+    ```python
+    args = FeatureAlignmentConfig(output_dir="out/2", learning_rate=1e-4, new_learning_rate=5e-4)
+    ```
     """
 
     LOWER_IS_BETTER: ClassVar[bool] = True

@@ -49,6 +49,18 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
 
     Args:
         model, teacher_model, args, peft_config, evaluator, kwargs: See `AlignmentTrainer`.
+
+    Example:
+
+    ```python
+    trainer = FeatureAlignmentTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=FeatureAlignmentConfig(output_dir="out/2", max_steps=1),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    ```
     """
 
     stage = "feature-alignment"

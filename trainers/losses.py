@@ -54,6 +54,13 @@ def attention_alignment_loss(student: Tensor, teacher: Tensor, variance: Tensor 
 
     Returns:
         `Tensor`: scalar in float32.
+
+    Example:
+
+    ```python
+    student, teacher = torch.randn(2, 2, 197, 64)
+    loss = attention_alignment_loss(student, teacher, teacher.var())
+    ```
     """
     return F.mse_loss(student.float(), teacher.float()) / variance
 

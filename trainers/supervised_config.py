@@ -26,6 +26,12 @@ class SupervisedConfig(AdaLATrainingArguments):
 
     Raises:
         UsageError: For a stride that is 0, larger than the window, or without one.
+
+    Example:
+
+    ```python
+    args = SupervisedConfig(output_dir="out/3", num_train_epochs=3, freeze_backbone=True)
+    ```
     """
 
     METRICS: ClassVar[str] = "loss|accuracy|mean_iou|mean_accuracy|pixel_accuracy|iou_.+"

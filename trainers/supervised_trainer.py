@@ -38,6 +38,17 @@ class SupervisedTrainer(AdaLATrainer):
         compute_metrics (`Callable`, *optional*): As for `Trainer`. Default: as above. For segmentation, it gets the
             confusion matrices of a batch `(batch, num_labels, num_labels)` as predictions, and `compute_result`.
         kwargs: As for `Trainer`; items hold `pixel_values` and `labels`.
+
+    Example:
+
+    ```python
+    trainer = SupervisedTrainer(
+        model="out/2-feature-alignment",  # opened with a new head for the classes of the dataset
+        args=SupervisedConfig(output_dir="out/3", max_steps=1),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    ```
     """
 
     stage = "supervised"

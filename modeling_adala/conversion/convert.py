@@ -132,6 +132,13 @@ def parity_report(teacher: PreTrainedModel, student: PreTrainedModel) -> ParityR
 
     Raises:
         CheckpointError: if the teacher's own features are not finite.
+
+    Example:
+
+    ```python
+    report = parity_report(teacher, convert(teacher))
+    print(report)  # parity passed (softmax mode against teacher, ...)
+    ```
     """
     teacher, student = (m if m.dtype == torch.float32 else copy.deepcopy(m).float() for m in (teacher, student))
     config, differences = vision_config(teacher.config), {}

@@ -164,6 +164,13 @@ def load_teacher(
         DataError: where neither a local folder nor the Hub has it.
         CheckpointError: for a local folder that `check_checkpoint` refuses, and weights that are missing, do not fit,
             or are not finite.
+
+    Example:
+
+    ```python
+    teacher = load_teacher("facebook/dinov2-small")
+    student = convert(teacher)
+    ```
     """
     teacher = os.fspath(teacher) if isinstance(teacher, os.PathLike) else teacher
     if isinstance(teacher, str):
@@ -207,6 +214,12 @@ def load_student(name_or_path: str, *, finite: bool = True) -> PreTrainedModel:
         CheckpointError: for a local folder that `check_checkpoint` refuses, and weights that are missing, do not fit,
             or are not finite.
         UsageError: if it is not an AdaLA checkpoint.
+
+    Example:
+
+    ```python
+    student = load_student("out/2-feature-alignment")
+    ```
     """
     config = load_config(name_or_path)
     if not is_adala(config):
@@ -228,6 +241,12 @@ def load_classifier(name_or_path: str, labels: list[str]) -> PreTrainedModel:
         CheckpointError: for a local folder that `check_checkpoint` refuses, and weights other than those of a new
             head that are missing, do not fit, or are not finite.
         UsageError: if its architecture has no classifier.
+
+    Example:
+
+    ```python
+    classifier = load_classifier("out/2-feature-alignment", labels=["cat", "dog"])
+    ```
     """
     config = load_config(name_or_path)
     if "ForImageClassification" not in models_of(config):
@@ -249,6 +268,12 @@ def load_segmenter(name_or_path: str, labels: list[str]) -> PreTrainedModel:
         CheckpointError: for a local folder that `check_checkpoint` refuses, and weights other than those of a new
             head that are missing, do not fit, or are not finite.
         UsageError: if its family has no segmentation model.
+
+    Example:
+
+    ```python
+    segmenter = load_segmenter("out/2-feature-alignment", labels=["road", "sky", "tree"])
+    ```
     """
     config = load_config(name_or_path)
     segmenter = models_of(config).get("ForSemanticSegmentation")
@@ -276,6 +301,12 @@ def load_image_processor(name_or_path: str) -> BaseImageProcessor | None:
     Raises:
         CheckpointError: for one that is damaged or would not normalize, see `check_image_processor`.
         DataError: if the Hub cannot be reached and nothing is known of the image processor.
+
+    Example:
+
+    ```python
+    processor = load_image_processor("facebook/dinov2-small")
+    ```
     """
     try:
         values, _ = BaseImageProcessor.get_image_processor_dict(name_or_path)

@@ -92,7 +92,9 @@ def check_linear(model: PreTrainedModel | PretrainedConfig, *inputs, **kwargs) -
     Example:
 
     ```python
-    model = AutoModel.from_pretrained("facebook/vit-mae-base", attn_implementation="adala")
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained("facebook/dinov2-small", attn_implementation="adala")
     print(check_linear(model))
     ```
     """

@@ -26,7 +26,14 @@ def patch_size(config: PretrainedConfig) -> tuple[int, int]:
 
 
 def native_size(config: PretrainedConfig) -> tuple[int, int]:
-    """Return height and width in pixels of the images that a model's positions were made for."""
+    """Return height and width in pixels of the images that a model's positions were made for.
+
+    Example:
+
+    ```python
+    height, width = native_size(teacher.config)
+    ```
+    """
     config = vision_config(config)
     size = getattr(config, "image_size", None)
     if size is None:  # SigLIP 2 says how many patches, of a square

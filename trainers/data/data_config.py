@@ -63,6 +63,12 @@ class DataConfig:
         allow_external_images (`bool`, *optional*, defaults to `False`): Also open images that rows name by a URL, or
             by a path outside of the dataset's own folder. Data of others could otherwise make this machine open any
             file and call any server.
+
+    Example:
+
+    ```python
+    config = DataConfig(dataset="mnist-digits", image_size=28)  # or a Hub id, a folder of images, parquet files
+    ```
     """
 
     dataset: str | None = field(
@@ -130,6 +136,13 @@ class DataModule:
         DataError: For unreadable or empty data, and with `require_labels` for labels that are missing, negative, far
             larger than the number of rows, or in the evaluation split only. All labels are read here, before any time
             is spent; those of a stream are checked as they come.
+
+    Example:
+
+    ```python
+    data = DataModule(DataConfig(dataset="mnist-digits", image_size=28), teacher.config, image_processor)
+    train_dataset, eval_dataset = data.train_dataset(seed=0), data.eval_dataset()
+    ```
     """
 
     def __init__(

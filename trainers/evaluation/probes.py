@@ -108,6 +108,12 @@ def compare_features(
     Raises:
         UsageError: If the features of the student have another shape.
         DataError, AdaLAError: As [`extract_features`].
+
+    Example:
+
+    ```python
+    results, *_ = compare_features(teacher, student, data.loader(data.eval_dataset(32)))
+    ```
     """
     groups = token_groups(unwrap(teacher).config)
     distances = {name: evaluate.combine([FeatureCosine(), FeatureRelativeError()]) for name in groups}
@@ -244,6 +250,13 @@ def evaluate_pair(
 
     Raises:
         UsageError, DataError, AdaLAError: As [`compare_features`] and [`linear_probe`].
+
+    Example:
+
+    ```python
+    train, test = data.loader(data.bank_dataset(64)), data.loader(data.eval_dataset(32))
+    results = evaluate_pair(teacher, student, train, test, probe=False)
+    ```
     """
     start = time.perf_counter()
     options: dict[str, Any] = {"autocast_dtype": autocast_dtype, "disable_progress": disable_progress}

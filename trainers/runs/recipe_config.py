@@ -34,6 +34,12 @@ class RecipeConfig(LinearAttentionConfig, DataConfig):
         control (`bool`, *optional*, defaults to `False`): Also train a student by stage 2 alone for the wall time of
             stages 1 and 2, and report it beside the student.
         seed (`int`, *optional*, defaults to 42)
+
+    Example:
+
+    ```python
+    config = RecipeConfig(teacher="facebook/dinov2-small", dataset="path/to/images", output_dir="out/mine")
+    ```
     """
 
     teacher: str = field(default="", metadata={"help": "Softmax checkpoint: Hub id or folder."})
