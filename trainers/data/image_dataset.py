@@ -158,7 +158,8 @@ class ImageDataset(ImageReader, torch.utils.data.Dataset):
 
     ```python
     rows = load_digits("test").select(range(4))
-    dataset = ImageDataset(rows, ImageTransform((28, 28), image_mean=0.5, image_std=0.5, num_channels=1), label_column="label")
+    transform = ImageTransform((28, 28), image_mean=0.5, image_std=0.5, num_channels=1)
+    dataset = ImageDataset(rows, transform, label_column="label")
     ```
     """
 
