@@ -57,7 +57,7 @@ TINY = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "pa
 TOWERS = [name for name in MODELS if name not in ("clip", "siglip", "siglip2")]
 VARIANTS = {
     **{name: (name, {}) for name in TOWERS},
-    **{f"vit, {name}": ("vit", {"feature_map": name}) for name in ("elu", "relu", "exp", "t2r")},
+    **{f"vit, {name}": ("vit", {"feature_map": name}) for name in ("elu", "relu", "t2r")},
     "fewer features": ("vit", {"feature_map_kwargs": {"feature_dim": 8}}),
     "hybrid": ("dinov2", {"softmax_layers": [-1]}),
     "SwiGLU": ("dinov2", {"use_swiglu_ffn": True}),

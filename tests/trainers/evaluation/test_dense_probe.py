@@ -50,11 +50,11 @@ def test_patches_are_those_of_the_model_in_the_order_of_the_image():
     model = tiny_dinov2().train()
     pixels = torch.randn(2, model.config.num_channels, 28, 42)
     found = extract_patches(model, [{"pixel_values": pixels, "labels": [torch.zeros(5, 7)] * 2}])
-    assert found.features.shape == (2, model.config.hidden_size, 2, 3) and len(found) == 2
+    assert found.features.shape == (2, model.config.hidden_size, 4, 6) and len(found) == 2
     model.eval()
     with torch.no_grad():
         tokens = model(pixels).last_hidden_state[:, 1:]
-    torch.testing.assert_close(found.features[1, :, 1, 0], tokens[1, 3])
+    torch.testing.assert_close(found.features[1, :, 1, 0], tokens[1, 6])
     with pytest.raises(DataError, match="0 images to probe on"):
         extract_patches(model, [])
     model.layernorm.weight.data.fill_(float("nan"))

@@ -40,7 +40,7 @@ def token_of(model, row: int, column: int) -> int:
 
 
 @pytest.mark.parametrize("family", [name for name in TEACHERS if name != "siglip2"])  # attention_map cannot, there
-@pytest.mark.parametrize("options", [{}, {"feature_map": "exp"}, {"softmax_layers": [1]}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"feature_map": "relu"}, {"softmax_layers": [1]}], ids=str)
 def test_a_linear_query_is_its_row_of_the_attention_map(family, options):
     student = convert(TEACHERS[family](), check_parity=False, **options)
     inputs = image_inputs(student.config, PIXELS)
