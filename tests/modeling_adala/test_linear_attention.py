@@ -295,7 +295,7 @@ class CopyRecorder(TorchDispatchMode):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", MAPS)
 def test_no_copy_of_query_key_or_value(name, batch):
-    """Not even of one head of them. (The CPU backend copies blocks, see test_cpu_backend.py.)"""
+    """Not even of one head of them."""
     heads, tokens, dim = 4, 128, 64
     inputs = [heads_view(batch, heads, tokens, dim, torch.float32) for _ in range(3)]
     feature_map = build_feature_map(name, heads, dim)
