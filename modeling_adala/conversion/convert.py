@@ -97,8 +97,9 @@ def convert(
     linear = _linear_config(config, options)
     teacher = os.fspath(teacher) if isinstance(teacher, os.PathLike) else teacher
     if isinstance(teacher, str):  # wrong options should fail before the weights are read
-        student_config(load_teacher_config(teacher), linear)
-        model = load_teacher(teacher, head)
+        teacher_config = load_teacher_config(teacher)
+        student_config(teacher_config, linear)
+        model = load_teacher(teacher, head, config=teacher_config)
     else:
         model = check_teacher(teacher)
     head = head or _head_of(model)
