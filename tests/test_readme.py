@@ -2,12 +2,16 @@
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from training_helpers import one_thread, tiny_dinov2  # noqa: F401
 from transformers import AutoImageProcessor
 
 from modeling_adala import convert
+from trainers import AttentionAlignmentConfig, FeatureAlignmentConfig
 from trainers.data.digits import DIGITS_TEACHER
 from vit_adala.arguments import CommandParser
 from vit_adala.cli import COMMANDS, main
@@ -27,8 +31,24 @@ def test_using_the_model_of_the_quickstart(tmp_path, monkeypatch, capsys):
     convert(DIGITS_TEACHER).save_pretrained(saved)
     AutoImageProcessor.from_pretrained(DIGITS_TEACHER).save_pretrained(saved)
     monkeypatch.chdir(tmp_path)
-    exec(compile(PYTHON[0], "README.md", "exec"), {})
+    (block,) = [block for block in PYTHON if "load_digits" in block]
+    exec(compile(block, "README.md", "exec"), {})
     assert re.search(r"tensor\(\[\d, \d, \d, \d\]\)", capsys.readouterr().out)
+
+
+def test_blocks_that_convert_and_train_run(tmp_path, monkeypatch):
+    """With a tiny teacher in the place of the one on the Hub, and one step of each stage."""
+    tiny_dinov2().save_pretrained(tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    for name, config in (("Attention", AttentionAlignmentConfig), ("Feature", FeatureAlignmentConfig)):
+        step = partial(config, max_steps=1, use_cpu=True, report_to="none")
+        monkeypatch.setattr(f"trainers.{name.lower()}_alignment_trainer.{name}AlignmentConfig", step)
+    images = [{"pixel_values": pixels} for pixels in torch.randn(4, 1, 28, 28)]
+    blocks = [block for block in PYTHON if "facebook/dinov2-small" in block]
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block.replace("facebook/dinov2-small", "teacher"), "README.md", "exec"), {"images": images})
+    assert (tmp_path / "dinov2-small-linear" / "model.safetensors").is_file()
 
 
 class Parsed(Exception):
