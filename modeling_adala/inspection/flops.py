@@ -170,10 +170,11 @@ def _softmax_flops(config: PretrainedConfig, tokens: int) -> int:
 
 
 def _linear_flops(config: PretrainedConfig, tokens: int) -> int:
-    """Return the FLOPs of one layer: learned projections, state, and its product with the normalizer beside it."""
+    """Return the FLOPs of one layer: learned projections, state, its product with the normalizer, local mixing."""
     phi, width, features = _feature_map(config), head_dim(config), num_features(config)
-    projected = 4 * width * getattr(phi, "feature_dim", 0)
-    return config.num_attention_heads * tokens * (projected + 2 * features * width + 2 * features * (width + 1))
+    projected, mixed = 4 * width * getattr(phi, "feature_dim", 0), 2 * width * config.local_mixing**2
+    per_token = projected + 2 * features * width + 2 * features * (width + 1) + mixed
+    return config.num_attention_heads * tokens * per_token
 
 
 def _kept_by_softmax(config: PretrainedConfig, tokens: int, implementation: str) -> int:
@@ -187,7 +188,8 @@ def _kept_by_linear(config: PretrainedConfig, tokens: int) -> int:
     phi = _feature_map(config)
     few, many = 16, 32
     at_few, at_many = (_kept_floats(phi, count) for count in (few, many))
-    return at_few + (at_many - at_few) // (many - few) * (tokens - few) + tokens * attention_width(config)
+    copies = 2 if config.local_mixing else 1  # the output, and the values as an image
+    return at_few + (at_many - at_few) // (many - few) * (tokens - few) + copies * tokens * attention_width(config)
 
 
 def _kept_floats(phi: FeatureMap, tokens: int) -> int:
