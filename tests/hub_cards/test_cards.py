@@ -227,6 +227,12 @@ def test_softmax_layers_are_named(tmp_path):
     assert "all layers but 3, 11" in text
 
 
+def test_local_mixing_is_named_where_there_is_some(tmp_path):
+    text = body(build_card(write(tmp_path, {}, local_mixing=5)))
+    assert "\n| Local mixing | 5x5 depthwise convolution of the values |\n| Size |" in text
+    assert "Local mixing" not in body(build_card(write(tmp_path, {})))
+
+
 # --- where it comes from ---------------------------------------------------------------------------------------------
 
 
