@@ -73,12 +73,17 @@ class LocalMixing(nn.Module):
         return output.transpose(1, 2)
 
 
+def patch_grid(config: Any, pixel_values: Tensor) -> tuple[int, int]:
+    """Return rows and columns of patches in an image batch `(batch, channels, height, width)`."""
+    patch = pair(config.patch_size)
+    return pixel_values.shape[-2] // patch[0], pixel_values.shape[-1] // patch[1]
+
+
 def give_patch_grid(tower: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of a vision tower that tells its attention modules the rows and columns of patches."""
     pixels = args[0] if args else kwargs["pixel_values"]
     if pixels.ndim == 4:
-        patch = pair(tower.config.patch_size)
-        grid: Any = (pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])
+        grid: Any = patch_grid(tower.config, pixels)
     else:  # packed patches (NaFlex)
         grid = args[2] if len(args) > 2 else kwargs["spatial_shapes"]
     return args, kwargs | {"patch_grid": grid}
@@ -106,9 +111,8 @@ def adala_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Return `(batch, tokens, heads, head_dim)` and, if asked, the weights: attention interface `"adala"`.
 
-    phi is that of `feature_map_of`. Keys and values may have fewer heads than queries.
-    `scaling` belongs to softmax and `dropout` to a weight matrix that linear attention never forms; both act in
-    softmax layers only.
+    phi is that of `feature_map_of`. Keys and values may have fewer heads than queries. `scaling` belongs to softmax,
+    `dropout` to a weight matrix that linear attention never forms; both act in softmax layers only.
 
     Raises:
         UsageError: for a mask that is not a key-padding mask, causal attention, or an argument of `_SOFTMAX_ONLY`.

@@ -173,6 +173,16 @@ def build_feature_map(name: str, num_heads: int, head_dim: int, **kwargs) -> Fea
     return FEATURE_MAPS[name](num_heads, head_dim, **kwargs)
 
 
+def check_mapped(feature_map: nn.Module, inputs: tuple[Tensor, Tensor], mapped: tuple[Tensor, Tensor]) -> None:
+    """Raise `UsageError` where a feature map changes more of query and key than the last size, of both alike."""
+    before, after = ([tuple(x.shape) for x in pair] for pair in (inputs, mapped))
+    if [shape[:-1] for shape in after] != [shape[:-1] for shape in before] or after[0][-1] != after[1][-1]:
+        raise UsageError(
+            f"feature_map {type(feature_map).__name__} turns query and key of {before[0]} and {before[1]} into"
+            f" {after[0]} and {after[1]}; it may change the last size alone, and of both alike."
+        )
+
+
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of features, state and normalizer of `x`: float32, or float64 if it is."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .feature_maps import FEATURE_MAPS, FeatureMap, accumulation_dtype, build_feature_map
+from .feature_maps import FEATURE_MAPS, FeatureMap, accumulation_dtype, build_feature_map, check_mapped
 from .upstream import is_in_torch_dispatch_mode, is_transformed
 
 try:
@@ -142,13 +142,7 @@ def _features(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the features of queries and keys, those of padding zero, and the number of real tokens per image."""
     phi_q, phi_k = feature_map(query, key, key_mask)
-    shapes = [x.shape[:-1] for x in (phi_q, phi_k)]
-    if shapes != [x.shape[:-1] for x in (query, key)] or phi_q.shape[-1] != phi_k.shape[-1]:
-        raise UsageError(
-            f"feature_map {type(feature_map).__name__} turns query and key of {tuple(query.shape)} and"
-            f" {tuple(key.shape)} into {tuple(phi_q.shape)} and {tuple(phi_k.shape)}; it may change the last size"
-            " alone, and of both alike."
-        )
+    check_mapped(feature_map, (query, key), (phi_q, phi_k))
     if key_mask is None:
         return phi_q, phi_k, (phi_k.new_ones(1, 1, 1) * phi_k.shape[2]).clamp(min=1)
     count = key_mask.sum(dim=1).clamp(min=1).to(phi_k.dtype)[:, None, None]

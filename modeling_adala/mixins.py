@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutput
 
-from .attention_interface import LocalMixing, give_patch_grid, is_new_parameter, note_arguments
+from .attention_interface import LocalMixing, give_patch_grid, is_new_parameter, note_arguments, patch_grid
 from .configuration_adala import ADALA_VERSION, pair, vision_config
 from .errors import CheckpointError
 from .families import ROWS, get_family
@@ -107,12 +107,6 @@ def _attention_modules(model: Any) -> Iterator[Any]:
 def last_layernorm(model: Any) -> nn.Module:
     """Return the layer norm after the last block of a vision tower."""
     return getattr(model, get_family(model.config.model_type).last_norm)
-
-
-def patch_grid(config, pixel_values: torch.Tensor) -> tuple[int, int]:
-    """Return rows and columns of patches in an image batch `(batch, channels, height, width)`."""
-    patch = pair(config.patch_size)
-    return pixel_values.shape[-2] // patch[0], pixel_values.shape[-1] // patch[1]
 
 
 def num_special_tokens(config) -> int:

@@ -22,7 +22,7 @@ from .configuration_adala import (
     AdaLASiglipVisionConfig,
     AdaLAViTConfig,
 )
-from .families import get_family
+from .families import FAMILIES, get_family
 from .mixins import AdaLABackboneMixin, AdaLAMixin, AdaLASegmentationMixin
 
 
@@ -366,11 +366,7 @@ MODELS: dict[str, dict[str, type[PreTrainedModel]]] = {
 
 
 def models_of(config: PretrainedConfig) -> dict[str, type[PreTrainedModel]]:
-    """Return the linear classes for a stock or an AdaLA configuration by head, such as `"Model"` or `"Backbone"`.
-
-    Raises:
-        UsageError: For an unsupported architecture.
-    """
+    """Return the linear classes for a stock or an AdaLA configuration by head, as `"Backbone"`; see `get_family`."""
     return MODELS[get_family(config.model_type).stock]
 
 
@@ -396,12 +392,17 @@ AUTO_CLASSES = {
     "Backbone": "AutoBackbone",
 }
 
+
+def auto_classes(family: str) -> dict[str, type[PreTrainedModel]]:
+    """Return the linear classes of a family by the Auto class that opens each."""
+    classes = {AUTO_CLASSES[head]: linear for head, linear in MODELS[family].items() if head in AUTO_CLASSES}
+    zero_shot = {"AutoModelForZeroShotImageClassification": MODELS[family]["Model"]}
+    return classes if FAMILIES[family].vision is None else classes | zero_shot
+
+
 # Transformers would name only the class that is being saved, so that a pushed classifier would not open with AutoModel
-for _classes in MODELS.values():
-    _opened = {AUTO_CLASSES[_head]: _class for _head, _class in _classes.items() if _head in AUTO_CLASSES}
-    _opened["AutoConfig"] = _classes["Model"].config_class
-    if "text_config" in _opened["AutoConfig"].sub_configs:
-        _opened["AutoModelForZeroShotImageClassification"] = _classes["Model"]
+for _name, _classes in MODELS.items():
+    _opened = {"AutoConfig": _classes["Model"].config_class, **auto_classes(_name)}
     for _class in _classes.values():
         _class.auto_map = {name: f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for name, cls in _opened.items()}
 

@@ -1,4 +1,4 @@
-"""What an import costs and does: nothing is imported before it is needed, and matplotlib is left as it was."""
+"""Imports are cheap and have no side effects: modules load on first use, and matplotlib keeps its state."""
 
 import subprocess
 import sys

@@ -8,7 +8,7 @@ import torch
 from accelerate import AutocastKwargs
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from modeling_adala.attention_interface import is_new_parameter
 from modeling_adala.configuration_adala import vision_config
@@ -16,7 +16,7 @@ from modeling_adala.conversion.loading import load_teacher
 from modeling_adala.errors import AdaLAError, UsageError
 from modeling_adala.families import get_family
 
-from .base_trainer import AdaLATrainer, base_model, split_groups
+from .base_trainer import AdaLATrainer, base_model
 from .teacher import with_cast_weights
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,7 +56,7 @@ class AlignmentTrainer(AdaLATrainer):
                 " FeatureEvaluator(teacher, dataset)."
             )
         self.evaluator = evaluator
-        self.exact_teacher = teacher = load_teacher(teacher_model)
+        teacher = load_teacher(teacher_model)
         check_pair(teacher, model)
         super().__init__(model=model, args=args, **kwargs)
         autocast_dtype = AUTOCAST_DTYPES.get(self.accelerator.mixed_precision) if self.accelerator.native_amp else None
@@ -74,12 +74,10 @@ class AlignmentTrainer(AdaLATrainer):
             )
         return super().train(resume_from_checkpoint, **kwargs)
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """As in `Trainer`, with `new_learning_rate` for the parameters that the teacher lacks."""
-        if self.optimizer is None and self.args.new_learning_rate is not None:
-            new = {parameter for name, parameter in self.model.named_parameters() if is_new_parameter(name)}
-            split_groups(super().create_optimizer(model), new, self.args.new_learning_rate)
-        return super().create_optimizer(model)
+    def own_learning_rate(self) -> tuple[set, float | None]:
+        """Return the parameters that the teacher lacks, and `new_learning_rate`."""
+        new = {parameter for name, parameter in self.model.named_parameters() if is_new_parameter(name)}
+        return new, self.args.new_learning_rate
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -150,7 +148,12 @@ class AlignmentTrainer(AdaLATrainer):
 
 def check_pair(teacher: PreTrainedModel, student: nn.Module) -> None:
     """Raise `UsageError` unless the student is the linear counterpart of the teacher, layer for layer."""
-    ours, theirs = vision_config(base_model(student).config), vision_config(teacher.config)
+    check_configs(teacher.config, base_model(student).config)
+
+
+def check_configs(teacher: PretrainedConfig, student: PretrainedConfig) -> None:
+    """Raise `UsageError` unless a configuration is that of the linear counterpart of a teacher's."""
+    ours, theirs = vision_config(student), vision_config(teacher)
     expected = get_family(theirs.model_type).adala
     if ours.model_type != expected:
         raise UsageError(

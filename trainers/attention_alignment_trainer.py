@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modeling_adala.attention_interface import patch_grid
 from modeling_adala.configuration_adala import vision_config
-from modeling_adala.conversion.loading import load_student
+from modeling_adala.conversion.loading import load_student, load_teacher
 from modeling_adala.errors import UsageError
 from modeling_adala.inspection.towers import attention_modules
-from modeling_adala.mixins import patch_grid
 
 from .alignment_trainer import AlignmentTrainer
 from .attention_alignment_config import AttentionAlignmentConfig
@@ -96,6 +96,8 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
                 f"auto_softmax_layers={args.auto_softmax_layers}: pass fewer than {len(linear_layers)}, the number of"
                 " linear layers, and no peft_config: a layer goes back with the teacher's own projections."
             )
+        if args.auto_softmax_layers:  # layers go back with these weights, which the base class may round
+            self.exact_teacher = teacher_model = load_teacher(teacher_model)
         super().__init__(model=wrapped, teacher_model=teacher_model, args=args, **kwargs)
         self.layers: list[int] = linear_layers
         self._variances: list[Tensor] | None = None

@@ -93,6 +93,17 @@ class AdaLATrainer(Trainer):
         with self._cost.waiting():
             return super().get_batch_samples(*args, **kwargs)
 
+    def own_learning_rate(self) -> tuple[set, float | None]:
+        """Return parameters that learn at a rate of their own, and the rate; `None` for that of all others."""
+        return set(), None
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            optimizer, (parameters, learning_rate) = super().create_optimizer(model), self.own_learning_rate()
+            if learning_rate is not None:
+                _split_groups(optimizer, parameters, learning_rate)
+        return self.optimizer
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train as `Trainer.train` does; `resume_from_checkpoint=True` starts fresh where there is no checkpoint.
 
@@ -231,7 +242,7 @@ def base_model(model: nn.Module) -> Any:
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def split_groups(optimizer: torch.optim.Optimizer, parameters: set, learning_rate: float) -> None:
+def _split_groups(optimizer: torch.optim.Optimizer, parameters: set, learning_rate: float) -> None:
     """Give some parameters of an optimizer a learning rate of their own, before its first step."""
     for group in list(optimizer.param_groups):
         chosen = [parameter for parameter in group["params"] if parameter in parameters]

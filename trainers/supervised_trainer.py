@@ -14,7 +14,7 @@ from modeling_adala.errors import UsageError
 from modeling_adala.families import find_family
 from modeling_adala.inspection.towers import image_inputs, vision_tower
 
-from .base_trainer import AdaLATrainer, add_adapters, base_model, freeze_all_but, split_groups
+from .base_trainer import AdaLATrainer, add_adapters, base_model, freeze_all_but
 from .data.labels import class_names
 from .data.segmentation_data import IGNORE_INDEX
 from .evaluation.metrics import MeanIoU, compute_accuracy
@@ -84,14 +84,12 @@ class SupervisedTrainer(AdaLATrainer):
             compute_metrics = compute_metrics or SegmentationMetrics(_labels_of(bare.config))
         super().__init__(model=model, args=args, compute_metrics=compute_metrics or compute_accuracy, **kwargs)
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Return the optimizer of `Trainer`, with a learning rate of its own for the head.
+    def own_learning_rate(self) -> tuple[set, float | None]:
+        """Return the head's parameters, and `head_learning_rate`.
 
         A new head on a pretrained backbone needs one that would wreck the backbone (docs/experiments.md).
         """
-        if self.optimizer is None:
-            split_groups(super().create_optimizer(model), self.head, self.args.head_learning_rate)
-        return super().create_optimizer(model)
+        return self.head, self.args.head_learning_rate
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         bare = base_model(self.model)

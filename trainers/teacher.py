@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modeling_adala.families import get_family
 from modeling_adala.inspection.towers import attention_modules, forward_tower
 
 
@@ -109,7 +110,8 @@ def without_output_projection(attention: nn.Module) -> Iterator[None]:
 
 
 def _projection_name(attention: nn.Module) -> str:
-    return "o_proj" if hasattr(attention, "o_proj") else "out_proj"
+    config: Any = attention.config
+    return get_family(config.model_type).output_projection
 
 
 def _cast_once(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

@@ -27,7 +27,7 @@ from modeling_adala.feature_maps import FEATURE_MAPS
 from trainers.attention_alignment_config import AttentionAlignmentConfig
 from trainers.base_config import AdaLATrainingArguments
 from trainers.runs.plain_yaml import parse_yaml
-from trainers.runs.settings import NO, YES, build, did_you_mean, parse_softmax_layers
+from trainers.runs.settings import NO, YES, automatic_layers, build, did_you_mean
 
 # inherited from TrainingArguments, but what people look for first
 COMMON = {
@@ -123,8 +123,9 @@ class CommandParser(argparse.ArgumentParser):
         """
         texts = self.read(arguments)
         self.given = set(texts)
-        if texts.get("softmax_layers", "").startswith("auto"):
-            _, count = parse_softmax_layers(texts.pop("softmax_layers"))
+        count = automatic_layers(texts.get("softmax_layers"))
+        if count:
+            del texts["softmax_layers"]
             if AttentionAlignmentConfig not in self.types:
                 self.error(
                     f"--softmax-layers auto:{count} chooses layers at the end of stage 1: vit-adala align or run"

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoImageProcessor, PretrainedConfig, PreTr
 from transformers.utils import is_torchvision_available, is_vision_available
 
 from ..families import FAMILIES, Family
-from ..modeling_adala import AUTO_CLASSES, MODELS
+from ..modeling_adala import AUTO_CLASSES, MODELS, auto_classes
 from .upstream import WeightRenaming, get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 
@@ -17,15 +17,12 @@ def register() -> None:
     for name, classes in MODELS.items():
         config_class = classes["Model"].config_class
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        for auto_class, model_class in auto_classes(name).items():
+            getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
         for head, model_class in classes.items():
             if head in AUTO_CLASSES:
-                auto_class = getattr(transformers, AUTO_CLASSES[head])
-                auto_class.register(config_class, model_class, exist_ok=True)
                 model_class.register_for_auto_class(AUTO_CLASSES[head])  # its checkpoints carry this code
             _register_names_on_disk(FAMILIES[name], model_class)
-        if FAMILIES[name].vision is not None:
-            zero_shot = transformers.AutoModelForZeroShotImageClassification
-            zero_shot.register(config_class, classes["Model"], exist_ok=True)
         if is_vision_available():  # without Pillow there is no image processor
             _register_image_processor(FAMILIES[name], config_class)
 

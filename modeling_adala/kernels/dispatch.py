@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from ..errors import UsageError
-from ..feature_maps import FeatureMap, softmax_pair
+from ..feature_maps import FeatureMap, check_mapped, softmax_pair
 from ..upstream import is_transformed
 from .triton_backend import linear_attention_triton, unsupported
 
@@ -33,8 +32,9 @@ def linear_attention(
         return None
     if cu_seqlens is not None and feature_map.center_keys:
         return None
-    query, key, scale = _affine(query, key, feature_map, key_mask)
-    nonlinearity = feature_map.nonlinearity
+    mapped_query, mapped_key, scale = feature_map.affine(query, key, key_mask)
+    check_mapped(feature_map, (query, key), (mapped_query, mapped_key))
+    query, key, nonlinearity = mapped_query, mapped_key, feature_map.nonlinearity
     if nonlinearity == "softmax_pair":  # no kernel has room for it: its features are twice as many as its inputs
         query, key, nonlinearity = softmax_pair(query * scale), softmax_pair(key * scale), "identity"
         scale = 1.0
@@ -57,21 +57,6 @@ def must_run_whole(feature_map: nn.Module) -> bool:
     # by name: `trust_remote_code` brings a second class of that name
     own_forward = type(feature_map).forward.__qualname__ != "FeatureMap.forward"
     return bool(hooks) or own_forward or "forward" in feature_map.__dict__
-
-
-def _affine(
-    query: Tensor, key: Tensor, feature_map: FeatureMap, key_mask: Tensor | None
-) -> tuple[Tensor, Tensor, float]:
-    """Apply the affine part of a feature map and check the shapes that it returns."""
-    mapped_query, mapped_key, scale = feature_map.affine(query, key, key_mask)
-    shapes = [x.shape[:-1] for x in (mapped_query, mapped_key)]
-    if shapes != [x.shape[:-1] for x in (query, key)] or mapped_query.shape[-1] != mapped_key.shape[-1]:
-        raise UsageError(
-            f"feature_map {type(feature_map).__name__} turns query and key of {tuple(query.shape)} and"
-            f" {tuple(key.shape)} into {tuple(mapped_query.shape)} and {tuple(mapped_key.shape)}; affine() may change"
-            " the last size alone, and of both alike."
-        )
-    return mapped_query, mapped_key, scale
 
 
 def _is_transformed(*tensors: Tensor) -> bool:

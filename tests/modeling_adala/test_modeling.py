@@ -1,6 +1,7 @@
 """AdaLA models beside the stock ones: equal in softmax mode, ordinary Transformers models in all other respects."""
 
 import json
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ from modeling_adala import (
     attention_map,
     linear_attention_reference,
 )
+from modeling_adala.configuration_adala import FEATURE_MAP_OPTIONS
+from modeling_adala.feature_maps import FEATURE_MAPS, FeatureMap
 from modeling_adala.inspection.towers import attention_modules
 
 # Weights large enough that softmax and linear attention differ far beyond rounding.
@@ -588,3 +591,15 @@ def test_nothing_is_left_on_disk_but_the_model(tmp_path: Path):
     make(AdaLAViTModel).save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir() if path.suffix != ".py"}  # the code: test_hub_code.py
     assert names == {"config.json", "model.safetensors"}
+
+
+def test_the_options_of_each_feature_map_are_those_of_its_class():
+    shape, options = {"self", "num_heads", "head_dim", "kwargs"}, {}
+    for name, feature_map in FEATURE_MAPS.items():
+        constructors = [
+            vars(cls)["__init__"]
+            for cls in feature_map.__mro__
+            if issubclass(cls, FeatureMap) and "__init__" in vars(cls)
+        ]
+        options[name] = {key for constructor in constructors for key in signature(constructor).parameters} - shape
+    assert options == {name: set(names) for name, names in FEATURE_MAP_OPTIONS.items()}

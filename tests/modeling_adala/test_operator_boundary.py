@@ -1,4 +1,4 @@
-"""What the public operator takes and refuses, on every backend, and that each of them honors every argument."""
+"""Boundary of the public operator: valid and invalid arguments, and backends that honor each of them."""
 
 import os
 import subprocess

@@ -30,13 +30,14 @@ from transformers import (
 
 import trainers.report.report
 from hub_cards.records import EVALUATIONS
-from modeling_adala import AdaLAViTForImageClassification, UsageError, convert
+from modeling_adala import AdaLAViTForImageClassification, LinearAttentionConfig, UsageError, convert
 from trainers.base_config import AdaLATrainingArguments
 from trainers.data.data_config import DataConfig
 from trainers.data.digits import load_digits
 from trainers.runs.output_folder import OutputFolder
 from trainers.runs.recipe_config import RecipeConfig
 from trainers.runs.stages import STAGES
+from vit_adala.arguments import LINEAR_ATTENTION
 from vit_adala.cli import COMMANDS, main
 
 # these train or evaluate on images; the others have tests of their own
@@ -466,3 +467,7 @@ def test_same_stage_again_says_that_it_is_done(places, out, capsys):
         assert main(arguments(command, out, places)) == 0
         assert re.fullmatch(rf"stage \d, [a-z -]+: already done, in {out / folder}\n", capsys.readouterr().out)
         assert {path: path.stat().st_mtime_ns for path in (out / folder).rglob("*")} == before
+
+
+def test_every_option_of_linear_attention_has_its_help():
+    assert LINEAR_ATTENTION.keys() == {item.name for item in dataclasses.fields(LinearAttentionConfig)}

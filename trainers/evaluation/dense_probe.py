@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from modeling_adala.attention_interface import patch_grid
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.errors import AdaLAError, DataError
-from modeling_adala.inspection.towers import eval_mode, forward_features, token_groups
-from modeling_adala.mixins import patch_grid
+from modeling_adala.inspection.towers import token_groups
 
 from ..data.segmentation_data import IGNORE_INDEX, SegmentationData
+from .probes import evaluating, features_of
 from .segmentation import SegmentationMetrics, score_masks
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 600, 16, 1e-2
@@ -54,7 +55,6 @@ class PatchBank:
         return torch.stack(shares)
 
 
-@torch.no_grad()
 def extract_patches(
     model: Any,
     batches: Iterable[dict[str, Any]],
@@ -79,12 +79,10 @@ def extract_patches(
     features, masks = list[Tensor](), list[Tensor]()
     config: Any = model.config
     patches = token_groups(config)["patches"]
-    with eval_mode(model):
+    with evaluating(model):
         for batch in tqdm(batches, desc=description, disable=disable_progress, leave=False):
-            pixels = batch["pixel_values"].to(next(model.parameters()).device)
-            with torch.autocast(pixels.device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                tokens = forward_features(model, pixels)[:, patches]
-            grid = patch_grid(vision_config(config), pixels)
+            tokens = features_of(model, batch, autocast_dtype)[:, patches]
+            grid = patch_grid(vision_config(config), batch["pixel_values"])
             features.append(tokens.float().transpose(1, 2).unflatten(2, grid).cpu())
             masks += list(batch["labels"])
     if not features:

@@ -7,7 +7,7 @@ of a class stay neighbors (k-NN on the CLS token), and whether the classes stay 
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from modeling_adala.conversion.loading import load_teacher
 from modeling_adala.errors import AdaLAError, DataError, UsageError
-from modeling_adala.inspection.towers import forward_features, token_groups
+from modeling_adala.inspection.towers import eval_mode, forward_features, token_groups
 
 from ..data.image_dataset import collate_images
 from ..upstream import extract_model_from_parallel
@@ -78,9 +78,9 @@ def extract_features(
         AdaLAError: If the features hold nan or infinity.
     """
     groups, bank = token_groups(unwrap(model).config), _BankBuilder()
-    with _evaluating(model):
+    with evaluating(model):
         for batch in tqdm(dataloader, desc=description, disable=disable_progress, leave=False):
-            bank.add(_features(model, batch, autocast_dtype), groups, batch.get("labels"))
+            bank.add(features_of(model, batch, autocast_dtype), groups, batch.get("labels"))
     return bank.build(description)
 
 
@@ -119,10 +119,10 @@ def compare_features(
     distances = {name: evaluate.combine([FeatureCosine(), FeatureRelativeError()]) for name in groups}
     overall = FeatureRelativeError()
     teacher_bank, student_bank = _BankBuilder(), _BankBuilder()
-    with _evaluating(teacher, student):
+    with evaluating(teacher, student):
         for batch in tqdm(dataloader, desc=description, disable=disable_progress, leave=False):
-            expected = _features(teacher, batch, autocast_dtype)
-            actual = _features(student, batch, autocast_dtype).to(expected.device)
+            expected = features_of(teacher, batch, autocast_dtype)
+            actual = features_of(student, batch, autocast_dtype).to(expected.device)
             if actual.shape != expected.shape:
                 raise UsageError(
                     f"the student gives features {tuple(actual.shape)} but the teacher {tuple(expected.shape)};"
@@ -309,7 +309,8 @@ class _BankBuilder:
         return FeatureBank(cls, patch_mean, torch.cat(self.labels) if len(self.labels) == len(self.cls) else None)
 
 
-def _features(model: nn.Module, batch: dict[str, Any], autocast_dtype: torch.dtype | None) -> Tensor:
+def features_of(model: nn.Module, batch: dict[str, Any], autocast_dtype: torch.dtype | None = None) -> Tensor:
+    """Return the final features of a batch, `(batch, tokens, hidden_size)`, in float32 or float64."""
     if "pixel_values" not in batch:
         raise DataError(f"a batch has {sorted(batch)} but no 'pixel_values'; check the transform and collator.")
     weight = next(model.parameters())
@@ -322,14 +323,9 @@ def _features(model: nn.Module, batch: dict[str, Any], autocast_dtype: torch.dty
 
 
 @contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    # Mode by mode, because a training model may hold frozen parts in eval mode, which `model.train()` would wake up.
-    modes = {module: module.training for model in models for module in model.modules()}
-    try:
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models into eval mode, without gradients, for a while."""
+    with ExitStack() as modes, torch.no_grad():
         for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+            modes.enter_context(eval_mode(model))
+        yield

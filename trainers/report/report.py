@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hub_cards.card import code, plain
 from hub_cards.records import EVALUATIONS as ROWS
-from hub_cards.records import FIGURES, IMAGES, read_json, read_metrics, write_text
+from hub_cards.records import FIGURES, IMAGES, read_json, read_metrics, write_json, write_text
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.convert import convert
 from modeling_adala.conversion.loading import load_student
@@ -63,7 +63,7 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
     speed = read_json(out / "speed.json")
     if not speed.get("rows"):  # once for all stages: they change the weights, not what these cost
         speed = measure_speed(comparison.teacher, students["last"])
-        write_text(out / "speed.json", json.dumps(speed, indent=2) + "\n")
+        write_json(out / "speed.json", speed)
     draw_speed(out / "speed.png", speed["rows"])
     conditions = f"batch {speed['batch_size']}, {speed['dtype']}, on {speed['machine']}"
     pictures["speed.png"] = f"Forward pass over resolution, {conditions}"

@@ -1,7 +1,6 @@
 """Facts of a training for its model card: `manifest.json` beside the weights."""
 
 import hashlib
-import json
 import os
 import platform
 from dataclasses import fields
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer
 
-from hub_cards.records import find_license, mapping, read_manifest, write_text
+from hub_cards.records import find_license, mapping, read_manifest, write_json
 from modeling_adala import __version__
 from modeling_adala.configuration_adala import vision_config
 
@@ -80,7 +79,7 @@ def record_stage(
         "versions": software_versions(),
         "stages": {**stages, stage: facts},
     }
-    write_text(Path(directory) / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    write_json(Path(directory) / "manifest.json", manifest)
     return facts
 
 

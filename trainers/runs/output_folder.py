@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hub_cards.records import EVALUATION, MANIFEST, METRICS, write_text
+from hub_cards.records import EVALUATION, MANIFEST, METRICS, write_json
 from modeling_adala.errors import CheckpointError, UsageError
 
 from .checkpoints import is_sealed, list_checkpoints, remove_checkpoints, remove_files, writing
@@ -216,7 +216,7 @@ class OutputFolder:
         known = read_manifest_file(self.path) | facts
         files = sorted({*self.record.get("files", []), *files})
         known["run"] = {"command": self.command, "status": status, "settings": self.settings, "files": files}
-        write_text(self.path / MANIFEST, json.dumps(known, indent=2) + "\n")
+        write_json(self.path / MANIFEST, known)
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:

@@ -12,7 +12,7 @@ from ..base_config import COUNT, RANGES, AdaLATrainingArguments
 from ..data.data_config import DataConfig, check_streaming
 from ..data.sources import describe
 from .plain_yaml import dump_yaml, read_yaml
-from .settings import build, did_you_mean, fit_type, parse_softmax_layers
+from .settings import automatic_layers, build, did_you_mean, fit_type
 from .stages import STAGES, Stage
 
 
@@ -134,9 +134,8 @@ class RecipeConfig(LinearAttentionConfig, DataConfig):
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "RecipeConfig":
         """Return a recipe from plain values, `softmax_layers: auto:K` among them."""
-        layers = settings.get("softmax_layers")
-        if isinstance(layers, str) and layers.startswith("auto"):
-            _, count = parse_softmax_layers(layers)
+        count = automatic_layers(settings.get("softmax_layers"))
+        if count:
             stage = {**settings.get("attention_alignment", {}), "auto_softmax_layers": count}
             settings = {**settings, "attention_alignment": stage}
             del settings["softmax_layers"]

@@ -182,6 +182,11 @@ def _as_integer(value: Any, kinds: list[Any]) -> int:
     return int(float(value))
 
 
+def automatic_layers(value: Any) -> int:
+    """Return K of `softmax_layers="auto:K"`, 0 for layers that are listed."""
+    return parse_softmax_layers(value)[1] if isinstance(value, str) and value.startswith("auto") else 0
+
+
 def parse_softmax_layers(value: str | Sequence[int] | None) -> tuple[list[int] | None, int]:
     """Return the layers that `softmax_layers` lists, and how many `"auto:K"` asks to choose.
 

@@ -4,7 +4,6 @@ import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from modeling_adala.errors import AdaLAError
 from modeling_adala.families import get_family, is_adala
 from modeling_adala.inspection.flops import linear_config
 from modeling_adala.inspection.towers import attention_modules, forward_features, patch_size, vision_tower
-from trainers.alignment_trainer import check_pair
+from trainers.alignment_trainer import check_configs
 
 from .cases import Settings, Size
 from .operators import relative_error
@@ -66,9 +65,7 @@ def check_source(name: str) -> PretrainedConfig:
 
 def check_same_shape(config: PretrainedConfig, teacher: str) -> None:
     """Raise `UsageError` unless a softmax checkpoint has the family and the size of a model."""
-    theirs: Any = SimpleNamespace(config=load_teacher_config(teacher))
-    ours: Any = SimpleNamespace(config=linear_config(config))
-    check_pair(theirs, ours)
+    check_configs(load_teacher_config(teacher), linear_config(config))
 
 
 def known_teacher(config: PretrainedConfig) -> str | None:

@@ -1,7 +1,6 @@
 """Output of a benchmark: sentences, a table and a picture for people, JSON for programs."""
 
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hub_cards.records import write_text
+from hub_cards.records import write_json
 
 from .cases import LINEAR, Row
 
@@ -114,7 +113,7 @@ def write_files(directory: Path, report: dict[str, Any], rows: list[Row], title:
     """
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / "bench.json"]
-    write_text(paths[0], json.dumps(report, indent=2) + "\n")
+    write_json(paths[0], report)
     if any(row.samples for row in rows):
         paths.append(directory / "bench.png")
         draw(paths[1], rows, title)

@@ -15,6 +15,7 @@ from modeling_adala.conversion.loading import load_image_processor
 from trainers.base_config import AdaLATrainingArguments
 from trainers.base_trainer import is_student
 from trainers.data.data_config import DataConfig, DataModule, check_streaming
+from trainers.data.segmentation_data import SegmentationData, read_labels
 from trainers.data.sources import fingerprint
 from trainers.runs.callbacks import cost_in_words
 from trainers.runs.facts import data_facts, training_settings
@@ -31,6 +32,21 @@ def load_data(
     """Return the data for a model and the model's image processor."""
     processor = load_image_processor(model)
     return DataModule(config, model_config, processor, require_labels=require_labels), processor
+
+
+def load_masks(
+    config: DataConfig,
+    model_config: PretrainedConfig,
+    image_processor: Any,
+    labels: str | None,
+    reduce_labels: bool,
+    window: tuple[int, int] | None = None,
+) -> SegmentationData:
+    """Return images with masks; `labels` are class names as the command line writes them."""
+    names = None if labels is None else read_labels(labels)
+    return SegmentationData(
+        config, model_config, image_processor, labels=names, reduce_labels=reduce_labels, window=window
+    )
 
 
 def open_folder(

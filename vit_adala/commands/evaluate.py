@@ -12,7 +12,6 @@ from modeling_adala.errors import UsageError
 from trainers.alignment_trainer import check_pair
 from trainers.base_config import COUNT
 from trainers.data.data_config import DataConfig, DataModule
-from trainers.data.segmentation_data import SegmentationData, read_labels
 from trainers.evaluation.comparison import Comparison
 from trainers.evaluation.dense_probe import probe_pair
 from trainers.runs.facts import data_facts
@@ -20,7 +19,7 @@ from trainers.runs.settings import check_settings
 
 from ..arguments import CommandParser, print_json
 from ..doctor.environment_checks import check_cache
-from .common import load_data
+from .common import load_data, load_masks
 
 
 @dataclass
@@ -64,13 +63,8 @@ def main(arguments: Sequence[str]) -> None:
     student = load_student(model_args.model)
     check_pair(teacher, student)
     if model_args.task == "semantic-segmentation":
-        masks = SegmentationData(
-            data_args,
-            teacher.config,
-            load_image_processor(model_args.teacher),
-            labels=None if model_args.labels is None else read_labels(model_args.labels),
-            reduce_labels=model_args.reduce_labels,
-        )
+        processor = load_image_processor(model_args.teacher)
+        masks = load_masks(data_args, teacher.config, processor, model_args.labels, model_args.reduce_labels)
         _check_split(masks, data_args)
         options: dict[str, Any] = {"train_images": model_args.knn_images, "eval_images": model_args.eval_images}
         _show(probe_pair(teacher, student, masks, **options), masks, model_args.json)

@@ -21,14 +21,13 @@ from modeling_adala.conversion.loading import (
 from modeling_adala.errors import UsageError
 from modeling_adala.families import get_family, is_adala
 from trainers.data.data_config import DataConfig
-from trainers.data.segmentation_data import SegmentationData, read_labels
 from trainers.evaluation.comparison import Comparison
 from trainers.evaluation.segmentation import evaluate_segmentation, segmentation_processor
 from trainers.runs.output_folder import OutputFolder
 from trainers.supervised_config import SupervisedConfig
 
 from ..arguments import CommandParser
-from .common import finished_before, load_data, open_folder, record_evaluation, run_and_report
+from .common import finished_before, load_data, load_masks, open_folder, record_evaluation, run_and_report
 
 
 @dataclass
@@ -114,14 +113,8 @@ def _segment(
     args: SupervisedConfig,
 ) -> None:
     processor, windows = load_image_processor(model_args.model), args.windows
-    data = SegmentationData(
-        data_args,
-        config,
-        processor,
-        labels=None if model_args.labels is None else read_labels(model_args.labels),
-        reduce_labels=model_args.reduce_labels,
-        window=None if windows is None else windows[0],
-    )
+    window = None if windows is None else windows[0]
+    data = load_masks(data_args, config, processor, model_args.labels, model_args.reduce_labels, window)
     dataset: Any = data.eval_dataset()
     args.check_evaluation(dataset is not None)
     model = load_segmenter(str(folder.path) if finished_before(folder) else model_args.model, data.labels)

@@ -7,7 +7,7 @@ from typing import get_type_hints
 from modeling_adala.errors import UsageError
 from trainers.runs.recipe import run_recipe
 from trainers.runs.recipe_config import RecipeConfig
-from trainers.runs.settings import build, did_you_mean, fit_type
+from trainers.runs.settings import automatic_layers, build, did_you_mean, fit_type
 
 from ..arguments import CommandParser, parse_settings
 from ..doctor.environment_checks import check_cache
@@ -51,8 +51,8 @@ def main(arguments: Sequence[str]) -> None:
     if unknown:
         hint = did_you_mean(unknown[0], hints)
         raise UsageError(f"--set {unknown[0]}=...: no such setting{hint}; see vit-adala run --help.")
-    automatic = texts.get("softmax_layers", "").startswith("auto")  # resolved by the recipe
-    hints |= {"softmax_layers": str} if automatic else {}
+    if automatic_layers(texts.get("softmax_layers")):
+        hints |= {"softmax_layers": str}  # the recipe resolves it
     overrides |= {name: fit_type(name, text, hints[name]) for name, text in texts.items()}
     if run_args.recipe is not None:
         config = RecipeConfig.from_yaml(find_recipe(run_args.recipe), **overrides)

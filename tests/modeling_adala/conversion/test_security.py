@@ -144,7 +144,7 @@ DAMAGE = {
     "infinite ratio": (configured(layer_norm_eps=float("inf")), ("layer_norm_eps=inf",)),
     "not a number": (configured(layer_norm_eps=float("nan")), ("layer_norm_eps=nan",)),
     "integer of 4,000 digits": (configured(hidden_size=10**4000), ("hidden_size=1000",)),
-    "labels that are no table": (configured(id2label=5), ("not a valid configuration",)),
+    "labels that are not a table": (configured(id2label=5), ("not a valid configuration",)),
     "heads that do not divide the width": (configured(num_attention_heads=5), ("num_attention_heads=5",)),
     "model type that is a number": (configured(model_type=5), ("model_type",)),
     "code map that is none": (configured(auto_map=None), ("auto_map",)),
