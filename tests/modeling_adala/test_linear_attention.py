@@ -1,8 +1,5 @@
 """The operator against its quadratic twin and a hand-written formula: values, gradients, precision, memory, masks."""
 
-import resource
-from statistics import median
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_adala import (
     FEATURE_MAPS,
@@ -339,28 +337,35 @@ def test_output_is_a_view_of_contiguous_batch_tokens_heads_dim_memory(dtype, bat
     assert output.transpose(1, 2).is_contiguous()
 
 
-def test_cost_is_linear_in_the_number_of_tokens():
-    feature_map = build_feature_map("elu", 6, 64)
-    inputs = {n: [heads_view(1, 6, n, 64, torch.float32) for _ in range(3)] for n in (4_096, 16_384)}
+class CostRecorder(TorchDispatchMode):
+    """Numbers written by all operations, the size of the largest tensor, and the products of matrix products."""
 
-    def cpu_seconds(tokens: int) -> float:
-        # User time of this process alone. Wall time depends on who else runs, system time on whether the allocator
-        # has to fetch fresh pages, which it does for large tensors only.
-        start = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-        linear_attention(*inputs[tokens], feature_map)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_utime - start
+    def __init__(self):
+        super().__init__()
+        self.written, self.largest, self.flops = 0, 0, FlopCounterMode(display=False)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _attempt in range(2):
-            times = [(cpu_seconds(4_096), cpu_seconds(16_384)) for _ in range(7)]
-            ratio = median(long for _, long in times) / median(short for short, _ in times)
-            if ratio < 5:
-                break
-    finally:
-        torch.set_num_threads(threads)
-    assert ratio < 5, times  # 16 if it were quadratic
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor):
+            self.written += output.numel()
+            self.largest = max(self.largest, output.numel())
+        return output
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_cost_is_linear_in_the_number_of_tokens(name):
+    """In operations and sizes, which depend on nobody else's load as times do."""
+    feature_map = build_feature_map(name, 2, 16)
+
+    def cost(function, tokens: int) -> np.ndarray:
+        inputs = [heads_view(1, 2, tokens, 16, torch.float32) for _ in range(3)]
+        with torch.no_grad(), CostRecorder() as recorder, recorder.flops:
+            function(*inputs, feature_map)
+        return np.array([recorder.written, recorder.largest, recorder.flops.get_total_flops()])
+
+    assert (cost(linear_attention, 16_384) <= 4.01 * cost(linear_attention, 4_096)).all()
+    quadratic = cost(linear_attention_reference, 1_024) / cost(linear_attention_reference, 256)
+    assert (quadratic > 8).all()  # what it would have seen
 
 
 # --- masks and the attention interface -------------------------------------------------------------------------------

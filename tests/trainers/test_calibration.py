@@ -67,10 +67,10 @@ def test_sorted_data_give_nearly_the_variances_of_all_the_data(tmp_path, stage):
         flat(trainer_of(stage, tmp_path, data, calibration_images=count).variances())
         for data, count in ((ClassImages(SORTED), len(SORTED)), (ClassImages(SORTED[:OF_EACH]), OF_EACH))
     )
-    assert (of_first / every).min() < 0.7  # one class alone would mislead
+    assert (of_first / every).min() < 0.9  # one class alone would mislead
     for order in (SORTED, SHUFFLED):
         found = flat(trainer_of(stage, tmp_path, ClassImages(order), calibration_images=64).variances())
-        torch.testing.assert_close(found, every, rtol=0.15, atol=0)
+        torch.testing.assert_close(found, every, rtol=0.08, atol=0)
 
 
 def test_calibration_images_are_the_same_in_every_process_and_after_training(tmp_path):
