@@ -12,17 +12,11 @@ from accelerate.utils import extract_model_from_parallel
 # Many gradients times one factor, in one call: early_gradients.py.
 from torch import _foreach_mul as multiply_all
 
-# Where a module looks up its attention and its mask: report/pictures.py adds one that it can watch.
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
 # How `Trainer` keeps its checkpoints, which base_trainer.py seals and resumes from.
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 __all__ = [
-    "ALL_ATTENTION_FUNCTIONS",
-    "ALL_MASK_ATTENTION_FUNCTIONS",
     "TRAINER_STATE_NAME",
     "TrainOutput",
     "cpu_multiplies_bfloat16",

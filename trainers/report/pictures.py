@@ -1,17 +1,18 @@
 """Pictures of patch features as colors, and of the attention of one patch."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
-from modeling_adala.attention_interface import feature_map_of
+from modeling_adala.attention_interface import adala_attention_forward, feature_map_of
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.errors import UsageError
 from modeling_adala.inspection.towers import (
@@ -26,13 +27,10 @@ from modeling_adala.inspection.towers import (
 from modeling_adala.linear_attention import attention_weights
 from modeling_adala.mixins import patch_grid
 
-from ..upstream import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
-
 HEADS_PER_ROW = 8
 # what lies outside these shares of the values is drawn like the border: a few outliers would take all the contrast
 COLOR_RANGE = (0.02, 0.98)
 ATTENTION_RANGE = 0.99
-_TAP = "adala_tap"
 
 
 @dataclass(frozen=True)
@@ -107,9 +105,9 @@ def check_query(
 def query_attention(model: PreTrainedModel, pixel_values: Tensor, layer: int, query: tuple[int, int]) -> Tensor:
     """Return the attention weights of one patch, the effective ones where attention is linear.
 
-    The same as that row of `modeling_adala.attention_map`, for stock models, too, and in `O(tokens)`: a tap in the
-    attention interface multiplies this one query with the keys of the layer, while all layers attend as usual. The
-    N x N weights exist nowhere.
+    The same as that row of `modeling_adala.attention_map`, for stock models, too, and in `O(tokens)`: an
+    attention implementation with a tap multiplies this one query with the keys of the layer, while all layers attend
+    as usual. The N x N weights exist nowhere.
 
     Args:
         model (`PreTrainedModel`): A stock or an AdaLA model, with or without a head.
@@ -128,36 +126,46 @@ def query_attention(model: PreTrainedModel, pixel_values: Tensor, layer: int, qu
     target = attention_modules(model)[check_layer(model.config, layer)]
     columns = patch_grid(vision_config(model.config), pixel_values)[1]
     token = token_groups(model.config)["patches"].start + row * columns + column
-    with _tap(model, target, token) as weights:
-        forward_tower(model.eval(), pixel_values)
-    return weights[0].squeeze(2).float().cpu()
-
-
-@contextmanager
-def _tap(model: PreTrainedModel, target: nn.Module, token: int) -> Iterator[list[Tensor]]:
-    """Yield a list that collects the weights of one query token in one module, `(batch, heads, 1, tokens)`."""
     is_linear = vision_tower(model).config._attn_implementation == "adala"
-    name = "adala" if is_linear else "sdpa"
-    attend = ALL_ATTENTION_FUNCTIONS[name]
-    collected: list[Tensor] = []
-
-    def tapped(module: nn.Module, query: Tensor, key: Tensor, *args, scaling: float, **kwargs):
-        if module is target:
-            feature_map = feature_map_of(module) if is_linear else None
-            asking = query[:, :, token : token + 1]
-            if feature_map is None:
-                collected.append((asking @ key.transpose(2, 3) * scaling).float().softmax(dim=-1))
-            else:
-                collected.append(attention_weights(asking, key, feature_map))
-        return attend(module, query, key, *args, scaling=scaling, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS[_TAP] = tapped
-    ALL_MASK_ATTENTION_FUNCTIONS[_TAP] = ALL_MASK_ATTENTION_FUNCTIONS[name]
+    state = _tap.set(tap := _Tap(target, token))
     try:
-        with attention_implementation(model, _TAP):
-            yield collected
+        with attention_implementation(model, _TAPPED["adala" if is_linear else "sdpa"]):
+            forward_tower(model.eval(), pixel_values)
     finally:
-        del ALL_ATTENTION_FUNCTIONS[_TAP], ALL_MASK_ATTENTION_FUNCTIONS[_TAP]
+        _tap.reset(state)
+    return cast(Tensor, tap.weights).squeeze(2).float().cpu()
+
+
+@dataclass
+class _Tap:
+    """Weights of one query token in one attention module, `(batch, heads, 1, tokens)`, once that module has run."""
+
+    module: nn.Module
+    token: int
+    weights: Tensor | None = None
+
+
+_tap: ContextVar[_Tap | None] = ContextVar("tap", default=None)
+
+
+def _attend_with_tap(
+    attend: Callable, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    tap = _tap.get()
+    if tap is not None and module is tap.module:
+        feature_map = feature_map_of(module) if attend is adala_attention_forward else None
+        asking = query[:, :, tap.token : tap.token + 1]
+        if feature_map is None:
+            tap.weights = (asking @ key.transpose(2, 3) * kwargs["scaling"]).float().softmax(dim=-1)
+        else:
+            tap.weights = attention_weights(asking, key, feature_map)
+    return attend(module, query, key, *args, **kwargs)
+
+
+_TAPPED = {"adala": "adala_with_tap", "sdpa": "sdpa_with_tap"}
+for _name, _tapped in _TAPPED.items():
+    AttentionInterface.register(_tapped, partial(_attend_with_tap, AttentionInterface()[_name]))
+    AttentionMaskInterface.register(_tapped, AttentionMaskInterface()[_name])
 
 
 def new_figure(width: float, height: float, **kwargs: Any) -> Any:
