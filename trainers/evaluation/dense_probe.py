@@ -150,38 +150,57 @@ def _score(probe: nn.Module, test: PatchBank, labels: list[str]) -> dict[str, fl
     return metrics.compute()
 
 
-def probe_pair(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    data: SegmentationData,
-    *,
-    train_images: int = 2000,
-    eval_images: int | None = None,
-    autocast_dtype: torch.dtype | None = None,
-    disable_progress: bool | None = None,
-) -> dict[str, float]:
-    """Return mean IoU and pixel accuracy of the probe on student and teacher, and the student's share of both.
+class DenseProbe:
+    """Frozen segmentation probe of any number of students beside their teacher, which is probed once.
 
     Args:
-        teacher, student (`PreTrainedModel`): On one device.
+        teacher (`PreTrainedModel`): Softmax model.
         data (`SegmentationData`): Images with masks; training images are taken without augmentation.
-        train_images (`int`, *optional*, defaults to 2000): Training images at most, which the probe learns from.
+        train_images (`int`, *optional*, defaults to 2000): Training images at most, which a probe learns from.
         eval_images (`int`, *optional*): Images to score on. Default: all of the evaluation split.
         autocast_dtype, disable_progress (*optional*): As for `extract_patches`.
 
-    Returns:
-        `dict[str, float]`: `student_mean_iou`, `teacher_mean_iou`, `mean_iou_retained`, `student_pixel_accuracy`, ...
-
     Raises:
         DataError: Without an evaluation split.
+
+    Example:
+
+    ```python
+    probe = DenseProbe(teacher, SegmentationData(DataConfig("path/to/masks", label_column="mask"), teacher.config))
+    print(probe(student)["mean_iou_retained"])
+    ```
     """
-    splits = data.loader(data.bank_dataset(train_images)), data.loader(data.eval_dataset(eval_images))
-    results: dict[str, float] = {}
-    for name, model in (("student", student), ("teacher", teacher)):
-        options: Any = {"autocast_dtype": autocast_dtype, "disable_progress": disable_progress}
-        train, test = (extract_patches(model, loader or [], description=name, **options) for loader in splits)
-        scores = dense_probe(train, test, data.labels)
-        results |= {f"{name}_{key}": scores[key] for key in ("mean_iou", "pixel_accuracy")}
-    for key in ("mean_iou", "pixel_accuracy"):
-        results[f"{key}_retained"] = results[f"student_{key}"] / results[f"teacher_{key}"]
-    return results
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        data: SegmentationData,
+        *,
+        train_images: int = 2000,
+        eval_images: int | None = None,
+        autocast_dtype: torch.dtype | None = None,
+        disable_progress: bool | None = None,
+    ) -> None:
+        self.teacher, self.labels = teacher, data.labels
+        self.splits = data.loader(data.bank_dataset(train_images)), data.loader(data.eval_dataset(eval_images))
+        if None in self.splits:
+            raise DataError("a segmentation probe needs a training and an evaluation split; pass --eval-split.")
+        self.options: Any = {"autocast_dtype": autocast_dtype, "disable_progress": disable_progress}
+        self._teacher_scores: dict[str, float] | None = None
+
+    def __call__(self, student: PreTrainedModel) -> dict[str, float]:
+        """Return `student_mean_iou`, `teacher_mean_iou`, `mean_iou_retained`, and the same of `pixel_accuracy`."""
+        if self._teacher_scores is None:
+            self._teacher_scores = self.scores(self.teacher, "teacher")
+        ours, theirs, results = self.scores(student, "student"), self._teacher_scores, {}
+        for key in ("mean_iou", "pixel_accuracy"):
+            results[f"student_{key}"], results[f"teacher_{key}"] = ours[key], theirs[key]
+            results[f"{key}_retained"] = ours[key] / theirs[key]
+        return results
+
+    def scores(self, model: PreTrainedModel, name: str) -> dict[str, float]:
+        """Return all figures of the probe on one model, whose `name` is shown on the progress bar."""
+        train, test = (
+            extract_patches(model, loader or (), description=name, **self.options) for loader in self.splits
+        )
+        return dense_probe(train, test, self.labels)

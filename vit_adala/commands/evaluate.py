@@ -13,7 +13,7 @@ from trainers.alignment_trainer import check_pair
 from trainers.base_config import COUNT
 from trainers.data.data_config import DataConfig, DataModule
 from trainers.evaluation.comparison import Comparison
-from trainers.evaluation.dense_probe import probe_pair
+from trainers.evaluation.dense_probe import DenseProbe
 from trainers.runs.facts import data_facts
 from trainers.runs.settings import check_settings
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
         masks = load_masks(data_args, teacher.config, processor, model_args.labels, model_args.reduce_labels)
         _check_split(masks, data_args)
         options: dict[str, Any] = {"train_images": model_args.knn_images, "eval_images": model_args.eval_images}
-        _show(probe_pair(teacher, student, masks, **options), masks, model_args.json)
+        _show(DenseProbe(teacher, masks, **options)(student), masks, model_args.json)
         return
     for name, value in (("labels", model_args.labels), ("reduce_labels", model_args.reduce_labels)):
         if value:

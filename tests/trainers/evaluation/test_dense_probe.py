@@ -12,7 +12,7 @@ from training_helpers import one_thread, tiny_dinov2  # noqa: F401
 from modeling_adala import AdaLAError, DataError, convert
 from trainers.data.data_config import DataConfig
 from trainers.data.segmentation_data import SegmentationData
-from trainers.evaluation.dense_probe import PatchBank, dense_probe, extract_patches, probe_pair
+from trainers.evaluation.dense_probe import DenseProbe, PatchBank, dense_probe, extract_patches
 from vit_adala.cli import main
 
 NAMES = ["left", "right", "sky"]
@@ -87,7 +87,7 @@ def test_a_pair_is_probed_on_the_same_images(places):
     teacher = tiny_dinov2()
     config = DataConfig(dataset=str(places / "data"), image_size="28x56")
     data = SegmentationData(config, teacher.config, labels=["left", "right"])
-    results = probe_pair(teacher, teacher, data, disable_progress=True)
+    results = DenseProbe(teacher, data, disable_progress=True)(teacher)
     assert results["student_mean_iou"] == results["teacher_mean_iou"] > 0.9
     assert results["mean_iou_retained"] == results["pixel_accuracy_retained"] == 1
 

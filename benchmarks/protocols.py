@@ -1,0 +1,137 @@
+"""Protocols of benchmarks/quality.py: one teacher, one data set, one budget, one evaluation for every method."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from modeling_adala.conversion.loading import load_image_processor, load_teacher
+from trainers.base_config import has_fast_bf16
+from trainers.data.data_config import DataConfig, DataModule
+from trainers.data.digits import DIGITS_TEACHER
+from trainers.data.segmentation_data import SegmentationData
+from trainers.evaluation.comparison import Comparison
+from trainers.evaluation.dense_probe import DenseProbe
+from trainers.evaluation.probes import compare_features
+
+from .common import ROOT
+
+SHARED = ROOT.parent / "shared"
+DINOV2 = str(SHARED / "models" / "dinov2-small-saliency")
+CAMVID_CLASSES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian"]
+CAMVID_CLASSES += ["bicyclist"]
+FIGURES = ("cls_cosine", "patches_cosine", "patch_mean_cosine", "relative_error")
+
+Evaluate = Callable[[PreTrainedModel], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What every method is measured on.
+
+    Args:
+        metric (`str`): Figure that ranks the methods, in percent.
+        teacher (`str`): Softmax checkpoint.
+        data (`dict`): Settings of `DataConfig`.
+        evaluation (`Callable`): Called with teacher and data; returns what is called with a student.
+        stage_1 (`dict`), stage_2 (`dict`): Steps, batch and learning rates.
+    """
+
+    metric: str
+    teacher: str
+    data: dict[str, Any]
+    evaluation: Callable[[PreTrainedModel, DataModule], Evaluate]
+    stage_1: dict[str, Any] = field(default_factory=dict)
+    stage_2: dict[str, Any] = field(default_factory=dict)
+
+    def open(self) -> tuple[PreTrainedModel, DataModule, Evaluate]:
+        """Return teacher, data and evaluation."""
+        teacher, processor = load_teacher(self.teacher), load_image_processor(self.teacher)
+        config = DataConfig(**self.data)
+        if self.evaluation is dense_figures:
+            data: DataModule = SegmentationData(config, teacher.config, processor, labels=CAMVID_CLASSES)
+        else:
+            data = DataModule(config, teacher.config, processor)
+        return teacher, data, self.evaluation(teacher, data)
+
+
+def budget(steps: int, images: int, learning_rate: float, **settings: Any) -> dict[str, Any]:
+    """Return the settings of a stage that sees `steps * images` images."""
+    return {"max_steps": steps, "per_device_train_batch_size": images, "learning_rate": learning_rate, **settings}
+
+
+def image_figures(teacher: PreTrainedModel, data: DataModule, **options: Any) -> Evaluate:
+    """Return the comparison of features, k-NN, linear probe, and the accuracy of a classifier."""
+    comparison = Comparison(teacher, data, disable_progress=True, **options)
+    accuracy = comparison.classifier_accuracy(teacher)
+    both = [f"{who}_{name}" for who in ("student", "teacher") for name in ("knn_accuracy", "linear_probe_accuracy")]
+    wanted = [*FIGURES, *both, "head_accuracy"]
+
+    def evaluate(student: PreTrainedModel) -> dict[str, float]:
+        found = comparison(student)
+        figures = {name: found[name] for name in wanted if name in found}
+        return figures if accuracy is None else figures | {"teacher_head_accuracy": accuracy}
+
+    return evaluate
+
+
+def dense_figures(teacher: PreTrainedModel, data: Any) -> Evaluate:
+    """Return the comparison of features, and the frozen segmentation probe."""
+    probe = DenseProbe(teacher, data, autocast_dtype=dtype(), disable_progress=True)
+    batches = [{"pixel_values": batch["pixel_values"]} for batch in data.loader(data.eval_dataset())]
+
+    def evaluate(student: PreTrainedModel) -> dict[str, float]:
+        found, *_ = compare_features(teacher, student, batches, autocast_dtype=dtype(), disable_progress=True)
+        return {**{name: found[name] for name in FIGURES}, **probe(student)}
+
+    return evaluate
+
+
+def dtype() -> torch.dtype | None:
+    """Return the precision of evaluation: what training has on this machine."""
+    return torch.bfloat16 if has_fast_bf16() else None
+
+
+CAMVID: dict[str, Any] = {
+    "dataset": str(SHARED / "data" / "camvid"),
+    "label_column": "label",
+    "eval_split": "validation",
+}
+CAMVID |= {"crop_scale": 0.5}
+
+PROTOCOLS = {
+    "digits": Protocol(
+        "head_accuracy",
+        str(DIGITS_TEACHER),
+        {"dataset": "mnist-digits", "image_size": "28", "crop_scale": 0.8, "horizontal_flip": 0.0},
+        lambda teacher, data: image_figures(teacher, data, knn_images=500, probe=False),
+        budget(100, 32, 1e-3),
+        budget(100, 32, 1e-4, new_learning_rate=5e-4),
+    ),
+    "dense": Protocol(
+        "student_mean_iou",
+        DINOV2,
+        {**CAMVID, "image_size": "168x224"},
+        dense_figures,
+        budget(100, 8, 1e-3),
+        budget(120, 8, 1e-4, new_learning_rate=5e-4),
+    ),
+    "dense-large": Protocol(
+        "student_mean_iou",
+        DINOV2,
+        {**CAMVID, "image_size": "336x448"},
+        dense_figures,
+        budget(100, 8, 1e-3),
+        budget(150, 8, 1e-4, new_learning_rate=5e-4),
+    ),
+    "images": Protocol(
+        "student_knn_accuracy",
+        DINOV2,
+        {"dataset": str(SHARED / "data" / "cifar10"), "image_size": "112", "eval_split": "test"},
+        lambda teacher, data: image_figures(teacher, data, knn_images=2000, eval_images=1000),
+        budget(300, 16, 1e-3),
+        budget(400, 16, 1e-4, new_learning_rate=5e-4),
+    ),
+}
