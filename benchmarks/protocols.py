@@ -47,7 +47,7 @@ class Protocol:
     stage_2: dict[str, Any] = field(default_factory=dict)
 
     def open(self) -> tuple[PreTrainedModel, DataModule, Evaluate]:
-        """Return teacher, data and evaluation."""
+        """Return teacher, data and evaluation, which remembers the teacher's figures."""
         teacher, processor = load_teacher(self.teacher), load_image_processor(self.teacher)
         config = DataConfig(**self.data)
         if self.evaluation is dense_figures:

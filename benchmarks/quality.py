@@ -7,6 +7,7 @@ so that a killed run goes on where it was. `python -m benchmarks.quality_page` m
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -71,6 +72,12 @@ def parse() -> argparse.Namespace:
     return options.parse_args()
 
 
+@functools.cache
+def opened(protocol: str) -> tuple[PreTrainedModel, DataModule, Evaluate]:
+    """Return teacher, data and evaluation of a protocol, the same for all cells of a process."""
+    return PROTOCOLS[protocol].open()
+
+
 def path_of(protocol: str, method: str, seed: int) -> Path:
     """Return the file of a cell's result."""
     return RESULTS / "quality" / protocol / f"{slug(method)}-{seed}.json"
@@ -87,8 +94,7 @@ def run_cell(name: str, method_name: str, seed: int, smoke: bool = False) -> Pat
     if smoke:
         settings = {stage: getattr(protocol, stage) | SMOKE_BUDGET for stage in ("stage_1", "stage_2")}
         protocol = replace(protocol, **settings)
-    teacher, data, evaluate = protocol.open()
-    rows = list(stages_of(protocol, method, seed, teacher, data, evaluate))
+    rows = list(stages_of(protocol, method, seed, *opened(name)))
     facts: dict[str, Any] = {
         "protocol": name,
         "method": method_name,

@@ -53,6 +53,7 @@ RANGES = {
     "auto_softmax_layers": Interval(0),
     **dict.fromkeys(("new_learning_rate", "head_learning_rate"), LEARNING_RATE),
     **dict.fromkeys(("cls_weight", "register_weight", "patch_weight", "hidden_states_weight"), Interval(0)),
+    **dict.fromkeys(("teacher_logits_weight", "teacher_features_weight"), Interval(0)),
 }
 _PUSH = "upload the finished folder with vit-adala push DIR REPO_ID"
 _COMMAND = "the command decides that; leave it out"

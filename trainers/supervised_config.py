@@ -20,6 +20,10 @@ class SupervisedConfig(AdaLATrainingArguments):
         max_steps (`int`, *optional*, defaults to 500): Optimizer steps.
         weight_decay (`float`, *optional*, defaults to 0.05): As usual for fine-tuned ViTs.
         freeze_backbone (`bool`, *optional*, defaults to `False`): Train the head alone, a linear probe.
+        teacher_logits_weight (`float`, *optional*): Weight of the teacher's class scores beside the labels, see
+            `TeacherTerm`. Default: 1 with a teacher that has a head of these classes.
+        teacher_features_weight (`float`, *optional*): Weight of the teacher's final features. Default: 1 with a
+            teacher.
         window (`int` or `str`, *optional*): For segmentation: side, or `"224x448"`, of the windows that slide over an
             image at evaluation. Default: whole images.
         stride (`int` or `str`, *optional*): Pixels from one window to the next. Default: half a window.
@@ -44,6 +48,12 @@ class SupervisedConfig(AdaLATrainingArguments):
     max_steps: int = field(default=500, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
     freeze_backbone: bool = field(default=False, metadata={"help": "Train the head alone."})
+    teacher_logits_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the teacher's class scores. Default: 1 with a fitting teacher."}
+    )
+    teacher_features_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the teacher's final features. Default: 1 with a teacher."}
+    )
     window: int | str | None = field(
         default=None,
         metadata={"help": "Segmentation: side or HEIGHTxWIDTH of evaluation windows. Default: whole images."},

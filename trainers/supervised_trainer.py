@@ -1,4 +1,4 @@
-"""Stage 3: labels. Nothing here that plain `transformers.Trainer` cannot do; it adds metrics and defaults."""
+"""Stage 3: labels, and a teacher beside them where there is one. Plain `transformers.Trainer` does without it."""
 
 import copy
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from modeling_adala.conversion.loading import load_classifier, load_config
+from modeling_adala.conversion.loading import load_classifier, load_config, load_student, load_teacher
 from modeling_adala.errors import UsageError
-from modeling_adala.families import find_family
+from modeling_adala.families import find_family, is_adala
 from modeling_adala.inspection.towers import image_inputs, vision_tower
 
 from .base_trainer import AdaLATrainer, add_adapters, base_model, freeze_all_but
@@ -20,6 +20,7 @@ from .data.segmentation_data import IGNORE_INDEX
 from .evaluation.metrics import MeanIoU, compute_accuracy
 from .evaluation.segmentation import SegmentationMetrics, is_segmenter, score_masks, segment
 from .supervised_config import SupervisedConfig
+from .teacher_term import TeacherTerm, forward_inputs
 
 
 class SupervisedTrainer(AdaLATrainer):
@@ -33,6 +34,9 @@ class SupervisedTrainer(AdaLATrainer):
             or stock; or the name or folder of a classifier or backbone for `load_classifier`, with the classes of
             `train_dataset` where it names them, else those of the checkpoint.
         args (`SupervisedConfig`, *optional*): Settings. Default: one with its default `output_dir`.
+        teacher_model (`str`, `PathLike` or `PreTrainedModel`, *optional*): Softmax model of the same shape to learn
+            from beside the labels: fine-tuned for the same classes, or pretrained, for its features alone. Its terms
+            are logged as `teacher_logits` and `teacher_features`; see `TeacherTerm`.
         peft_config (`peft.PeftConfig`, *optional*): Train adapters instead of the backbone's weights. The head is
             trained whole, with `head_learning_rate`: it is added to `modules_to_save`.
         compute_metrics (`Callable`, *optional*): As for `Trainer`. Default: as above. For segmentation, it gets the
@@ -58,6 +62,7 @@ class SupervisedTrainer(AdaLATrainer):
         model: str | PathLike | nn.Module,
         args: SupervisedConfig | None = None,
         *,
+        teacher_model: str | PathLike | PreTrainedModel | None = None,
         peft_config: Any | None = None,
         compute_metrics: Callable | None = None,
         **kwargs: Any,
@@ -82,6 +87,13 @@ class SupervisedTrainer(AdaLATrainer):
         if self.segments:
             args.batch_eval_metrics = True
             compute_metrics = compute_metrics or SegmentationMetrics(_labels_of(bare.config))
+        self.teacher_term: TeacherTerm | None = None
+        if teacher_model is None:
+            for name in ("teacher_logits_weight", "teacher_features_weight"):
+                if getattr(args, name) is not None:
+                    raise UsageError(f"{name}={getattr(args, name):g} needs a teacher; pass teacher_model too.")
+        else:
+            self.teacher_term = _teacher_term(teacher_model, bare, args)
         super().__init__(model=model, args=args, compute_metrics=compute_metrics or compute_accuracy, **kwargs)
 
     def own_learning_rate(self) -> tuple[set, float | None]:
@@ -91,12 +103,21 @@ class SupervisedTrainer(AdaLATrainer):
         """
         return self.head, self.args.head_learning_rate
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        bare = base_model(self.model)
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        bare, pixels = base_model(self.model), inputs["pixel_values"]
+        if self.teacher_term is not None and model.training:
+            inputs = inputs | forward_inputs(bare, pixels)
+            with self.teacher_term.watching(bare) as seen:
+                loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            self.record("labels", loss)
+            for name, term in self.teacher_term(pixels, outputs["logits"], seen[0]).items():
+                self.record(name, term)
+                loss = loss + term
+            return (loss, outputs) if return_outputs else loss
         family = find_family(getattr(bare.config, "model_type", ""))
         if family is not None and not self.segments:  # segmentation models take any size by themselves
-            inputs = inputs | image_inputs(vision_tower(bare).config, inputs["pixel_values"])
-        return super().compute_loss(model, inputs, *args, **kwargs)
+            inputs = inputs | image_inputs(vision_tower(bare).config, pixels)
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if not self.segments:
@@ -113,6 +134,28 @@ class SupervisedTrainer(AdaLATrainer):
         confusions = torch.stack([torch.from_numpy(metric.sums([ours], [mask])) for ours, mask in pairs])
         confusions = confusions.to(logits.device)
         return losses.mean(), confusions, confusions.sum(dim=-1)
+
+
+def _teacher_term(
+    teacher: str | PathLike | PreTrainedModel, student: PreTrainedModel, args: SupervisedConfig
+) -> TeacherTerm:
+    """Open the teacher, and fill in the weights that `args` leaves open."""
+    if teacher is student:
+        raise UsageError("teacher_model is the model that is trained; pass another one, such as its softmax teacher.")
+    if isinstance(teacher, str | PathLike):
+        name = fspath(teacher)
+        teacher = load_student(name) if is_adala(load_config(name)) else load_teacher(name)
+    if args.teacher_features_weight is None:
+        args.teacher_features_weight = 1.0
+    logits_weight = 1.0 if args.teacher_logits_weight is None else args.teacher_logits_weight
+    term = TeacherTerm(teacher.eval().requires_grad_(False), student, logits_weight, args.teacher_features_weight)
+    if args.teacher_logits_weight and not term.logits_weight:
+        raise UsageError(
+            f"teacher_logits_weight={args.teacher_logits_weight:g} needs a teacher with a head of these classes; pass"
+            " one that was fine-tuned on them, or leave it out."
+        )
+    args.teacher_logits_weight = term.logits_weight
+    return term
 
 
 def _labels_of(config: PretrainedConfig) -> list[str]:

@@ -71,13 +71,17 @@ def forward_tower(model: PreTrainedModel, pixel_values: Tensor, **kwargs) -> Any
 def forward_features(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     """Return the final features, after the last layer norm: `(batch, tokens, hidden_size)`. See `forward_tower`."""
     tower = vision_tower(model)
-    if isinstance(tower, BackboneMixin):  # its output holds maps of chosen stages only
-        return last_layernorm(tower)(tower(pixel_values, output_hidden_states=True).hidden_states[-1])
-    return final_features(tower, forward_tower(model, pixel_values))
+    options = {"output_hidden_states": True} if isinstance(tower, BackboneMixin) else {}
+    return final_features(tower, forward_tower(model, pixel_values, **options))
 
 
 def final_features(tower: PreTrainedModel, output: Any) -> Tensor:
-    """Return `last_hidden_state` after the last layer norm. CLIP itself normalizes the class token alone."""
+    """Return the last hidden state after the last layer norm. CLIP itself normalizes the class token alone.
+
+    A backbone must have been asked for `output_hidden_states`: its output holds maps of chosen stages otherwise.
+    """
+    if isinstance(tower, BackboneMixin):
+        return last_layernorm(tower)(output.hidden_states[-1])
     if get_family(tower.config.model_type).normalizes_last:
         return output.last_hidden_state
     return last_layernorm(tower)(output.last_hidden_state)
