@@ -83,7 +83,7 @@ class _RunFolder(OutputFolder):
     def check_settings(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         changed = [name for name in wanted if found.get(name) != wanted[name]]
         numbers = {name.replace("-", "_"): stage.number for name, stage in STAGES.items()}
-        late = {"stages": 9, "control": 9, **numbers}
+        late = {"stages": 9, "control": 9, "supervised_teacher": 3, **numbers}
         if self.from_stage is not None and all(late.get(name, 0) >= self.from_stage for name in changed):
             return
         before = found.get("stages", [])
@@ -183,7 +183,7 @@ class _Run:
                 student = load_classifier(source, self.data.labels or [])
             kwargs["eval_dataset"] = self.data.eval_dataset(self.config.eval_images)
             args.check_evaluation(kwargs["eval_dataset"] is not None)
-        else:
+        if stage.name != "supervised" or self.config.supervised_teacher:
             kwargs["teacher_model"] = self.teacher
         return run_stage(
             stage,

@@ -28,6 +28,8 @@ class RecipeConfig(LinearAttentionConfig, DataConfig):
         stages (`list[str]`, *optional*): Default: stages 1 and 2, and stage 3 where the data have labels and
             `supervised` is given.
         attention_alignment, feature_alignment, supervised (`dict`, *optional*): Settings of each stage's config class.
+        supervised_teacher (`bool`, *optional*, defaults to `False`): Stage 3 learns from the teacher, too, beside the
+            labels; see `SupervisedTrainer`.
         knn_images (`int`, *optional*, defaults to 2000): Training images that k-NN and linear probe learn from.
         eval_images (`int`, *optional*): Evaluation images. Default: all. The untrained student and the stages before
             the last are evaluated on a tenth of them, at least 500.
@@ -50,6 +52,9 @@ class RecipeConfig(LinearAttentionConfig, DataConfig):
     attention_alignment: dict = field(default_factory=dict, metadata={"section": True})
     feature_alignment: dict = field(default_factory=dict, metadata={"section": True})
     supervised: dict = field(default_factory=dict, metadata={"section": True})
+    supervised_teacher: bool = field(
+        default=False, metadata={"help": "Stage 3 learns from the teacher, too, beside the labels."}
+    )
     knn_images: int = field(
         default=2000, metadata={"help": "Training images for k-NN and linear probe.", "range": COUNT}
     )

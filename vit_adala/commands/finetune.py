@@ -20,6 +20,7 @@ from modeling_adala.conversion.loading import (
 )
 from modeling_adala.errors import UsageError
 from modeling_adala.families import get_family, is_adala
+from trainers.alignment_trainer import check_configs
 from trainers.data.data_config import DataConfig
 from trainers.evaluation.comparison import Comparison
 from trainers.evaluation.segmentation import evaluate_segmentation, segmentation_processor
@@ -37,6 +38,12 @@ class FinetuneArguments:
             "help": "Linear checkpoint (folder of stage 2), or a softmax one as the baseline.",
             "positional": "MODEL",
         }
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Softmax model of the same shape to learn from beside the labels, fine-tuned or pretrained."
+        },
     )
     task: str = field(
         default="image-classification", metadata={"help": "image-classification or semantic-segmentation."}
@@ -67,9 +74,15 @@ def main(arguments: Sequence[str]) -> None:
     if model_args.task not in TASKS:
         raise UsageError(f"task={model_args.task!r} is not supported; choose from {', '.join(TASKS)}.")
     _check_metric(args.metric_for_best_model, model_args.task)
-    folder = open_folder("supervised", args, data_args, [model_args.model], **asdict(model_args))
+    models = [model_args.model, model_args.teacher]
+    folder = open_folder("supervised", args, data_args, models, **asdict(model_args))
     config = load_config(model_args.model)
     get_family(config.model_type)
+    if model_args.teacher is not None:
+        check_configs(load_config(model_args.teacher), config)
+    for name in ("teacher_logits_weight", "teacher_features_weight"):
+        if model_args.teacher is None and getattr(args, name) is not None:
+            raise UsageError(f"{name}={getattr(args, name):g} needs a teacher; pass --teacher too.")
     if is_adala(config):
         check_stage_directory(
             model_args.model, ("feature-alignment", "supervised", "attention-alignment", "converted"), "stage 3"
@@ -96,7 +109,8 @@ def _classify(
     # a kill may have come between the end of the training and the evaluation
     model = load_classifier(str(folder.path) if finished_before(folder) else model_args.model, data.labels or [])
     if not folder.finished:
-        model = run_and_report(folder, model, args, data, processor, eval_dataset=data.eval_dataset()).model
+        options = {"eval_dataset": data.eval_dataset(), "teacher_model": model_args.teacher}
+        model = run_and_report(folder, model, args, data, processor, **options).model
     if data.raw_eval is not None:
         accuracy = Comparison(model, data, probe=False).classifier_accuracy(model.to(args.device))
         assert accuracy is not None  # data and model were opened for classification
@@ -120,7 +134,8 @@ def _segment(
     model = load_segmenter(str(folder.path) if finished_before(folder) else model_args.model, data.labels)
     if not folder.finished:
         processor = segmentation_processor(processor, data.image_size)
-        model = run_and_report(folder, model, args, data, processor, eval_dataset=dataset).model
+        options = {"eval_dataset": dataset, "teacher_model": model_args.teacher}
+        model = run_and_report(folder, model, args, data, processor, **options).model
     if dataset is None:
         return
     metrics = evaluate_segmentation(

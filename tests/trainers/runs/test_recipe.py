@@ -143,6 +143,15 @@ def test_running_again_writes_the_report_and_nothing_else(teacher, copied):
     assert not (copied / "checkpoints").exists()
 
 
+def test_stage_3_can_learn_from_the_teacher_too(teacher, finished, copied):
+    assert main([*arguments(teacher, copied), "--supervised-teacher", "--from-stage", "3"]) == 0
+    lines = read_metrics(copied / "metrics.jsonl")
+    assert all("teacher_logits" in line for line in lines if line.get("stage") == "supervised" and "loss" in line)
+    before, after = weights_of(finished), weights_of(copied)
+    assert_same_tensors(after[FOLDERS[1]], before[FOLDERS[1]])
+    assert moved(before[FOLDERS[2]], after[FOLDERS[2]])
+
+
 @pytest.mark.parametrize("row", ["converted", "supervised"])
 def test_figures_that_a_kill_prevented_are_taken_by_the_next_run(teacher, copied, row):
     expected = figures_of(copied)
