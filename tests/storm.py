@@ -160,11 +160,21 @@ class Storm:
         self._check_neighbors(case)
         self.reset()
 
+    def tell(self) -> None:
+        """Print what has happened so far."""
+        for name, count in sorted(self.counts.items()):
+            print(f"{count:4} {name}")
+        for failure in self.failures:
+            print(f"FAILED {failure}")
+        print(f"{len(self.failures)} lost", flush=True)
+
     def _sealed(self, stage: str) -> list[Path]:
         from trainers.runs.checkpoints import is_sealed, list_checkpoints
 
-        (folder,) = sorted((self.out / "checkpoints").glob(f"*-{stage}")) or [self.out / "none"]
-        return [path for path in list_checkpoints(folder) if is_sealed(path)]
+        with contextlib.suppress(FileNotFoundError):  # the run may end, or start anew, meanwhile
+            folders = sorted((self.out / "checkpoints").glob(f"*-{stage}"))
+            return [path for folder in folders for path in list_checkpoints(folder) if is_sealed(path)]
+        return []
 
     def _is_writing(self) -> bool:
         """Whether a checkpoint, a stage folder or a small file is half-written."""
@@ -264,13 +274,10 @@ def main() -> int:
             while sum(count for name, count in storm.counts.items() if name.startswith("kills")) < args.kills:
                 storm.kill()
             storm.finish()
+            storm.tell()
             for _ in range(args.damages):
                 storm.damage()
-    for name, count in sorted(storm.counts.items()):
-        print(f"{count:4} {name}")
-    for failure in storm.failures:
-        print(f"FAILED {failure}")
-    print(f"{len(storm.failures)} lost")
+            storm.tell()
     return 1 if storm.failures else 0
 
 
