@@ -18,7 +18,7 @@ from .alignment_trainer import AlignmentTrainer
 from .attention_alignment_config import AttentionAlignmentConfig
 from .base_trainer import add_adapters, freeze_all_but
 from .early_gradients import EarlyGradients
-from .evaluation.softmax_layers import keep_softmax, rank_softmax_layers
+from .evaluation.softmax_layers import SoftmaxTrial, keep_softmax
 from .losses import TeacherVariance, alignment_loss_before_projection, attention_alignment_loss
 from .teacher import Tap, output_projection, visit_attention, without_output_projection
 
@@ -113,11 +113,14 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         """Put the `count` layers back to softmax that gain the most by it, log the ranking, and return it."""
         student = self.accelerator.unwrap_model(self.model)
         with self.compute_loss_context_manager():
-            batches = self.calibration_batches()
-            ranking = rank_softmax_layers(student, self.teacher_model, batches, self.exact_teacher)
-        chosen = [layer for layer in ranking if layer >= 0][:count]
+            trial = SoftmaxTrial(student, self.teacher_model, self.calibration_batches(), self.exact_teacher)
+            ranking = trial.ranking()
+            best = [layer for layer in ranking if layer >= 0]
+            pair = trial.error(best[:2])
+        chosen = best[:count]
         keep_softmax(student, self.exact_teacher, chosen)
-        self.log({f"softmax_{'none' if layer < 0 else layer}": error for layer, error in ranking.items()})
+        errors = {f"softmax_{'none' if layer < 0 else layer}": error for layer, error in ranking.items()}
+        self.log({**errors, "softmax_best_two": pair})
         listed = ", ".join(f"{'none' if layer < 0 else layer} {error:.4f}" for layer, error in ranking.items())
         logger.warning("softmax layers %s, by the relative error of the features with each: %s", chosen, listed)
         return ranking

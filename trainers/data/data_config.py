@@ -180,6 +180,12 @@ class DataModule:
         return self._train_ids is not None
 
     @property
+    def has_masks(self) -> bool:
+        """Return whether the label column holds images, as masks for segmentation are stored."""
+        features, column = self.raw_train.features, self.config.label_column
+        return column != self.config.image_column and isinstance((features or {}).get(column), datasets.Image)
+
+    @property
     def eval_batch_size(self) -> int:
         """Images evaluated at a time: that of the config, or as many as the bound on their patches allows."""
         if self.config.eval_batch_size is not None:

@@ -14,6 +14,8 @@ from modeling_adala.mixins import image_inputs
 from ..base_config import has_fast_bf16
 from ..data.data_config import DataModule
 from ..data.labels import head_ids
+from ..data.segmentation_data import SegmentationData
+from .dense_probe import DenseProbe
 from .metrics import Accuracy, FeatureRelativeError
 from .probes import FeatureBank, evaluate_pair, extract_features
 
@@ -29,6 +31,7 @@ class Comparison:
         knn_images (`int`): How many of those.
         eval_images (`int`, *optional*): How many evaluation images. Default: all.
         probe (`bool`): Whether to fit linear probes.
+        masks (`SegmentationData`, *optional*): The same images with their masks, for the segmentation probe.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Comparison:
         knn_images: int = 2000,
         eval_images: int | None = None,
         probe: bool = True,
+        masks: SegmentationData | None = None,
         disable_progress: bool | None = None,
     ):
         self.teacher, self.probe, self.disable_progress = teacher, probe, disable_progress
@@ -49,11 +53,17 @@ class Comparison:
         self.bank_loader = data.loader(data.bank_dataset(knn_images)) if data.has_training_labels else None
         self.autocast_dtype = torch.bfloat16 if has_fast_bf16() else None
         self._bank: FeatureBank | None = None
+        options: Any = {"autocast_dtype": self.autocast_dtype, "disable_progress": disable_progress}
+        self.dense_probe: DenseProbe | None = None
+        if masks is not None and masks.raw_eval is not None and probe:
+            self.dense_probe = DenseProbe(teacher, masks, train_images=knn_images, eval_images=eval_images, **options)
 
     def __call__(self, student: PreTrainedModel, quick: bool = False) -> dict[str, Any]:
         """Return the figures of `evaluate_pair`, `head_accuracy` of a student with a classifier, and `block_errors`.
 
-        With `quick`, on a tenth of the evaluation images (at least 500) and without the linear probe. Returns an empty
+        With masks, also those of `DenseProbe`.
+
+        With `quick`, on a tenth of the evaluation images (at least 500) and without linear probes. Returns an empty
         dictionary where there are no images to evaluate on.
         """
         loader = self.quick_loader if quick else self.eval_loader
@@ -75,6 +85,8 @@ class Comparison:
         head_accuracy = self.classifier_accuracy(student)
         if head_accuracy is not None:
             results["head_accuracy"] = head_accuracy
+        if self.dense_probe is not None and not quick:
+            results |= self.dense_probe(student)
         return results | {"block_errors": self.block_errors(student)}
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ Which ones these are differs from model to model, and neither depth nor the erro
 final features are compared with the teacher's.
 """
 
-import logging
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,12 +19,48 @@ from modeling_adala.inspection.towers import attention_modules, eval_mode, forwa
 
 from .metrics import FeatureRelativeError
 
-logger = logging.getLogger(__name__)
-
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-@torch.no_grad()
+class SoftmaxTrial:
+    """Trial of a student with some of its linear layers back in softmax; both models are left as they are.
+
+    Args:
+        student (`PreTrainedModel`): Student after stage 1.
+        teacher (`PreTrainedModel`): Its teacher, on the same device.
+        batches (`Iterable[Tensor]`): `pixel_values`; some dozens of images tell.
+        source (`PreTrainedModel`, *optional*): Model whose projections a layer gets back. Default: the teacher, unless
+            its weights are rounded.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        batches: Iterable[Tensor],
+        source: PreTrainedModel | None = None,
+    ) -> None:
+        self.student, self.source, self.pixels = student, source or teacher, list(batches)
+        with torch.no_grad():
+            self.targets = [forward_features(teacher, batch) for batch in self.pixels]
+
+    @torch.no_grad()
+    def error(self, layers: Sequence[int] = ()) -> float:
+        """Return the relative error of the student's final features with these layers in softmax."""
+        metric = FeatureRelativeError()
+        with eval_mode(self.student), in_softmax(self.student, layers, self.source):
+            for batch, target in zip(self.pixels, self.targets, strict=True):
+                features = forward_features(self.student, batch)
+                metric.add_batch(predictions=features.flatten(0, 1), references=target.flatten(0, 1))
+        return metric.compute()["relative_error"]
+
+    def ranking(self) -> dict[int, float]:
+        """Return the error with each linear layer alone in softmax, ascending; `-1` is the student as it is."""
+        linear = vision_config(self.student.config).linear_layers
+        errors = {-1: self.error(), **{layer: self.error([layer]) for layer in linear}}
+        return dict(sorted(errors.items(), key=lambda item: item[1]))
+
+
 def rank_softmax_layers(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -33,14 +69,8 @@ def rank_softmax_layers(
 ) -> dict[int, float]:
     """Return the relative error of the student's final features with each linear layer back in softmax, best first.
 
-    Both models are left as they are.
-
     Args:
-        student (`PreTrainedModel`): Student after stage 1.
-        teacher (`PreTrainedModel`): Its teacher, on the same device.
-        batches (`Iterable[Tensor]`): `pixel_values`; some dozens of images tell.
-        source (`PreTrainedModel`, *optional*): Model whose projections a layer gets back. Default: the teacher, unless
-            its weights are rounded.
+        student, teacher, batches, source: As for `SoftmaxTrial`.
 
     Returns:
         `dict[int, float]`: Error by layer, ascending; `-1` is the student as it is.
@@ -52,22 +82,7 @@ def rank_softmax_layers(
     keep_softmax(student, teacher, [layer for layer in ranking if layer >= 0][:1])
     ```
     """
-    pixels = list(batches)
-    targets = [forward_features(teacher, batch) for batch in pixels]
-
-    def error() -> float:
-        metric = FeatureRelativeError()
-        for batch, target in zip(pixels, targets, strict=True):
-            features = forward_features(student, batch)
-            metric.add_batch(predictions=features.flatten(0, 1), references=target.flatten(0, 1))
-        return metric.compute()["relative_error"]
-
-    with eval_mode(student):
-        errors = {-1: error()}
-        for layer in vision_config(student.config).linear_layers:
-            with _in_softmax(student, source or teacher, layer):
-                errors[layer] = error()
-    return dict(sorted(errors.items(), key=lambda item: item[1]))
+    return SoftmaxTrial(student, teacher, batches, source).ranking()
 
 
 @torch.no_grad()
@@ -84,19 +99,24 @@ def keep_softmax(student: PreTrainedModel, teacher: PreTrainedModel, layers: Seq
 
 
 @contextmanager
-def _in_softmax(student: PreTrainedModel, source: PreTrainedModel, layer: int) -> Iterator[None]:
-    ours: Any = attention_modules(student)[layer]
-    feature_map, theirs = ours.feature_map, attention_modules(source)[layer]
-    saved = {name: getattr(ours, name).state_dict() for name in PROJECTIONS}
-    saved = {name: {key: tensor.clone() for key, tensor in state.items()} for name, state in saved.items()}
+def in_softmax(
+    student: PreTrainedModel, layers: Sequence[int], source: PreTrainedModel | None = None
+) -> Iterator[None]:
+    """Put layers of a student in softmax for a while, with the projections of `source` if given."""
+    modules: Any = attention_modules(student)
+    maps = {layer: modules[layer].feature_map for layer in layers}
+    states = {layer: copy.deepcopy(modules[layer].state_dict()) for layer in layers if source is not None}
     try:
-        ours.feature_map = None
-        _copy_projections(theirs, ours)
+        for layer in layers:
+            modules[layer].feature_map = None
+            if source is not None:
+                _copy_projections(attention_modules(source)[layer], modules[layer])
         yield
     finally:
-        ours.feature_map = feature_map
-        for name, state in saved.items():
-            getattr(ours, name).load_state_dict(state)
+        for layer in layers:
+            modules[layer].feature_map = maps[layer]
+        for layer, state in states.items():
+            modules[layer].load_state_dict(state)
 
 
 def _copy_projections(source: nn.Module, target: nn.Module) -> None:

@@ -25,6 +25,7 @@ from modeling_adala.inspection.towers import forward_features, patch_size
 
 from ..base_config import has_fast_bf16
 from ..evaluation.comparison import Comparison
+from ..evaluation.softmax_layers import in_softmax
 from ..runs.callbacks import cost_in_words
 from ..runs.facts import describe_machine
 from ..runs.memory import peak_above
@@ -63,11 +64,14 @@ def write_report(out: Path, comparison: Comparison, config: RecipeConfig) -> Pat
     speed = read_json(out / "speed.json")
     if not speed.get("rows"):  # once for all stages: they change the weights, not what these cost
         speed = measure_speed(comparison.teacher, students["last"])
+        trade = measure_softmax_layers(lines, comparison.teacher, config, speed["rows"][-1]["size"])
+        speed |= {"softmax_layers": trade} if trade else {}
         write_json(out / "speed.json", speed)
     draw_speed(out / "speed.png", speed["rows"])
     conditions = f"batch {speed['batch_size']}, {speed['dtype']}, on {speed['machine']}"
     pictures["speed.png"] = f"Forward pass over resolution, {conditions}"
-    write_text(out / "report.md", _render(table, manifest, pictures, speed["rows"], config))
+    added = options_added(students["last"], config)
+    write_text(out / "report.md", _render(table, manifest, pictures, speed, config, added))
     _print(table)
     return out / "report.md"
 
@@ -180,6 +184,62 @@ def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: fl
     }
 
 
+@torch.no_grad()
+def measure_softmax_layers(
+    lines: list[dict], teacher: PreTrainedModel, config: RecipeConfig, side: int
+) -> list[dict[str, Any]]:
+    """Return what 0, 1 and 2 softmax layers gain and cost: error of the features after stage 1, seconds per image.
+
+    Empty unless stage 1 has ranked the layers (`softmax_layers="auto:K"`).
+
+    Args:
+        lines (`list[dict]`): Of `metrics.jsonl`.
+        teacher (`PreTrainedModel`): Softmax model.
+        config (`RecipeConfig`): Options of the student.
+        side (`int`): Side in pixels of the square images that are timed.
+    """
+    found = next((line for line in lines if "softmax_none" in line), None)
+    if found is None:
+        return []
+    layers = {int(name): found[f"softmax_{name}"] for name in (k.rpartition("_")[2] for k in found) if name.isdigit()}
+    best, student = (
+        sorted(layers, key=layers.__getitem__),
+        convert(teacher, config.linear_attention, check_parity=False),
+    )
+    pixels = torch.randn(1, student.config.num_channels, side, side, device=teacher.device)
+
+    def run(count: int) -> torch.Tensor:
+        autocast = torch.autocast(pixels.device.type, torch.bfloat16, enabled=has_fast_bf16())
+        with in_softmax(student, best[:count]), autocast:
+            return forward_features(student, pixels)
+
+    timings = time_in_turns({str(count): partial(run, count) for count in range(3)}, pixels.device, seconds=0.5)
+    errors = (found["softmax_none"], layers[best[0]], found["softmax_best_two"])
+    return [
+        {"layers": best[:count], "relative_error": error, "size": side, "seconds": timings[str(count)].median}
+        for count, error in enumerate(errors)
+    ]
+
+
+def options_added(student: PreTrainedModel, config: RecipeConfig) -> list[str]:
+    """Return a line for each option of linear attention: what it is, and the parameters that it adds."""
+    numbers = dict.fromkeys((".feature_map.", ".local_mixing."), 0)
+    for name, parameter in student.named_parameters():
+        for part in numbers:
+            numbers[part] += parameter.numel() if part in name else 0
+    total = student.num_parameters()
+    added = {part: f"{count:,} parameters ({count / total:.1%})" for part, count in numbers.items()}
+    lines = [f"feature map {config.feature_map}: {added['.feature_map.']}"]
+    if config.local_mixing:
+        side = config.local_mixing
+        lines.append(f"local mixing {side}x{side}: {added['.local_mixing.']}")
+    kept = vision_config(student.config).softmax_layers
+    if kept:
+        chosen = "auto_softmax_layers" in config.attention_alignment
+        lines.append(f"softmax layers {kept}{', chosen by measurement after stage 1' if chosen else ''}")
+    return lines
+
+
 def draw_speed(path: Path, speed: list[dict[str, float]]) -> None:
     """Draw the time per image over resolution, of teacher and student."""
     figure = new_figure(6, 3.6)
@@ -196,7 +256,12 @@ def draw_speed(path: Path, speed: list[dict[str, float]]) -> None:
 
 
 def _render(
-    table: list[list[str]], manifest: dict, pictures: dict[str, str], speed: list[dict], config: RecipeConfig
+    table: list[list[str]],
+    manifest: dict,
+    pictures: dict[str, str],
+    speed: dict,
+    config: RecipeConfig,
+    added: list[str],
 ) -> str:
     teacher_revision = f" at {plain(manifest['teacher_revision'])}" if manifest["teacher_revision"] else ""
     parity = ", ".join(f"{size}: {value:.1e}" for size, value in manifest["parity"].items())
@@ -209,7 +274,7 @@ def _render(
                 f"{cost_in_words(facts)}{resumed}; {plain(facts['images'])}; {code(facts['settings'])}"
             )
     rows = [f"| {row['size']:.0f} | {row['tokens']:.0f} | {1000 * row['teacher']:.1f} | {1000 * row['student']:.1f} "
-            f"| {row['teacher'] / row['student']:.2f} |" for row in speed]  # fmt: skip
+            f"| {row['teacher'] / row['student']:.2f} |" for row in speed["rows"]]  # fmt: skip
     return "\n".join(
         [
             f"# {plain(manifest['teacher'])} made linear",
@@ -221,6 +286,7 @@ def _render(
             "",
             f"- Teacher: {code(manifest['teacher'])}{teacher_revision}, weights {manifest['teacher_sha256'][:12]}",
             f"- Data: {code(manifest['dataset'])}, fingerprint {manifest['data_fingerprint']}",
+            f"- Recipe: {config.recipe}; {'; '.join(added)}",
             f"- Student: {code(asdict(config.linear_attention))}; conversion parity {parity}",
             *stages,
             f"- Machine: {manifest['machine']}; bf16 autocast {'on' if manifest['bf16'] else 'off'};"
@@ -233,8 +299,20 @@ def _render(
             "",
             "Below 1 in the last column, linear attention is slower than softmax at that size.",
             "",
+            *_softmax_lines(speed.get("softmax_layers", [])),
         ]
     )
+
+
+def _softmax_lines(trade: list[dict]) -> list[str]:
+    if not trade:
+        return []
+    rows = [["softmax layers", "error of the features after stage 1", f"ms at {trade[0]['size']} px"]]
+    for row in trade:
+        layers = ", ".join(map(str, row["layers"])) or "none"
+        rows.append([layers, f"{row['relative_error']:.3f}", f"{1000 * row['seconds']:.1f}"])
+    heading = "## Softmax layers: what the first two, chosen by measurement, gain and cost"
+    return [heading, "", *_markdown(rows), "", "The error is on the calibration images, before stage 2.", ""]
 
 
 def _markdown(table: list[list[str]]) -> list[str]:

@@ -27,6 +27,7 @@ from modeling_adala.errors import AdaLAError, CheckpointError, UsageError
 from ..base_config import AdaLATrainingArguments, has_fast_bf16
 from ..data.data_config import DataModule
 from ..data.digits import find_teacher
+from ..data.segmentation_data import SegmentationData
 from ..data.sources import fingerprint
 from ..evaluation.comparison import Comparison
 from ..report.report import write_report
@@ -119,9 +120,9 @@ class _Run:
         supervised = "supervised" in config.stages
         self.data = DataModule(config, self.teacher.config, self.image_processor, require_labels=supervised)
         device = PartialState().device
-        self.comparison = Comparison(
-            self.teacher.to(device), self.data, knn_images=config.knn_images, eval_images=config.eval_images
-        )
+        masks = SegmentationData(config, self.teacher.config, self.image_processor) if self.data.has_masks else None
+        counts: Any = {"knn_images": config.knn_images, "eval_images": config.eval_images}
+        self.comparison = Comparison(self.teacher.to(device), self.data, masks=masks, **counts)
         self.manifest: dict[str, Any] = {}
 
     def run(self) -> Path:

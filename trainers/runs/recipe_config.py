@@ -12,6 +12,7 @@ from ..base_config import COUNT, RANGES, AdaLATrainingArguments
 from ..data.data_config import DataConfig, check_streaming
 from ..data.sources import describe
 from .plain_yaml import dump_yaml, read_yaml
+from .presets import PRESETS, with_preset
 from .settings import automatic_layers, build, did_you_mean, fit_type
 from .stages import STAGES, Stage
 
@@ -19,6 +20,9 @@ from .stages import STAGES, Stage
 @dataclass
 class RecipeConfig(LinearAttentionConfig, DataConfig):
     """Settings of `run_recipe`, on top of `LinearAttentionConfig` and `DataConfig`.
+
+    `recipe` names the preset that a YAML file or `from_settings` started from: `"default"`, or `"paper"` for plain
+    linear attention and the final features alone (see `PRESETS`).
 
     Args:
         teacher (`str`): Softmax checkpoint: Hub id or local folder.
@@ -44,6 +48,7 @@ class RecipeConfig(LinearAttentionConfig, DataConfig):
     ```
     """
 
+    recipe: str = field(default="default", init=False, metadata={"section": True})
     teacher: str = field(default="", metadata={"help": "Softmax checkpoint: Hub id or folder."})
     output_dir: str = field(default="out", metadata={"help": "Everything the run leaves behind."})
     stages: list[str] = field(
@@ -138,13 +143,25 @@ class RecipeConfig(LinearAttentionConfig, DataConfig):
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "RecipeConfig":
-        """Return a recipe from plain values, `softmax_layers: auto:K` among them."""
+        """Return a recipe from plain values, `recipe: paper` and `softmax_layers: auto:K` among them.
+
+        Raises:
+            UsageError: For an unknown preset or setting, or a value that does not fit.
+        """
+        preset = settings.get("recipe", "default")
+        if preset not in PRESETS:
+            hint = did_you_mean(str(preset), PRESETS)
+            raise UsageError(f"recipe={preset!r} is unknown{hint}; choose from {', '.join(PRESETS)}.")
+        settings = with_preset(settings)
+        settings.pop("recipe", None)
         count = automatic_layers(settings.get("softmax_layers"))
         if count:
             stage = {**settings.get("attention_alignment", {}), "auto_softmax_layers": count}
             settings = {**settings, "attention_alignment": stage}
             del settings["softmax_layers"]
-        return build(cls, settings)
+        config = build(cls, settings)
+        config.recipe = preset
+        return config
 
 
 def section_of(stage: Stage) -> str:

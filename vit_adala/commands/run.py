@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import get_type_hints
 
 from modeling_adala.errors import UsageError
+from trainers.runs.presets import PRESETS
 from trainers.runs.recipe import run_recipe
 from trainers.runs.recipe_config import RecipeConfig
 from trainers.runs.settings import automatic_layers, build, did_you_mean, fit_type
@@ -19,7 +21,10 @@ from ..recipes import find_recipe
 class RunArguments:
     recipe: str | None = field(
         default=None,
-        metadata={"help": "YAML file of the settings below, or quickstart.", "positional": "RECIPE.yaml"},
+        metadata={
+            "help": f"YAML file of the settings below, quickstart, or a preset: {', '.join(PRESETS)}.",
+            "positional": "RECIPE.yaml",
+        },
     )
     from_stage: int | None = field(default=None, metadata={"help": "Run stage N and later stages again."})
     settings: list[str] = field(
@@ -54,7 +59,9 @@ def main(arguments: Sequence[str]) -> None:
     if automatic_layers(texts.get("softmax_layers")):
         hints |= {"softmax_layers": str}  # the recipe resolves it
     overrides |= {name: fit_type(name, text, hints[name]) for name, text in texts.items()}
-    if run_args.recipe is not None:
+    if run_args.recipe in PRESETS and not Path(run_args.recipe).exists():
+        config = RecipeConfig.from_settings({"recipe": run_args.recipe, **overrides})
+    elif run_args.recipe is not None:
         config = RecipeConfig.from_yaml(find_recipe(run_args.recipe), **overrides)
     else:
         config = RecipeConfig.from_settings(overrides)

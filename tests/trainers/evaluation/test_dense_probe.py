@@ -101,3 +101,32 @@ def test_the_command_probes_masks(places, capsys):
     assert results["mean_iou_retained"] == pytest.approx(results["student_mean_iou"] / results["teacher_mean_iou"])
     assert main([*arguments, "--task", "detection"]) == 2
     assert "task='detection' is not supported" in capsys.readouterr().err
+
+
+def test_a_recipe_on_data_with_masks_probes_them_and_shows_what_softmax_layers_gain_and_cost(places, tmp_path):
+    arguments = [
+        "run",
+        "--teacher",
+        str(places / "teacher"),
+        "--dataset",
+        str(places / "data"),
+        "--image-size",
+        "28x56",
+    ]
+    arguments += ["--output-dir", str(tmp_path / "out"), "--softmax-layers", "auto:1", "--local-mixing", "3"]
+    for stage in ("attention_alignment", "feature_alignment"):
+        arguments += ["--set", f"{stage}.max_steps=1", "--set", f"{stage}.bf16=false"]
+    assert main(arguments) == 0
+    evaluations = json.loads((tmp_path / "out" / "manifest.json").read_text())["evaluations"]
+    assert "student_mean_iou" not in evaluations["attention-alignment"]  # the last row is the result
+    assert 0 < evaluations["feature-alignment"]["student_mean_iou"] <= 1
+    assert evaluations["feature-alignment"]["teacher_mean_iou"] > 0.9
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "probe mIoU" in report and "- Recipe: default; feature map" in report and "local mixing 3x3: " in report
+    assert "chosen by measurement after stage 1" in report
+    trade = json.loads((tmp_path / "out" / "speed.json").read_text())["softmax_layers"]
+    assert [len(row["layers"]) for row in trade] == [0, 1, 2]
+    assert trade[2]["relative_error"] < 1e-3  # both of two layers: the teacher itself
+    assert all(row["seconds"] > 0 for row in trade)
+    for row in trade:
+        assert f"| {row['relative_error']:.3f} | {1000 * row['seconds']:.1f} |" in report
