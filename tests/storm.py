@@ -128,8 +128,13 @@ class Storm:
         if outcome.code != 0:
             self.failures.append(f"exit code {outcome.code} after a kill: {outcome.lines[-1:]}")
         elif self._result() != self.expected:
-            apart = [name for name, value in self._result().items() if self.expected.get(name) != value]
-            self.failures.append(f"another result after kills: {apart or 'files are missing'}")
+            found = self._result()
+            apart = [name for name, value in found.items() if self.expected.get(name) != value]
+            lines, wanted = (json.loads(result["figures"]) for result in (found, self.expected))
+            extra, lost = (
+                [x for x in a if a.count(x) != b.count(x)][:1] for a, b in ((lines, wanted), (wanted, lines))
+            )
+            self.failures.append(f"another result after kills: {apart or 'files are missing'}, {extra=}, {lost=}")
         self.counts["runs to the end after kills"] += 1
         self.reset()
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, set_seed
 
 from hub_cards import write_card
 from hub_cards.card_data import PICTURES
-from hub_cards.records import append_metrics, find_license, read_manifest, write_text
+from hub_cards.records import find_license, read_manifest, write_text
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.convert import convert, parity_report, student_config
 from modeling_adala.conversion.loading import (
@@ -256,7 +256,10 @@ class _Run:
         logger.info("evaluated %s in %.0f s", row, time.perf_counter() - start)
 
     def _keep_evaluation(self, row: str, values: dict[str, Any]) -> None:
-        append_metrics(self.out / METRICS, {"evaluation": row, **values})
+        # a kill may have come between the two, so that the line is there already
+        lines = [line for line in read_metrics(self.out / METRICS) if line.get("evaluation") != row]
+        lines.append({"evaluation": row, **values})
+        write_text(self.out / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
         self._record(evaluations={**self.manifest["evaluations"], row: values})
 
     def _last_directory(self, stage: Stage) -> str | None:

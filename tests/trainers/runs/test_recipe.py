@@ -27,6 +27,7 @@ from trainers.base_trainer import AdaLATrainer
 from trainers.runs import checkpoints
 from trainers.runs.callbacks import read_metrics
 from trainers.runs.checkpoints import is_sealed, list_checkpoints
+from trainers.runs.recipe import _Run
 from trainers.runs.stages import STAGES
 from vit_adala.cli import main
 
@@ -141,6 +142,22 @@ def test_running_again_writes_the_report_and_nothing_else(teacher, copied):
     assert (copied / "manifest.json").read_text() == manifest
     assert (copied / "report.md").is_file()
     assert not (copied / "checkpoints").exists()
+
+
+def test_evaluation_is_logged_once_also_where_a_kill_came_before_its_record(teacher, finished, tmp_path, monkeypatch):
+    record = _Run._record
+
+    def killed(self, **facts):
+        if "attention-alignment" in facts.get("evaluations", {}):
+            raise Interrupted
+        record(self, **facts)
+
+    command = arguments(teacher, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "_record", killed)
+        assert main(command) != 0
+    assert main(command) == 0
+    assert figures_of(tmp_path / "out") == figures_of(finished)
 
 
 def test_stage_3_can_learn_from_the_teacher_too(teacher, finished, copied):

@@ -1,0 +1,150 @@
+"""Writes the tables and the picture of docs/quality.md from the files in benchmarks/results/quality.
+
+python -m benchmarks.quality_page
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from hub_cards.card import table
+from hub_cards.records import write_text
+from modeling_adala.errors import DataError
+from trainers.report.pictures import new_figure, save_figure
+
+from .common import RESULTS, ROOT
+from .methods import METHODS
+
+PAGE, PICTURE = ROOT / "docs" / "quality.md", ROOT / "docs" / "images" / "quality.png"
+START, END = "<!-- benchmarks.quality_page: do not edit by hand -->", "<!-- end of benchmarks.quality_page -->"
+ROWS = ("converted", "stage 1", "stages 1+2")
+TITLES = {
+    "digits": "Digits: accuracy of the teacher's own head, 28 px (196 patches)",
+    "dense": "CamVid, 168x224 (192 patches): mean IoU of the frozen segmentation probe",
+    "dense-large": "CamVid, 336x448 (768 patches): mean IoU of the frozen segmentation probe",
+    "images": "CIFAR-10, 112 px (64 patches): accuracy of k-NN",
+}
+Cell = dict[str, Any]
+
+
+def main() -> None:
+    """Write the page and its picture."""
+    cells, latency = load_cells(RESULTS / "quality"), load_latency(RESULTS / "latency.json")
+    text = PAGE.read_text()
+    before, _, rest = text.partition(START)
+    write_text(PAGE, f"{before}{START}\n\n{render(cells, latency)}\n{END}{rest.partition(END)[2]}")
+    if latency:
+        draw(cells, latency)
+    print(PAGE)
+
+
+def load_cells(directory: Path) -> list[Cell]:
+    """Return the results of all cells.
+
+    Raises:
+        DataError: For the result of a smoke run, which is not a measurement.
+    """
+    cells = [json.loads(path.read_text()) for path in sorted(directory.glob("*/*.json"))]
+    for cell in cells:
+        if cell.get("smoke"):
+            raise DataError(f"{cell['protocol']}, {cell['method']} is from a smoke run; measure it again.")
+    return cells
+
+
+def load_latency(path: Path) -> dict[str, dict[int, float]]:
+    """Return the speed over the softmax teacher, by method and tokens."""
+    speeds: dict[str, dict[int, float]] = {}
+    for row in json.loads(path.read_text())["rows"] if path.is_file() else []:
+        speeds.setdefault(row["name"], {})[row["tokens"]] = row["speedup"]
+    return speeds
+
+
+def render(cells: list[Cell], latency: dict[str, dict[int, float]]) -> str:
+    """Return a table for each protocol in Markdown, the best method first."""
+    parts = []
+    for protocol, title in TITLES.items():
+        found = [cell for cell in cells if cell["protocol"] == protocol]
+        if found:
+            parts += [f"### {title}", origin(found), table(rows_of(found, latency))]
+    return "\n\n".join(parts) + "\n"
+
+
+def rows_of(cells: list[Cell], latency: dict[str, dict[int, float]]) -> list[list[str]]:
+    """Return a heading, and a row for each method: means over its seeds."""
+    metric = cells[0]["metric"]
+    teacher = teacher_figure(cells)
+    tokens = sorted({count for speeds in latency.values() for count in speeds})
+    heading = ["", "", *ROWS, "of the teacher", "cos CLS", "cos patches", "seconds", "seeds"]
+    lines = [[*heading, *(f"speed, {count:,} tokens" for count in tokens)]]
+    lines.append(
+        ["softmax", "the teacher", "", "", f"{teacher:.1%}", "100.0%", "", "", "", "", *("1.00" for _ in tokens)]
+    )
+    methods = sorted({cell["method"] for cell in cells}, key=lambda name: -final(cells, name, metric))
+    for name in methods:
+        own = [cell for cell in cells if cell["method"] == name]
+        figures = [spread(row_figures(own, row, metric)) for row in ROWS]
+        cosines = [f"{mean(row_figures(own, ROWS[-1], key)):.3f}" for key in ("cls_cosine", "patches_cosine")]
+        seconds = f"{mean(row_figures(own, ROWS[-1], 'seconds')):.0f}"
+        speeds = [f"{latency[name][count]:.2f}" if name in latency else "" for count in tokens]
+        retained = f"{final(cells, name, metric) / teacher:.1%}"
+        lines.append([name, METHODS[name].about, *figures, retained, *cosines, seconds, str(len(own)), *speeds])
+    return lines
+
+
+def teacher_figure(cells: list[Cell]) -> float:
+    """Return the teacher's own figure, the mean over cells: it is measured in each."""
+    metric = cells[0]["metric"].removeprefix("student_")
+    return mean(row_figures(cells, ROWS[-1], f"teacher_{metric}"))
+
+
+def final(cells: list[Cell], method: str, metric: str) -> float:
+    """Return a method's figure after stages 1 and 2, the mean over its seeds."""
+    return mean(row_figures([cell for cell in cells if cell["method"] == method], ROWS[-1], metric))
+
+
+def row_figures(cells: Iterable[Cell], row: str, key: str) -> list[float]:
+    """Return one figure of one row of each cell."""
+    return [found[key] for cell in cells for found in cell["rows"] if found["row"] == row]
+
+
+def spread(values: list[float]) -> str:
+    """Return the mean in percent, and the standard deviation where there are several seeds."""
+    text = f"{mean(values):.1%}"
+    return f"{text} ± {100 * stdev(values):.1f}" if len(values) > 1 else text
+
+
+def origin(cells: list[Cell]) -> str:
+    """Return where the figures come from, and the budget."""
+    one, two = (cells[0]["budget"][stage] for stage in ("stage_1", "stage_2"))
+    budget = f"{one['max_steps']} and {two['max_steps']} steps of {one['per_device_train_batch_size']} images"
+    machines = sorted({cell["machine"] for cell in cells})
+    commits = sorted({(cell["commit"] or "")[:7] for cell in cells})
+    precision = "bf16" if cells[0]["bf16"] else "float32"
+    dates = sorted({cell["date"].partition(" ")[0] for cell in cells})
+    return f"{budget}; {precision}; {', '.join(machines)}; commits {', '.join(commits)}; {', '.join(dates)}."
+
+
+def draw(cells: list[Cell], latency: dict[str, dict[int, float]]) -> None:
+    """Draw quality over speed, for the protocol with masks and both numbers of tokens."""
+    found = [cell for cell in cells if cell["protocol"] == "dense"]
+    tokens = sorted(latency["softmax"])
+    figure = new_figure(5.2 * len(tokens), 4.2, layout="constrained")
+    axes = figure.subplots(1, len(tokens), sharey=True, squeeze=False)[0]
+    teacher = teacher_figure(found)
+    for axis, count in zip(axes, tokens, strict=True):
+        for name in sorted({cell["method"] for cell in found} & latency.keys()):
+            place = latency[name][count], 100 * final(found, name, found[0]["metric"]) / teacher
+            axis.scatter(*place, s=22)
+            axis.annotate(name, place, fontsize=7, xytext=(4, 3), textcoords="offset points")
+        axis.axhline(100, color="gray", linewidth=0.8)
+        axis.axvline(1, color="gray", linewidth=0.8)
+        axis.set(title=f"{count:,} tokens", xlabel="speed, softmax = 1")
+        axis.margins(x=0.25)
+    axes[0].set(ylabel="mean IoU of the frozen probe, % of the teacher")
+    save_figure(figure, PICTURE, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
