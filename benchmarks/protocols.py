@@ -35,18 +35,19 @@ class Protocol:
         metric (`str`): Figure that ranks the methods, in percent.
         teacher (`str`): Softmax checkpoint.
         data (`dict`): Settings of `DataConfig`.
-        evaluation (`Callable`): Called with teacher and data; returns what is called with a student.
+        evaluation (`Callable`): Called with teacher, data and the number of evaluation images, `None` for all; returns
+            what is called with a student.
         stage_1 (`dict`), stage_2 (`dict`): Steps, batch and learning rates.
     """
 
     metric: str
     teacher: str
     data: dict[str, Any]
-    evaluation: Callable[[PreTrainedModel, DataModule], Evaluate]
+    evaluation: Callable[[PreTrainedModel, DataModule, int | None], Evaluate]
     stage_1: dict[str, Any] = field(default_factory=dict)
     stage_2: dict[str, Any] = field(default_factory=dict)
 
-    def open(self) -> tuple[PreTrainedModel, DataModule, Evaluate]:
+    def open(self, eval_images: int | None = None) -> tuple[PreTrainedModel, DataModule, Evaluate]:
         """Return teacher, data and evaluation, which remembers the teacher's figures."""
         teacher, processor = load_teacher(self.teacher), load_image_processor(self.teacher)
         config = DataConfig(**self.data)
@@ -54,7 +55,7 @@ class Protocol:
             data: DataModule = SegmentationData(config, teacher.config, processor, labels=CAMVID_CLASSES)
         else:
             data = DataModule(config, teacher.config, processor)
-        return teacher, data, self.evaluation(teacher, data)
+        return teacher, data, self.evaluation(teacher, data, eval_images)
 
 
 def budget(steps: int, images: int, learning_rate: float, **settings: Any) -> dict[str, Any]:
@@ -62,9 +63,9 @@ def budget(steps: int, images: int, learning_rate: float, **settings: Any) -> di
     return {"max_steps": steps, "per_device_train_batch_size": images, "learning_rate": learning_rate, **settings}
 
 
-def image_figures(teacher: PreTrainedModel, data: DataModule, **options: Any) -> Evaluate:
+def image_figures(teacher: PreTrainedModel, data: DataModule, eval_images: int | None, **options: Any) -> Evaluate:
     """Return the comparison of features, k-NN, linear probe, and the accuracy of a classifier."""
-    comparison = Comparison(teacher, data, disable_progress=True, **options)
+    comparison = Comparison(teacher, data, eval_images=eval_images, disable_progress=True, **options)
     accuracy = comparison.classifier_accuracy(teacher)
     both = [f"{who}_{name}" for who in ("student", "teacher") for name in ("knn_accuracy", "linear_probe_accuracy")]
     wanted = [*FIGURES, *both, "head_accuracy"]
@@ -77,13 +78,15 @@ def image_figures(teacher: PreTrainedModel, data: DataModule, **options: Any) ->
     return evaluate
 
 
-def dense_figures(teacher: PreTrainedModel, data: Any) -> Evaluate:
+def dense_figures(teacher: PreTrainedModel, data: Any, eval_images: int | None) -> Evaluate:
     """Return the comparison of features, and the frozen segmentation probe."""
-    probe = DenseProbe(teacher, data, autocast_dtype=dtype(), disable_progress=True)
-    batches = [{"pixel_values": batch["pixel_values"]} for batch in data.loader(data.eval_dataset())]
+    options: dict[str, Any] = {"autocast_dtype": dtype(), "disable_progress": True}
+    probe = DenseProbe(teacher, data, train_images=eval_images or 2000, eval_images=eval_images, **options)
+    loader = data.loader(data.eval_dataset(eval_images))
+    batches = [{"pixel_values": batch["pixel_values"]} for batch in loader]
 
     def evaluate(student: PreTrainedModel) -> dict[str, float]:
-        found, *_ = compare_features(teacher, student, batches, autocast_dtype=dtype(), disable_progress=True)
+        found, *_ = compare_features(teacher, student, batches, **options)
         return {**{name: found[name] for name in FIGURES}, **probe(student)}
 
     return evaluate
@@ -106,7 +109,7 @@ PROTOCOLS = {
         "head_accuracy",
         str(DIGITS_TEACHER),
         {"dataset": "mnist-digits", "image_size": "28", "crop_scale": 0.8, "horizontal_flip": 0.0},
-        lambda teacher, data: image_figures(teacher, data, knn_images=500, probe=False),
+        lambda teacher, data, count: image_figures(teacher, data, count, knn_images=count or 500, probe=False),
         budget(100, 32, 1e-3),
         budget(100, 32, 1e-4, new_learning_rate=5e-4),
     ),
@@ -130,7 +133,7 @@ PROTOCOLS = {
         "student_knn_accuracy",
         DINOV2,
         {"dataset": str(SHARED / "data" / "cifar10"), "image_size": "112", "eval_split": "test"},
-        lambda teacher, data: image_figures(teacher, data, knn_images=2000, eval_images=1000),
+        lambda teacher, data, count: image_figures(teacher, data, count or 1000),
         budget(300, 16, 1e-3),
         budget(400, 16, 1e-4, new_learning_rate=5e-4),
     ),

@@ -42,7 +42,7 @@ from .protocols import PROTOCOLS, Evaluate, Protocol
 
 STUDENTS = SMOKE / "stage-1"
 QUIET: dict[str, Any] = {"disable_tqdm": True, "report_to": "none", "save_strategy": "no", "logging_steps": 50}
-SMOKE_BUDGET = {"max_steps": 2, "calibration_images": 8}
+SMOKE_BUDGET, SMOKE_IMAGES = {"max_steps": 1, "per_device_train_batch_size": 8, "calibration_images": 8}, 20
 
 
 def main() -> None:
@@ -73,9 +73,9 @@ def parse() -> argparse.Namespace:
 
 
 @functools.cache
-def opened(protocol: str) -> tuple[PreTrainedModel, DataModule, Evaluate]:
+def opened(protocol: str, eval_images: int | None) -> tuple[PreTrainedModel, DataModule, Evaluate]:
     """Return teacher, data and evaluation of a protocol, the same for all cells of a process."""
-    return PROTOCOLS[protocol].open()
+    return PROTOCOLS[protocol].open(eval_images)
 
 
 def path_of(protocol: str, method: str, seed: int) -> Path:
@@ -94,7 +94,7 @@ def run_cell(name: str, method_name: str, seed: int, smoke: bool = False) -> Pat
     if smoke:
         settings = {stage: getattr(protocol, stage) | SMOKE_BUDGET for stage in ("stage_1", "stage_2")}
         protocol = replace(protocol, **settings)
-    rows = list(stages_of(protocol, method, seed, *opened(name)))
+    rows = list(stages_of(protocol, method, seed, *opened(name, SMOKE_IMAGES if smoke else None)))
     facts: dict[str, Any] = {
         "protocol": name,
         "method": method_name,
