@@ -180,11 +180,7 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
                     for tensor, of_groups in zip(self.features(self.teacher_model, pixel_values), measured):
                         for name, group in self.groups.items():
                             of_groups[name].add(tensor[:, group])
-            final, *inner = [
+            self._variances = [
                 {name: variance.value() for name, variance in of_groups.items()} for of_groups in measured
             ]
-            # in early blocks the class token hardly differs from image to image: relative to that, its error would be
-            # most of the loss
-            inner = [{name: max(x, of_groups["patches"]) for name, x in of_groups.items()} for of_groups in inner]
-            self._variances = [final, *inner]
         return self._variances
