@@ -24,25 +24,27 @@ class Method:
 
 
 # stage 2 as it was before its learning rates were measured
-SLOW = {"learning_rate": 5e-5, "new_learning_rate": None}
-MIX = {"local_mixing": 3}
+SLOW = {"learning_rate": 5e-5, "new_learning_rate": 5e-5}
+PLAIN, MIX = {"local_mixing": 0}, {"local_mixing": 3}
 
 METHODS = {
-    "paper": Method("elu + 1, final features only (the paper)", {"feature_map": "elu"}, stage_2={"hidden_states": []}),
-    "elu": Method("elu + 1", {"feature_map": "elu"}),
-    "relu": Method("relu", {"feature_map": "relu"}),
-    "t2r": Method("relu of a learned projection", {"feature_map": "t2r"}),
-    "hedgehog": Method("softmax of a learned projection and of its negative", {"feature_map": "hedgehog"}),
-    "hedgehog, 5e-5": Method("the default of 0.1.0", {"feature_map": "hedgehog"}, stage_2=SLOW),
+    "paper": Method(
+        "elu + 1, final features only (the paper)", {"feature_map": "elu", **PLAIN}, stage_2={"hidden_states": []}
+    ),
+    "elu": Method("elu + 1", {"feature_map": "elu", **PLAIN}),
+    "relu": Method("relu", {"feature_map": "relu", **PLAIN}),
+    "t2r": Method("relu of a learned projection", {"feature_map": "t2r", **PLAIN}),
+    "hedgehog": Method("softmax of a learned projection and of its negative", {"feature_map": "hedgehog", **PLAIN}),
+    "hedgehog, 5e-5": Method("the default of 0.1.0", {"feature_map": "hedgehog", **PLAIN}, stage_2=SLOW),
     "hedgehog, centered keys": Method(
-        "keys without their mean", {"feature_map": "hedgehog", "feature_map_kwargs": {"center_keys": True}}
+        "keys without their mean", {"feature_map": "hedgehog", "feature_map_kwargs": {"center_keys": True}, **PLAIN}
     ),
     "elu + mixing": Method("elu + 1, local mixing 3x3", {"feature_map": "elu", **MIX}),
     "relu + mixing": Method("relu, local mixing 3x3", {"feature_map": "relu", **MIX}),
     "t2r + mixing": Method("t2r, local mixing 3x3", {"feature_map": "t2r", **MIX}),
     "hedgehog + mixing": Method("hedgehog, local mixing 3x3", {"feature_map": "hedgehog", **MIX}),
     "hedgehog + mixing 5x5": Method("hedgehog, local mixing 5x5", {"feature_map": "hedgehog", "local_mixing": 5}),
-    "hedgehog, auto:1": Method("hedgehog, one softmax layer", {"feature_map": "hedgehog"}, auto=1),
+    "hedgehog, auto:1": Method("hedgehog, one softmax layer", {"feature_map": "hedgehog", **PLAIN}, auto=1),
     "t2r + mixing, auto:1": Method("t2r, local mixing, one softmax layer", {"feature_map": "t2r", **MIX}, auto=1),
     "hedgehog + mixing, auto:1": Method(
         "hedgehog, local mixing, one softmax layer", {"feature_map": "hedgehog", **MIX}, auto=1

@@ -50,8 +50,8 @@ class LinearAttentionConfig:
         feature_map_kwargs (`dict`, *optional*): Options of the feature map, such as `scale` or `center_keys`.
         softmax_layers (`list[int]`, *optional*): Layers that keep softmax attention, from 0; negative numbers count
             from the end. Default: none, all layers are linear.
-        local_mixing (`int`, *optional*, defaults to 0): Side of the depthwise convolution of the values over the patch
-            grid in linear layers, an odd number; 0 for none.
+        local_mixing (`int`, *optional*, defaults to 3): Side of the depthwise convolution of the values over the patch
+            grid in linear layers, an odd number; 0 for none. It starts at zero.
 
     Example:
 
@@ -64,7 +64,7 @@ class LinearAttentionConfig:
     feature_map: str = DEFAULT_FEATURE_MAP
     feature_map_kwargs: dict[str, Any] = field(default_factory=dict)
     softmax_layers: list[int] = field(default_factory=list)
-    local_mixing: int = 0
+    local_mixing: int = 3
 
     def __post_init__(self, **kwargs):
         inherited = getattr(super(), "__post_init__", None)  # a configuration's, or a recipe's

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from modeling_adala.attention_interface import is_new_parameter
 from modeling_adala.inspection.towers import vision_tower
 from modeling_adala.mixins import image_inputs, num_special_tokens
 from modeling_adala.modeling_adala import MODELS, stock_class
@@ -63,7 +64,7 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "feature_map" not in name:
+            if not is_new_parameter(name):
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
@@ -125,6 +126,6 @@ def tensors(output) -> list[Tensor]:
 
 
 def lost_keys(info: dict, *extra: str) -> set[str]:
-    """What `output_loading_info` says is missing or unexpected, but for feature maps and what starts with `extra`."""
+    """What `output_loading_info` misses or did not expect, but for new parameters and what starts with `extra`."""
     names = {*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    return {name for name in names if ".feature_map." not in name and not name.startswith(extra or ("\0",))}
+    return {name for name in names if not is_new_parameter(name) and not name.startswith(extra or ("\0",))}

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from modeling_adala import AdaLAViTModel
+from modeling_adala.attention_interface import is_new_parameter
 from modeling_adala.inspection.check_linear import check_linear
 from modeling_adala.inspection.towers import forward_features, vision_tower
 from modeling_adala.modeling_adala import MODELS, stock_class
@@ -90,7 +91,7 @@ def test_opens_stock_checkpoints_without_losing_a_weight(checkpoints, name, head
     weights, theirs = weights.state_dict(), theirs.state_dict()
     if ours_alone:  # a backbone leaves the pooler out
         theirs = {key: value for key, value in theirs.items() if not key.startswith(("pooler.", "head."))}
-    assert weights.keys() - theirs.keys() == {key for key in weights if ".feature_map." in key}
+    assert weights.keys() - theirs.keys() == {key for key in weights if is_new_parameter(key)}
     assert not [key for key, value in theirs.items() if not torch.equal(weights[key], value)]
 
 
@@ -179,8 +180,8 @@ def takes_token_mask(name: str) -> bool:
 @pytest.mark.parametrize("name", [name for name in MODELS if takes_token_mask(name)])
 @torch.no_grad()
 def test_a_masked_batch_equals_each_image_without_its_masked_tokens(checkpoints, name, mode):
-    """Alone, an image goes through the layers with its visible tokens only."""
-    _, model = opened(checkpoints, name, attn_implementation=mode)
+    """Alone, an image goes through the layers with its visible tokens only, which lie on no grid."""
+    _, model = opened(checkpoints, name, attn_implementation=mode, local_mixing=0)
     inputs = padded_inputs(model)
     batch = model(**inputs).last_hidden_state
     for image, visible in enumerate(inputs["attention_mask"].bool()):

@@ -9,6 +9,7 @@ from family_helpers import lost_keys, stock_config_class
 from transformers.core_model_loading import revert_weight_conversion
 
 from modeling_adala import FEATURE_MAPS, build_feature_map, linear_attention, linear_attention_reference
+from modeling_adala.attention_interface import is_new_parameter
 from modeling_adala.inspection.towers import attention_modules, native_size, patch_size, vision_tower
 from modeling_adala.modeling_adala import MODELS, stock_class
 
@@ -163,7 +164,7 @@ def test_names_of_the_published_sizes_agree_old_and_new(checkpoint):
         assert len(modules) == layers
         assert len(info["missing_keys"]) == 2 * layers  # queries and keys of hedgehog
         assert {module.head_dim for module in modules} == {head_dim}
-        shapes = {key: value.shape for key, value in student.state_dict().items() if ".feature_map." not in key}
+        shapes = {key: value.shape for key, value in student.state_dict().items() if not is_new_parameter(key)}
         assert shapes == {key: value.shape for key, value in new_names.items()}
     rows, columns = (side // patch for side, patch in zip(native_size(config), patch_size(config)))
     assert rows * columns == patches

@@ -38,6 +38,7 @@ from modeling_adala import (
     attention_map,
     linear_attention_reference,
 )
+from modeling_adala.attention_interface import is_new_parameter
 from modeling_adala.configuration_adala import FEATURE_MAP_OPTIONS
 from modeling_adala.feature_maps import FEATURE_MAPS, FeatureMap
 from modeling_adala.inspection.towers import attention_modules
@@ -75,7 +76,7 @@ def make(model_class, **options):
     model = model_class(model_class.config_class(**values)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "feature_map" not in name:
+            if not is_new_parameter(name):
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
 
@@ -84,7 +85,7 @@ def with_weights_of(teacher, student_class, **options):
     student = make(student_class, **options)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     assert unexpected == []
-    assert all("feature_map" in name for name in missing)
+    assert all(is_new_parameter(name) for name in missing)
     return student
 
 
@@ -152,7 +153,7 @@ def test_a_hybrid_with_all_layers_softmax_equals_the_stock_model():
 @torch.no_grad()
 def test_each_layer_of_a_hybrid_is_softmax_or_linear_as_configured():
     """Every attention module is fed the same input and compared with softmax in stock code and linear by hand."""
-    model = make(AdaLAViTModel, softmax_layers=[-1, 0], feature_map="elu")
+    model = make(AdaLAViTModel, softmax_layers=[-1, 0], feature_map="elu", local_mixing=0)
     assert model.config.softmax_layers == [0, 2]
     assert model.config.linear_layers == [1]
     hidden = torch.randn(2, 10, 64)
@@ -164,7 +165,7 @@ def test_each_layer_of_a_hybrid_is_softmax_or_linear_as_configured():
             projection(hidden).view(2, 10, 4, 16).transpose(1, 2)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        plain = make(AdaLAViTModel, feature_map="elu").layers[0].attention.feature_map
+        plain = make(AdaLAViTModel, feature_map="elu", local_mixing=0).layers[0].attention.feature_map
         linear = linear_attention_reference(query, key, value, plain).transpose(1, 2).reshape(2, 10, 64)
         linear = attention.o_proj(linear)
         assert (softmax - linear).abs().max() > 1e-2
@@ -183,15 +184,16 @@ def test_opens_stock_checkpoints_from_their_old_names_on_disk(stock_class, stude
     teacher.save_pretrained(tmp_path)
     assert OLD_NAMES[stock_class.__name__] in load_file(tmp_path / "model.safetensors")
     student, info = student_class.from_pretrained(tmp_path, feature_map=feature_map, output_loading_info=True)
-    learned = {name for name in student.state_dict() if ".feature_map." in name}
+    learned = {name for name in student.state_dict() if is_new_parameter(name)}
     assert set(info["missing_keys"]) == learned
-    assert len(learned) == {"elu": 0, "hedgehog": 2, "t2r": 4}[feature_map] * 3
+    assert len(learned) == (1 + {"elu": 0, "hedgehog": 2, "t2r": 4}[feature_map]) * 3
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
     weights = student.state_dict()
     for name, tensor in teacher.state_dict().items():
         assert torch.equal(weights[name], tensor), name
     for name in learned:
-        neutral = torch.eye(16).expand(4, 16, 16) if ".weight_" in name else torch.zeros(4, 1, 16)
+        zeros = torch.zeros(64, 1, 3, 3) if ".local_mixing." in name else torch.zeros(4, 1, 16)
+        neutral = torch.eye(16).expand(4, 16, 16) if ".weight_" in name else zeros
         assert torch.equal(weights[name], neutral), name
     assert student.config.teacher_name_or_path == str(tmp_path)
     assert student.config.model_type.startswith("adala_")
@@ -204,13 +206,14 @@ def test_opens_a_checkpoint_of_another_head(tmp_path):
     model, info = AdaLAViTModel.from_pretrained(
         tmp_path / "classifier", add_pooling_layer=False, feature_map="elu", output_loading_info=True
     )
-    assert not info["missing_keys"]
+    assert all(is_new_parameter(name) for name in info["missing_keys"])
     assert torch.equal(model.layers[2].attention.q_proj.weight, teacher.vit.layers[2].attention.q_proj.weight)
     make(ViTModel).save_pretrained(tmp_path / "base")
     _, info = AdaLAViTForImageClassification.from_pretrained(
         tmp_path / "base", feature_map="elu", output_loading_info=True
     )
-    assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+    lost = {name for name in info["missing_keys"] if not is_new_parameter(name)}
+    assert lost == {"classifier.weight", "classifier.bias"}
 
 
 def test_saves_names_as_in_memory(tmp_path):

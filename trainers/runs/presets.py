@@ -9,7 +9,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "feature_map": "elu",
         "local_mixing": 0,
-        "feature_alignment": {"hidden_states": [], "new_learning_rate": None},
+        "feature_alignment": {"hidden_states": []},
     },
 }
 

@@ -36,6 +36,7 @@ from modeling_adala import (
     UsageError,
     convert,
 )
+from modeling_adala.attention_interface import is_new_parameter
 from modeling_adala.conversion.convert import parity_report, student_config
 from modeling_adala.conversion.loading import load_teacher
 from modeling_adala.families import get_family
@@ -70,7 +71,7 @@ def make_teacher(stock_class, **options):
 
 def assert_carries_the_weights(student, teacher) -> None:
     weights = student.state_dict()
-    assert {name for name in weights if ".feature_map." not in name} == teacher.state_dict().keys()
+    assert {name for name in weights if not is_new_parameter(name)} == teacher.state_dict().keys()
     for name, tensor in teacher.state_dict().items():
         assert torch.equal(weights[name], tensor), name
         assert weights[name].data_ptr() != tensor.data_ptr(), f"{name} is shared with the teacher"

@@ -406,8 +406,8 @@ def test_hostile_names_stay_plain_text_in_the_report():
     manifest = {"teacher": name, "teacher_revision": name, "teacher_sha256": "0", "dataset": name, "parity": {}}
     manifest |= {"data_fingerprint": "0", "machine": "m", "bf16": False, "versions": {}}
     manifest["stages"] = {"supervised": facts}
-    config = types.SimpleNamespace(linear_attention=LinearAttentionConfig())
-    text = report._render([["", "error"], ["x", "1"]], manifest, {}, [], config)
+    config = types.SimpleNamespace(linear_attention=LinearAttentionConfig(), recipe="default")
+    text = report._render([["", "error"], ["x", "1"]], manifest, {}, {"rows": []}, config, [])
     assert [line for line in text.splitlines() if line.startswith("#")] == [text.splitlines()[0]]
     outside = re.sub(r"(?<![\\`])(`+)(?!`).*?(?<!`)\1(?!`)", "", text)
     assert "<script>" not in outside and "[a](" not in outside
