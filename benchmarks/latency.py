@@ -50,7 +50,7 @@ def student_of(teacher: PreTrainedModel, method: Method) -> PreTrainedModel:
 def measure(models: dict[str, PreTrainedModel], side: int, smoke: bool) -> list[dict[str, Any]]:
     """Return a row per model for a square image of `side` patches."""
     height, width = (side * pixels for pixels in patch_size(models["softmax"].config))
-    images = torch.randn(1, 3, height, width)
+    images = torch.randn(1, models["softmax"].config.num_channels, height, width)
 
     def run(model: PreTrainedModel) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16()):
