@@ -30,8 +30,7 @@ def is_new_parameter(name: str) -> bool:
 class LocalMixing(nn.Module):
     """Depthwise convolution of the values over the patch grid, zero at first, which is added to what attention gives.
 
-    Linear attention loses locality first; this gives it back for about 1 % of the FLOPs. Tokens before the patches
-    take no part. Inspired by JetViT (arXiv 2605.26636), whose kernels depend on the image.
+    Linear attention loses locality first. After JetViT (arXiv 2605.26636), whose kernels depend on the image.
     """
 
     def __init__(self, channels: int, kernel_size: int):
@@ -42,9 +41,9 @@ class LocalMixing(nn.Module):
         init.zeros_(self.weight)
 
     def forward(self, value: Tensor, grid: tuple[int, int] | Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Return `(batch, tokens, heads, dim)` for values `(batch, heads, tokens, dim)` on a grid of rows and columns.
+        """Return `(batch, tokens, heads, dim)` for values `(batch, heads, tokens, dim)`, 0 before the patches.
 
-        The grid of images that were padded to one length is a tensor `(batch, 2)`.
+        `grid` are their rows and columns, of images that were padded to one length a tensor `(batch, 2)`.
         """
         if key_mask is not None:
             value = value.masked_fill(~key_mask[:, None, :, None], 0)
@@ -65,9 +64,8 @@ class LocalMixing(nn.Module):
         kernel = self.weight.view(heads, 1, dim, -1).to(value.dtype)
         for place in range(self.weight.shape[-1] ** 2):
             up, left = (offset - reach for offset in divmod(place, self.weight.shape[-1]))
-            inside = (
-                (row < rows) & (row + up >= 0) & (row + up < rows) & (column + left >= 0) & (column + left < columns)
-            )
+            inside = (row < rows) & (row + up >= 0) & (row + up < rows)
+            inside = inside & (column + left >= 0) & (column + left < columns)
             neighbor = (index + up * columns + left).clamp(0, tokens - 1)[:, None, :, None].expand_as(value)
             output = output + kernel[..., place] * value.gather(2, neighbor) * inside[:, None, :, None]
         return output.transpose(1, 2)
@@ -138,6 +136,8 @@ def adala_attention_forward(
     mixing: Any = getattr(module, "local_mixing", None)
     if mixing is not None:
         grid = kwargs.get("patch_grid", getattr(module, "patch_grid_noted", None))
+        if grid is None:
+            raise UsageError(f"{type(module).__name__} mixes over patches; pass it patch_grid=(rows, columns).")
         output = output + mixing(value, grid, key_mask)
     return output, attention_weights(query, key, feature_map, key_mask).to(query.dtype) if want_weights else None
 

@@ -36,7 +36,7 @@ def test_a_cell_has_a_row_for_each_stage_and_says_where_it_comes_from(cells):
     assert set(cells) == set(SMOKE)
     for cell in cells.values():
         assert [row["row"] for row in cell["rows"]] == list(quality_page.ROWS)
-        assert all(0 <= row["head_accuracy"] <= 1 and row["teacher_head_accuracy"] > 0.9 for row in cell["rows"])
+        assert all(0 <= row["head_accuracy"] <= 1 and row["teacher_head_accuracy"] > 0.8 for row in cell["rows"])
         assert cell["smoke"] and cell["seed"] == 0 and len(cell["commit"]) == 40
     assert len(cells["hedgehog + mixing, auto:1"]["rows"][1]["softmax_layers"]) == 1
     plain, auto = (cells[name]["rows"] for name in SMOKE[1:])

@@ -51,11 +51,13 @@ def test_dynamic_compiles_a_model_once_for_all_sizes(name):
     torch._dynamo.reset()
     model, counter = tiny_model(name), torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
     for size in ((24, 48), (48, 40), (16, 56)):
         inputs = inputs_of(model, size)
         for actual, expected in zip(outputs(compiled, inputs), outputs(model, inputs), strict=True):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1] <= 2  # the model, and the hook that tells it the patch grid
 
 
 @needs_gpu

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ..attention_interface import LocalMixing
 from ..configuration_adala import pair, vision_config
 from ..conversion.convert import student_config
 from ..errors import UsageError
@@ -185,15 +186,14 @@ def _kept_by_softmax(config: PretrainedConfig, tokens: int, implementation: str)
 
 def _kept_by_linear(config: PretrainedConfig, tokens: int) -> int:
     """Return the floats of one layer, from two short runs of the operator: they grow linearly with the tokens."""
-    phi = _feature_map(config)
     few, many = 16, 32
-    at_few, at_many = (_kept_floats(phi, count) for count in (few, many))
-    copies = 2 if config.local_mixing else 1  # the output, and the values as an image
-    return at_few + (at_many - at_few) // (many - few) * (tokens - few) + copies * tokens * attention_width(config)
+    at_few, at_many = (_kept_floats(config, count) for count in (few, many))
+    output = tokens * attention_width(config)
+    return at_few + (at_many - at_few) // (many - few) * (tokens - few) + output
 
 
-def _kept_floats(phi: FeatureMap, tokens: int) -> int:
-    kept: dict[int, Tensor] = {}
+def _kept_floats(config: PretrainedConfig, tokens: int) -> int:
+    phi, kept = _feature_map(config), dict[int, Tensor]()
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor
@@ -201,9 +201,15 @@ def _kept_floats(phi: FeatureMap, tokens: int) -> int:
 
     # as the projections write them
     query, key, value = (torch.ones(1, tokens, phi.num_heads, phi.head_dim, requires_grad=True) for _ in range(3))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        linear_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), phi)
     weights = {parameter.data_ptr() for parameter in phi.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = linear_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), phi)
+        if config.local_mixing:
+            mixing, grid = LocalMixing(phi.num_heads * phi.head_dim, config.local_mixing), (4, tokens // 4)
+            packed = get_family(config.model_type).packed
+            output = output + mixing(value.transpose(1, 2), torch.tensor([grid]) if packed else grid).transpose(1, 2)
+            weights.add(mixing.weight.data_ptr())
+    assert output is not None  # it holds the graph
     return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in weights) // _FLOAT32
 
 

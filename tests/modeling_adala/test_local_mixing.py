@@ -92,6 +92,13 @@ def test_it_starts_neutral_and_the_student_carries_it(name, tmp_path):
             assert torch.equal(actual, expected)
 
 
+def test_a_module_that_is_called_alone_needs_the_grid():
+    module, states = attention_modules(mixing_model("vit"))[0], torch.randn(2, 17, 32)
+    with pytest.raises(UsageError, match=r"mixes over patches; pass it patch_grid"):
+        module(states)
+    assert module(states, patch_grid=(4, 4))[0].shape == states.shape
+
+
 @every_family
 @torch.no_grad()
 def test_it_adds_the_convolution_of_the_values_before_the_output_projection(name):

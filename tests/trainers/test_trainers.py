@@ -42,7 +42,7 @@ LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
 
 def student_of(teacher: PreTrainedModel, **options) -> PreTrainedModel:
-    return convert(teacher, check_parity=False, **{"feature_map": "elu", **options})
+    return convert(teacher, check_parity=False, **{"feature_map": "elu", "local_mixing": 0, **options})
 
 
 def trainer_of(stage: str, folder: Path, student: PreTrainedModel, teacher=None, *, callbacks=None, **settings):
