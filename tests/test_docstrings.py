@@ -27,9 +27,11 @@ NO_EXAMPLE = {
         "SegmentationDataset",
         "SegmentationTransform",
         "evaluate_segmentation",
+        "DenseProbe",
     ),  # examples/segment.py
     *("ImageTransform", "StreamingImageDataset"),  # ImageDataset
     "feature_alignment_loss",  # attention_alignment_loss
+    "keep_softmax",  # rank_softmax_layers
     *("attention_weights", "linear_attention_reference"),  # linear_attention, which takes the same
     *("plan_push", "push"),  # examples/share.py, which needs a Hub
     "run_recipe",  # RecipeConfig, and make quickstart

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from .data.segmentation_data import SegmentationData, SegmentationDataset
     from .data.sources import load_images
     from .data.transforms import ImageTransform, SegmentationTransform
+    from .evaluation.dense_probe import DenseProbe
     from .evaluation.metrics import Accuracy, FeatureCosine, FeatureRelativeError, KNNAccuracy, MeanIoU
     from .evaluation.probes import FeatureEvaluator, compare_features, evaluate_pair
     from .evaluation.segmentation import evaluate_segmentation
+    from .evaluation.softmax_layers import keep_softmax, rank_softmax_layers
     from .feature_alignment_config import FeatureAlignmentConfig
     from .feature_alignment_trainer import FeatureAlignmentTrainer
     from .losses import attention_alignment_loss, feature_alignment_loss
@@ -35,11 +37,13 @@ _MODULES = {
     "feature_alignment_config": ["FeatureAlignmentConfig"],
     "feature_alignment_trainer": ["FeatureAlignmentTrainer"],
     "losses": ["attention_alignment_loss", "feature_alignment_loss"],
+    "evaluation.dense_probe": ["DenseProbe"],
     "evaluation.metrics": ["Accuracy", "FeatureCosine", "FeatureRelativeError", "KNNAccuracy", "MeanIoU"],
     "runs.recipe": ["run_recipe"],
     "runs.recipe_config": ["RecipeConfig"],
     "evaluation.probes": ["FeatureEvaluator", "compare_features", "evaluate_pair"],
     "evaluation.segmentation": ["evaluate_segmentation"],
+    "evaluation.softmax_layers": ["keep_softmax", "rank_softmax_layers"],
     "data.segmentation_data": ["SegmentationData", "SegmentationDataset"],
     "data.sources": ["load_images"],
     "supervised_config": ["SupervisedConfig"],
@@ -55,6 +59,7 @@ __all__ = [
     "AttentionAlignmentTrainer",
     "DataConfig",
     "DataModule",
+    "DenseProbe",
     "FeatureAlignmentConfig",
     "FeatureAlignmentTrainer",
     "FeatureCosine",
@@ -77,8 +82,10 @@ __all__ = [
     "evaluate_pair",
     "evaluate_segmentation",
     "feature_alignment_loss",
+    "keep_softmax",
     "load_digits",
     "load_images",
+    "rank_softmax_layers",
     "run_recipe",
 ]
 

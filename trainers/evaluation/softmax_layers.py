@@ -78,7 +78,7 @@ def rank_softmax_layers(
     Example:
 
     ```python
-    ranking = rank_softmax_layers(student, teacher, trainer.calibration_batches())
+    ranking = rank_softmax_layers(student, teacher, [torch.randn(8, 3, 28, 28)])  # or real images
     keep_softmax(student, teacher, [layer for layer in ranking if layer >= 0][:1])
     ```
     """
