@@ -7,6 +7,8 @@ That is what `make test` runs. No test needs the network, an accelerator or a fi
 
 import os
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 
 # Read once, when the libraries are imported, hence before any import below.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,6 +32,16 @@ torch.set_num_threads(1)
 def fixed_seed() -> None:
     """Same numbers whichever tests ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_speed_measurement() -> Iterator[None]:
+    """Reports measure the smallest image size alone, and not for 20 seconds."""
+    import trainers.report.report as report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "measure_speed", partial(report.measure_speed, budget=0.0))
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

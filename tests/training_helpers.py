@@ -1,7 +1,6 @@
 """Tiny teachers, data and comparisons that the tests of training share."""
 
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -138,15 +137,3 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def short_speed_measurement():
-    """Reports measure the smallest image size alone. To be imported by name, as `one_thread` is."""
-    import trainers.report.report
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            trainers.report.report, "measure_speed", partial(trainers.report.report.measure_speed, budget=0.0)
-        )
-        yield

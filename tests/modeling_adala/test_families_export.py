@@ -42,17 +42,30 @@ def assert_same_outputs(actual, expected) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@torch.no_grad()
-def test_compiles_whole_and_not_again_for_every_size(name):
+def graphs_after_each_size(name: str, **options) -> list[int]:
+    """The number of graphs that a model has been compiled to, with outputs that are those of the model itself."""
     torch._dynamo.reset()
     model, counter = tiny_model(name), torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(model, fullgraph=True, backend=counter)  # its graphs run as "eager" does
+    compiled = torch.compile(model, fullgraph=True, backend=counter, **options)  # its graphs run as "eager" does
     counts = []
     for size in SIZES:
         assert_same_outputs(compiled(**inputs_of(model, size)), model(**inputs_of(model, size)))
         counts.append(counter.frame_count)
-    assert counts[0] == 1 and counts[1] == counts[2]  # the first size, and all others
+    return counts
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_dynamic_compiles_whole_and_once_for_all_sizes(name):
+    counts = graphs_after_each_size(name, dynamic=True)
+    assert counts[0] == counts[-1] <= 2  # the model, and the hook that tells it the patch grid
+
+
+@pytest.mark.parametrize("name", ["vit", "clip_vision_model", "dinov3_vit", "siglip2_vision_model"])
+@torch.no_grad()
+def test_compiles_whole_and_again_for_the_second_size_alone(name):
+    counts = graphs_after_each_size(name)
+    assert counts[0] == 1 and counts[1] == counts[2]
 
 
 @pytest.mark.parametrize("name", MODELS)

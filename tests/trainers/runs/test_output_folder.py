@@ -19,7 +19,6 @@ from training_helpers import (  # noqa: F401
     assert_same_tensors,
     one_thread,
     save_teacher,
-    short_speed_measurement,
 )
 
 import trainers.runs.stages

@@ -4,9 +4,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from training_helpers import (  # noqa: F401
     moved,
     one_thread,
     save_teacher,
-    short_speed_measurement,
 )
 
 from modeling_adala.conversion.loading import load_student
@@ -274,35 +272,33 @@ KILLS = [
     ("feature-alignment", 4, "_save_optimizer_and_scheduler"),
     ("supervised", 7, "training_step"),
 ]
-KILLER = """
-import json, os, signal, sys
-from trainers.base_trainer import AdaLATrainer
-from vit_adala.cli import main
-
-(stage, step, method), arguments = json.loads(sys.argv[1])
-original = getattr(AdaLATrainer, method)
 
 
-def deadly(trainer, *args, **kwargs):
-    if (trainer.stage, trainer.state.global_step) == (stage, step):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(trainer, *args, **kwargs)
+def run_and_die(command: list[str], stage: str, step: int, method: str) -> NoReturn:
+    original = getattr(AdaLATrainer, method)
 
+    def deadly(trainer, *args, **kwargs):
+        if (trainer.stage, trainer.state.global_step) == (stage, step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(trainer, *args, **kwargs)
 
-setattr(AdaLATrainer, method, deadly)
-main(arguments)
-"""
+    setattr(AdaLATrainer, method, deadly)
+    try:
+        main(command)
+    finally:
+        os._exit(1)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
 def test_run_killed_in_every_stage_ends_with_the_weights_of_an_undisturbed_one(teacher, finished, tmp_path):
     out = tmp_path / "out"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     left, sealed = [], []
     for kill in KILLS:
-        command = [sys.executable, "-c", KILLER, json.dumps([kill, arguments(teacher, out)])]
-        killed = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        child = os.fork()  # a new interpreter takes longer to start than the run takes
+        if child == 0:
+            run_and_die(arguments(teacher, out), *kill)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         left.append({path.name: sorted(os.listdir(path)) for path in (out / "checkpoints").iterdir()})
         (folder,) = (out / "checkpoints").iterdir()
         sealed.append([is_sealed(checkpoint) for checkpoint in list_checkpoints(folder)])

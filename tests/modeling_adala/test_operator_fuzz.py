@@ -1,10 +1,4 @@
-"""Calls of the operator with random arguments: refused in one line, or equal to the formula in float64.
-
-    .venv/bin/python -m pytest -n 0 tests/modeling_adala/operator_fuzz.py
-
-`test_operator_boundary.py` runs this file in a process of its own, hence no `test_` in its name: what goes wrong
-between Python and C ends the process.
-"""
+"""Calls of the operator with random arguments: refused in one line, or equal to the formula in float64."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
