@@ -76,20 +76,17 @@ def rows_of(cells: list[Cell], latency: dict[str, dict[int, float]]) -> list[lis
     metric = cells[0]["metric"]
     teacher = teacher_figure(cells)
     tokens = sorted({count for speeds in latency.values() for count in speeds})
-    heading = ["", "", *ROWS, "of the teacher", "cos CLS", "cos patches", "seconds", "seeds"]
+    heading = ["", "", *ROWS, "of the teacher", "cos CLS", "cos patches", "seeds"]
     lines = [[*heading, *(f"speed, {count:,} tokens" for count in tokens)]]
-    lines.append(
-        ["softmax", "the teacher", "", "", f"{teacher:.1%}", "100.0%", "", "", "", "", *("1.00" for _ in tokens)]
-    )
+    lines.append(["softmax", "the teacher", "", "", f"{teacher:.1%}", "100.0%", "", "", "", *("1.00" for _ in tokens)])
     methods = sorted({cell["method"] for cell in cells}, key=lambda name: -final(cells, name, metric))
     for name in methods:
         own = [cell for cell in cells if cell["method"] == name]
         figures = [spread(row_figures(own, row, metric)) for row in ROWS]
         cosines = [f"{mean(row_figures(own, ROWS[-1], key)):.3f}" for key in ("cls_cosine", "patches_cosine")]
-        seconds = f"{mean(row_figures(own, ROWS[-1], 'seconds')):.0f}"
         speeds = [f"{latency[name][count]:.2f}" if name in latency else "" for count in tokens]
         retained = f"{final(cells, name, metric) / teacher:.1%}"
-        lines.append([name, METHODS[name].about, *figures, retained, *cosines, seconds, str(len(own)), *speeds])
+        lines.append([name, METHODS[name].about, *figures, retained, *cosines, str(len(own)), *speeds])
     return lines
 
 
