@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from hub_cards.records import write_text
+from modeling_adala.errors import DataError
 from trainers.runs.timing import Timing
 from vit_adala.benchmark.facts import run_facts
 from vit_adala.benchmark.floor import Floor
@@ -60,6 +61,24 @@ def write_result(
     write_text(path, json.dumps(result, indent=1) + "\n")
     print(path)
     return path
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """Return a result.
+
+    Raises:
+        DataError: If it is from a smoke run, which is not a measurement.
+    """
+    result = json.loads(path.read_text())
+    if result.get("smoke"):
+        raise DataError(f"{path} is from a smoke run; measure it again.")
+    return result
+
+
+def replace_between(page: str, start: str, end: str, text: str) -> str:
+    """Return a page with a new text between two markers."""
+    before, _, rest = page.partition(start)
+    return f"{before}{start}\n\n{text}\n{end}{rest.partition(end)[2]}"
 
 
 def floor_columns(floor: Floor, timing: Timing, flops: float, bytes_moved: float = 0.0) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from modeling_adala import convert, load_teacher
 from modeling_adala.inspection.towers import forward_features, patch_size
-from trainers.base_config import has_fast_bf16
+from trainers.base_config import evaluation_autocast, has_fast_bf16
 from trainers.runs.timing import time_in_turns
 
 from .common import parser, progress, write_result
@@ -53,7 +53,7 @@ def measure(models: dict[str, PreTrainedModel], side: int, smoke: bool) -> list[
     images = torch.randn(1, models["softmax"].config.num_channels, height, width)
 
     def run(model: PreTrainedModel) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16()):
+        with evaluation_autocast("cpu"):
             return forward_features(model.eval(), images)
 
     runs = {name: partial(run, model) for name, model in models.items()}

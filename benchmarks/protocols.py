@@ -4,11 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from modeling_adala.conversion.loading import load_image_processor, load_teacher
-from trainers.base_config import has_fast_bf16
+from trainers.base_config import evaluation_dtype
 from trainers.data.data_config import DataConfig, DataModule
 from trainers.data.digits import DIGITS_TEACHER
 from trainers.data.segmentation_data import SegmentationData
@@ -20,8 +19,19 @@ from .common import ROOT
 
 SHARED = ROOT.parent / "shared"
 DINOV2 = str(SHARED / "models" / "dinov2-small-saliency")
-CAMVID_CLASSES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian"]
-CAMVID_CLASSES += ["bicyclist"]
+CAMVID_CLASSES = [
+    "sky",
+    "building",
+    "pole",
+    "road",
+    "pavement",
+    "tree",
+    "sign",
+    "fence",
+    "car",
+    "pedestrian",
+    "bicyclist",
+]
 FIGURES = ("cls_cosine", "patches_cosine", "patch_mean_cosine", "relative_error")
 
 Evaluate = Callable[[PreTrainedModel], dict[str, float]]
@@ -29,12 +39,13 @@ Evaluate = Callable[[PreTrainedModel], dict[str, float]]
 
 @dataclass(frozen=True)
 class Protocol:
-    """What every method is measured on.
+    """Conditions under which every method is measured.
 
     Args:
         metric (`str`): Figure that ranks the methods, in percent.
         teacher (`str`): Softmax checkpoint.
         data (`dict`): Settings of `DataConfig`.
+        labels (`list[str]`): Classes of the masks; empty for images without.
         evaluation (`Callable`): Called with teacher, data and the number of evaluation images, `None` for all; returns
             what is called with a student.
         stage_1 (`dict`), stage_2 (`dict`): Steps, batch and learning rates.
@@ -46,15 +57,13 @@ class Protocol:
     evaluation: Callable[[PreTrainedModel, DataModule, int | None], Evaluate]
     stage_1: dict[str, Any] = field(default_factory=dict)
     stage_2: dict[str, Any] = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
 
     def open(self, eval_images: int | None = None) -> tuple[PreTrainedModel, DataModule, Evaluate]:
         """Return teacher, data and evaluation, which remembers the teacher's figures."""
         teacher, processor = load_teacher(self.teacher), load_image_processor(self.teacher)
-        config = DataConfig(**self.data)
-        if self.evaluation is dense_figures:
-            data: DataModule = SegmentationData(config, teacher.config, processor, labels=CAMVID_CLASSES)
-        else:
-            data = DataModule(config, teacher.config, processor)
+        images = DataConfig(**self.data), teacher.config, processor
+        data = SegmentationData(*images, labels=self.labels) if self.labels else DataModule(*images)
         return teacher, data, self.evaluation(teacher, data, eval_images)
 
 
@@ -80,7 +89,7 @@ def image_figures(teacher: PreTrainedModel, data: DataModule, eval_images: int |
 
 def dense_figures(teacher: PreTrainedModel, data: Any, eval_images: int | None) -> Evaluate:
     """Return the comparison of features, and the frozen segmentation probe."""
-    options: dict[str, Any] = {"autocast_dtype": dtype(), "disable_progress": True}
+    options: dict[str, Any] = {"autocast_dtype": evaluation_dtype(), "disable_progress": True}
     probe = DenseProbe(teacher, data, train_images=eval_images or 2000, eval_images=eval_images, **options)
     loader = data.loader(data.eval_dataset(eval_images))
     batches = [{"pixel_values": batch["pixel_values"]} for batch in loader]
@@ -92,17 +101,13 @@ def dense_figures(teacher: PreTrainedModel, data: Any, eval_images: int | None) 
     return evaluate
 
 
-def dtype() -> torch.dtype | None:
-    """Return the precision of evaluation: what training has on this machine."""
-    return torch.bfloat16 if has_fast_bf16() else None
+def camvid(size: str, steps: int) -> Protocol:
+    """Return the protocol of street scenes of a size, with a stage 2 of as many steps."""
+    folder = str(SHARED / "data" / "camvid")
+    data = {"dataset": folder, "label_column": "label", "eval_split": "validation", "crop_scale": 0.5}
+    one, two = budget(100, 8, 1e-3), budget(steps, 8, 1e-4, new_learning_rate=5e-4)
+    return Protocol("student_mean_iou", DINOV2, {**data, "image_size": size}, dense_figures, one, two, CAMVID_CLASSES)
 
-
-CAMVID: dict[str, Any] = {
-    "dataset": str(SHARED / "data" / "camvid"),
-    "label_column": "label",
-    "eval_split": "validation",
-}
-CAMVID |= {"crop_scale": 0.5}
 
 PROTOCOLS = {
     "digits": Protocol(
@@ -113,22 +118,8 @@ PROTOCOLS = {
         budget(100, 32, 1e-3),
         budget(100, 32, 1e-4, new_learning_rate=5e-4),
     ),
-    "dense": Protocol(
-        "student_mean_iou",
-        DINOV2,
-        {**CAMVID, "image_size": "168x224"},
-        dense_figures,
-        budget(100, 8, 1e-3),
-        budget(120, 8, 1e-4, new_learning_rate=5e-4),
-    ),
-    "dense-large": Protocol(
-        "student_mean_iou",
-        DINOV2,
-        {**CAMVID, "image_size": "336x448"},
-        dense_figures,
-        budget(100, 8, 1e-3),
-        budget(150, 8, 1e-4, new_learning_rate=5e-4),
-    ),
+    "dense": camvid("168x224", 120),
+    "dense-large": camvid("336x448", 150),
     "images": Protocol(
         "student_knn_accuracy",
         DINOV2,

@@ -34,7 +34,7 @@ from trainers import (
 )
 from trainers.base_config import has_fast_bf16
 from trainers.data.data_config import DataModule
-from trainers.evaluation.softmax_layers import keep_softmax, rank_softmax_layers
+from trainers.evaluation.softmax_layers import choose_softmax_layers
 
 from .common import RESULTS, SMOKE, parser, write_result
 from .methods import METHODS, Method
@@ -131,9 +131,8 @@ def stages_of(
     facts: dict[str, Any] = {}
     if method.auto:
         start = time.perf_counter()
-        ranking = rank_softmax_layers(student, teacher, trainer.calibration_batches())
-        chosen = [layer for layer in ranking if layer >= 0][: method.auto]
-        keep_softmax(student, teacher, chosen)
+        batches = trainer.calibration_batches()
+        chosen, ranking, _ = choose_softmax_layers(student, teacher, batches, method.auto)
         facts = {"softmax_layers": chosen, "ranking": {str(layer): error for layer, error in ranking.items()}}
         facts["ranking_seconds"] = time.perf_counter() - start
     yield {"row": "stage 1", "seconds": seconds, **facts, **evaluate(student)}

@@ -11,10 +11,9 @@ from typing import Any
 
 from hub_cards.card import table
 from hub_cards.records import write_text
-from modeling_adala.errors import DataError
 from trainers.report.pictures import new_figure, save_figure
 
-from .common import RESULTS, ROOT
+from .common import RESULTS, ROOT, load_result, replace_between
 from .methods import METHODS
 
 PAGE, PICTURE = ROOT / "docs" / "quality.md", ROOT / "docs" / "images" / "quality.png"
@@ -32,25 +31,15 @@ Cell = dict[str, Any]
 def main() -> None:
     """Write the page and its picture."""
     cells, latency = load_cells(RESULTS / "quality"), load_latency(RESULTS / "latency.json")
-    text = PAGE.read_text()
-    before, _, rest = text.partition(START)
-    write_text(PAGE, f"{before}{START}\n\n{render(cells, latency)}\n{END}{rest.partition(END)[2]}")
+    write_text(PAGE, replace_between(PAGE.read_text(), START, END, render(cells, latency)))
     if latency:
         draw(cells, latency)
     print(PAGE)
 
 
 def load_cells(directory: Path) -> list[Cell]:
-    """Return the results of all cells.
-
-    Raises:
-        DataError: For the result of a smoke run, which is not a measurement.
-    """
-    cells = [json.loads(path.read_text()) for path in sorted(directory.glob("*/*.json"))]
-    for cell in cells:
-        if cell.get("smoke"):
-            raise DataError(f"{cell['protocol']}, {cell['method']} is from a smoke run; measure it again.")
-    return cells
+    """Return the results of all cells, as `load_result` reads them."""
+    return [load_result(path) for path in sorted(directory.glob("*/*.json"))]
 
 
 def load_latency(path: Path) -> dict[str, dict[int, float]]:

@@ -3,16 +3,14 @@
 python -m benchmarks.tables
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from hub_cards.card import code, plain, table
 from hub_cards.records import write_text
-from modeling_adala.errors import DataError
 from vit_adala.benchmark.output import three_digits
 
-from .common import RESULTS, ROOT
+from .common import RESULTS, ROOT, load_result, replace_between
 
 PAGE = ROOT / "docs" / "speed.md"
 START, END = "<!-- benchmarks.tables: do not edit by hand -->", "<!-- end of benchmarks.tables -->"
@@ -28,22 +26,13 @@ def main() -> None:
 
 
 def load_results(directory: Path) -> dict[str, dict[str, Any]]:
-    """Return the results by name.
-
-    Raises:
-        DataError: For the result of a smoke run, which is not a measurement.
-    """
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
-    for name, result in results.items():
-        if result.get("smoke"):
-            raise DataError(f"{directory / name}.json is from a smoke run; run python -m benchmarks.{name} again.")
-    return results
+    """Return the results by name, as `load_result` reads them."""
+    return {path.stem: load_result(path) for path in sorted(directory.glob("*.json"))}
 
 
 def replace_tables(page: str, tables: str) -> str:
     """Return a page with new tables between its markers."""
-    before, _, rest = page.partition(START)
-    return f"{before}{START}\n\n{tables}\n{END}{rest.partition(END)[2]}"
+    return replace_between(page, START, END, tables)
 
 
 def render(results: dict[str, dict[str, Any]]) -> str:

@@ -26,7 +26,7 @@ from modeling_adala.conversion.loading import load_config, load_teacher
 from modeling_adala.inspection.towers import attention_modules, forward_tower
 from trainers.alignment_trainer import AlignmentTrainer
 from trainers.attention_alignment_trainer import AttentionAlignmentTrainer
-from trainers.base_config import has_fast_bf16
+from trainers.base_config import evaluation_autocast
 from trainers.base_trainer import freeze_all_but
 from trainers.data.image_dataset import ImageDataset
 from trainers.data.transforms import ImageTransform
@@ -190,4 +190,4 @@ def _forward(model: PreTrainedModel, setting: Setting) -> Callable[[], Any]:
 
 def _autocast() -> torch.autocast:
     """Return the trainers' default autocast."""
-    return torch.autocast(device(), torch.bfloat16, enabled=has_fast_bf16())
+    return evaluation_autocast(device())

@@ -126,6 +126,6 @@ def tensors(output) -> list[Tensor]:
 
 
 def lost_keys(info: dict, *extra: str) -> set[str]:
-    """What `output_loading_info` misses or did not expect, but for new parameters and what starts with `extra`."""
+    """Return the keys that loading missed or did not expect, without new parameters and what starts with `extra`."""
     names = {*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])}
     return {name for name in names if not is_new_parameter(name) and not name.startswith(extra or ("\0",))}

@@ -18,7 +18,7 @@ from .alignment_trainer import AlignmentTrainer
 from .attention_alignment_config import AttentionAlignmentConfig
 from .base_trainer import add_adapters, freeze_all_but
 from .early_gradients import EarlyGradients
-from .evaluation.softmax_layers import SoftmaxTrial, keep_softmax
+from .evaluation.softmax_layers import choose_softmax_layers
 from .losses import TeacherVariance, alignment_loss_before_projection, attention_alignment_loss
 from .teacher import Tap, output_projection, visit_attention, without_output_projection
 
@@ -113,12 +113,10 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         """Put the `count` layers back to softmax that gain the most by it, log the ranking, and return it."""
         student = self.accelerator.unwrap_model(self.model)
         with self.compute_loss_context_manager():
-            trial = SoftmaxTrial(student, self.teacher_model, self.calibration_batches(), self.exact_teacher)
-            ranking = trial.ranking()
-            best = [layer for layer in ranking if layer >= 0]
-            pair = trial.error(best[:2])
-        chosen = best[:count]
-        keep_softmax(student, self.exact_teacher, chosen)
+            images = self.calibration_batches()
+            chosen, ranking, pair = choose_softmax_layers(
+                student, self.teacher_model, images, count, self.exact_teacher
+            )
         errors = {f"softmax_{'none' if layer < 0 else layer}": error for layer, error in ranking.items()}
         self.log({**errors, "softmax_best_two": pair})
         listed = ", ".join(f"{'none' if layer < 0 else layer} {error:.4f}" for layer, error in ranking.items())

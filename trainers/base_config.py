@@ -173,3 +173,14 @@ def has_fast_bf16(use_cpu: bool = False) -> bool:
     if use_cpu or not torch.accelerator.is_available():
         return cpu_multiplies_bfloat16()
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def evaluation_dtype() -> torch.dtype | None:
+    """Return the dtype of autocast in evaluation, which is that of training: bf16 if fast, else `None` for none."""
+    return torch.bfloat16 if has_fast_bf16() else None
+
+
+def evaluation_autocast(device_type: str) -> torch.autocast:
+    """Return the context of `evaluation_dtype`, to be entered on a device of this type."""
+    dtype = evaluation_dtype()
+    return torch.autocast(device_type, dtype, enabled=dtype is not None)

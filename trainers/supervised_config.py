@@ -66,6 +66,13 @@ class SupervisedConfig(AdaLATrainingArguments):
         super().__post_init__()
         _ = self.windows
 
+    def check_teacher(self, given: bool) -> None:
+        """Raise `UsageError` for weights of a teacher that is not there."""
+        for name in ("teacher_logits_weight", "teacher_features_weight"):
+            weight = getattr(self, name)
+            if weight is not None and not given:
+                raise UsageError(f"{name}={weight:g} needs a teacher; pass teacher_model (--teacher) too.")
+
     @property
     def windows(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
         """Size and stride of the windows, both (height, width); `None` for whole images."""

@@ -88,11 +88,8 @@ class SupervisedTrainer(AdaLATrainer):
             args.batch_eval_metrics = True
             compute_metrics = compute_metrics or SegmentationMetrics(_labels_of(bare.config))
         self.teacher_term: TeacherTerm | None = None
-        if teacher_model is None:
-            for name in ("teacher_logits_weight", "teacher_features_weight"):
-                if getattr(args, name) is not None:
-                    raise UsageError(f"{name}={getattr(args, name):g} needs a teacher; pass teacher_model too.")
-        else:
+        args.check_teacher(teacher_model is not None)
+        if teacher_model is not None:
             self.teacher_term = _teacher_term(teacher_model, bare, args)
         super().__init__(model=model, args=args, compute_metrics=compute_metrics or compute_accuracy, **kwargs)
 

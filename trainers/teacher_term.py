@@ -13,6 +13,7 @@ from modeling_adala.errors import UsageError
 from modeling_adala.inspection.towers import (
     final_features,
     forward_features,
+    hold_positions,
     image_inputs,
     token_groups,
     vision_tower,
@@ -59,8 +60,7 @@ class TeacherTerm:
     def watching(self, student: PreTrainedModel) -> Iterator[list[Tensor]]:
         """Yield a list that holds the student's final features once its forward pass has run."""
         tower, seen = vision_tower(student), list[Tensor]()
-        if hasattr(tower, "rope_embeddings"):  # in training mode DINOv3 moves its positions, the teacher's stay
-            tower.rope_embeddings.eval()
+        hold_positions(student)
 
         # inside the forward pass, where sharded weights are whole
         def see(module: nn.Module, args: tuple, output: Any) -> None:

@@ -111,6 +111,13 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
         config._attn_implementation = before
 
 
+def hold_positions(model: nn.Module) -> None:
+    """Keep DINOv3 from moving its positions at random in training mode, so that its features are the teacher's."""
+    tower: Any = vision_tower(model)
+    if hasattr(tower, "rope_embeddings"):
+        tower.rope_embeddings.eval()
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode for a while; each module gets its own mode back."""

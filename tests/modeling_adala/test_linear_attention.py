@@ -354,7 +354,7 @@ class CostRecorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", MAPS)
 def test_cost_is_linear_in_the_number_of_tokens(name):
-    """In operations and sizes, which depend on nobody else's load as times do."""
+    """Count operations and sizes: unlike times, they do not depend on the load of the machine."""
     feature_map = build_feature_map(name, 2, 16)
 
     def cost(function, tokens: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from modeling_adala.inspection.towers import forward_tower, token_groups, transformer_blocks, vision_tower
 from modeling_adala.mixins import image_inputs
 
-from ..base_config import has_fast_bf16
+from ..base_config import evaluation_autocast, evaluation_dtype
 from ..data.data_config import DataModule
 from ..data.labels import head_ids
 from ..data.segmentation_data import SegmentationData
@@ -51,7 +51,7 @@ class Comparison:
         images = min(eval_images or data.num_eval_images, data.num_eval_images)
         self.quick_loader = data.loader(data.eval_dataset(min(images, max(500, images // 10))))
         self.bank_loader = data.loader(data.bank_dataset(knn_images)) if data.has_training_labels else None
-        self.autocast_dtype = torch.bfloat16 if has_fast_bf16() else None
+        self.autocast_dtype = evaluation_dtype()
         self._bank: FeatureBank | None = None
         options: Any = {"autocast_dtype": self.autocast_dtype, "disable_progress": disable_progress}
         self.dense_probe: DenseProbe | None = None
@@ -110,7 +110,7 @@ class Comparison:
             if "labels" not in batch:
                 return None
             inputs = image_inputs(vision_tower(model).config, batch["pixel_values"].to(model.device))
-            with self._autocast(model.device):
+            with evaluation_autocast(model.device.type):
                 logits = model(**inputs).logits
             accuracy.add_batch(predictions=logits, references=torch.tensor(ids)[batch["labels"]])
         return accuracy.compute()["accuracy"]
@@ -120,11 +120,8 @@ class Comparison:
         if self.eval_loader is None:
             return []
         pixels = next(iter(self.eval_loader))["pixel_values"].to(self.teacher.device)
-        with self._autocast(pixels.device):
+        with evaluation_autocast(pixels.device.type):
             return block_errors(self.teacher, student, pixels)
-
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
 
 @torch.no_grad()

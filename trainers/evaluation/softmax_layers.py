@@ -85,6 +85,26 @@ def rank_softmax_layers(
     return SoftmaxTrial(student, teacher, batches, source).ranking()
 
 
+def choose_softmax_layers(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Iterable[Tensor],
+    count: int,
+    source: PreTrainedModel | None = None,
+) -> tuple[list[int], dict[int, float], float]:
+    """Put the `count` layers back to softmax that gain the most by it.
+
+    Returns:
+        `tuple`: These layers; the ranking, as from `rank_softmax_layers`; and the error with the best two together.
+    """
+    trial = SoftmaxTrial(student, teacher, batches, source)
+    ranking = trial.ranking()
+    best = [layer for layer in ranking if layer >= 0]
+    pair = trial.error(best[:2])
+    keep_softmax(student, source or teacher, best[:count])
+    return best[:count], ranking, pair
+
+
 @torch.no_grad()
 def keep_softmax(student: PreTrainedModel, teacher: PreTrainedModel, layers: Sequence[int]) -> None:
     """Put layers of a student back to softmax for good, with the teacher's query, key and value projections."""

@@ -23,7 +23,7 @@ from modeling_adala.conversion.loading import load_student
 from modeling_adala.inspection.flops import count_tokens
 from modeling_adala.inspection.towers import forward_features, patch_size
 
-from ..base_config import has_fast_bf16
+from ..base_config import evaluation_autocast, evaluation_dtype
 from ..evaluation.comparison import Comparison
 from ..evaluation.softmax_layers import in_softmax
 from ..runs.callbacks import cost_in_words
@@ -154,10 +154,11 @@ def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: fl
     models, start = {"teacher": teacher.eval(), "student": student.eval()}, time.perf_counter()
     config, device, rows = vision_config(teacher.config), teacher.device, []
     height, width = patch_size(config)
-    bf16 = has_fast_bf16()
+    dtype = evaluation_dtype()
+    autocast = None if dtype is None else str(dtype).removeprefix("torch.")
 
     def run(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with evaluation_autocast(device.type):
             return forward_features(model, pixels)
 
     for side, following in pairwise((8, 16, 32, 48, 64, 96, 128, 0)):
@@ -177,8 +178,8 @@ def measure_speed(teacher: PreTrainedModel, student: PreTrainedModel, budget: fl
     return {
         "machine": describe_machine(),
         "batch_size": 1,
-        "dtype": "bfloat16" if bf16 else "float32",
-        "autocast": "bfloat16" if bf16 else None,
+        "dtype": autocast or "float32",
+        "autocast": autocast,
         "teacher_attention": config._attn_implementation,
         "rows": rows,
     }
@@ -209,8 +210,7 @@ def measure_softmax_layers(
     pixels = torch.randn(1, student.config.num_channels, side, side, device=teacher.device)
 
     def run(count: int) -> torch.Tensor:
-        autocast = torch.autocast(pixels.device.type, torch.bfloat16, enabled=has_fast_bf16())
-        with in_softmax(student, best[:count]), autocast:
+        with in_softmax(student, best[:count]), evaluation_autocast(pixels.device.type):
             return forward_features(student, pixels)
 
     timings = time_in_turns({str(count): partial(run, count) for count in range(3)}, pixels.device, seconds=0.5)

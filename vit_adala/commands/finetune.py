@@ -80,9 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     get_family(config.model_type)
     if model_args.teacher is not None:
         check_configs(load_config(model_args.teacher), config)
-    for name in ("teacher_logits_weight", "teacher_features_weight"):
-        if model_args.teacher is None and getattr(args, name) is not None:
-            raise UsageError(f"{name}={getattr(args, name):g} needs a teacher; pass --teacher too.")
+    args.check_teacher(model_args.teacher is not None)
     if is_adala(config):
         check_stage_directory(
             model_args.model, ("feature-alignment", "supervised", "attention-alignment", "converted"), "stage 3"

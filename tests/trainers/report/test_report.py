@@ -7,10 +7,10 @@ import torch
 from family_helpers import stock_model
 from training_helpers import one_thread  # noqa: F401
 
-import trainers.report.report as report
 from modeling_adala import convert
 from modeling_adala.inspection.towers import forward_features
 from modeling_adala.modeling_adala import MODELS
+from trainers import base_config
 from trainers.report.report import measure_speed, summary_table
 
 
@@ -26,7 +26,7 @@ def test_tokens_are_those_of_the_model(name):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_precision_is_one_that_the_machine_multiplies(monkeypatch, fast):
-    monkeypatch.setattr(report, "has_fast_bf16", lambda: fast)
+    monkeypatch.setattr(base_config, "has_fast_bf16", lambda: fast)
     teacher, dtypes = stock_model("dinov2"), set()
     student = convert(teacher, check_parity=False)
     for model in (teacher, student):
