@@ -6,7 +6,6 @@ from types import ModuleType
 import evaluate
 import pytest
 import torch
-from training_helpers import one_thread  # noqa: F401
 from transformers import Dinov2Config, Dinov2Model
 
 import hub_cards

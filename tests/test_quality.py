@@ -4,7 +4,6 @@ import json
 import sys
 
 import pytest
-from training_helpers import one_thread  # noqa: F401
 
 from benchmarks import latency, methods, protocols, quality, quality_page
 from modeling_adala import DataError, convert

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import one_thread, tiny_dinov2  # noqa: F401
+from training_helpers import tiny_dinov2
 from transformers import AutoImageProcessor
 
 from modeling_adala import convert

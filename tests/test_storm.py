@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from storm import Storm
-from training_helpers import one_thread, save_teacher  # noqa: F401
+from training_helpers import save_teacher
 
 pytestmark = [
     pytest.mark.slow,

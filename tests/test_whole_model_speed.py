@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 from family_helpers import inputs_of, randomize, tensors, tiny_config
-from training_helpers import one_thread  # noqa: F401
 
 from modeling_adala import AdaLAViTConfig, AdaLAViTForImageClassification
 from modeling_adala.modeling_adala import MODELS

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -128,12 +127,3 @@ def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor], 
 
 def names_with(parts: Iterable[str], names: Iterable[str]) -> set[str]:
     return {name for name in names if any(part in name for part in parts)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A second thread costs more than it brings on tensors this small, most of all beside another busy process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

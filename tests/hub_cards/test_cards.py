@@ -21,7 +21,7 @@ import yaml
 from huggingface_hub import ModelCard, metadata_load
 from markdown_it import MarkdownIt
 from PIL import Image
-from training_helpers import QUIET, NoiseImages, one_thread, save_teacher, tiny_dinov2, tiny_vit  # noqa: F401
+from training_helpers import QUIET, NoiseImages, save_teacher, tiny_dinov2, tiny_vit
 from transformers import ViTImageProcessorPil
 
 import hub_cards.records

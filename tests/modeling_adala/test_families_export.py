@@ -24,7 +24,6 @@ import transformers
 from family_helpers import CASES, NATIVE, RECTANGULAR, inputs_of, is_vision_text, randomize, tensors, tiny_config
 from packaging import version
 from torch.export import Dim
-from training_helpers import one_thread  # noqa: F401
 
 from modeling_adala.modeling_adala import MODELS, stock_class
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
-from training_helpers import QUIET, copy_state, one_thread, tiny_dinov2  # noqa: F401
+from training_helpers import QUIET, copy_state, tiny_dinov2
 
 from modeling_adala import convert
 from trainers.runs.stages import STAGES

@@ -1,7 +1,7 @@
 """Loss components in the log lines of evaluations, whatever the caller calls them."""
 
 import pytest
-from training_helpers import QUIET, NoiseImages, one_thread, tiny_vit  # noqa: F401
+from training_helpers import QUIET, NoiseImages, tiny_vit
 
 from modeling_adala import convert
 from trainers.runs.stages import STAGES

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import assert_same_tensors, moved, one_thread, save_teacher  # noqa: F401
+from training_helpers import assert_same_tensors, moved, save_teacher
 
 from modeling_adala.conversion.loading import load_student
 from trainers.runs.callbacks import read_metrics

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from family_helpers import CASES, inputs_of, is_vision_text, stock_model, tensors, tiny_config
-from training_helpers import QUIET, assert_same_tensors, copy_state, moved, one_thread  # noqa: F401
+from training_helpers import QUIET, assert_same_tensors, copy_state, moved
 
 from modeling_adala import convert
 from modeling_adala.inspection.towers import attention_modules, vision_tower

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from test_trainers import ATTENTION, FEATURES, STAGES, SUPERVISED, setting_of, student_of, trainer_of
-from training_helpers import QUIET, NoiseImages, one_thread, tiny_vit  # noqa: F401
+from training_helpers import QUIET, NoiseImages, tiny_vit
 
 from modeling_adala import AdaLAError
 from trainers import AttentionAlignmentConfig, SupervisedConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_trainers import ATTENTION, FEATURES, student_of, trainer_of
-from training_helpers import NoiseImages, one_thread, tiny_vit  # noqa: F401
+from training_helpers import NoiseImages, tiny_vit
 from transformers import TrainerCallback
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads /proc")

@@ -13,7 +13,6 @@ from training_helpers import (
     assert_same_tensors,
     copy_state,
     moved,
-    one_thread,  # noqa: F401
     save_teacher,
     tiny_dinov2,
     tiny_vit,

@@ -13,7 +13,6 @@ from training_helpers import (
     copy_state,
     moved,
     names_with,
-    one_thread,  # noqa: F401
     tiny_dinov2,
     tiny_vit,
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from family_helpers import stock_model
 from torch import nn
-from training_helpers import QUIET, NoiseImages, copy_state, one_thread, tiny_dinov2, tiny_vit  # noqa: F401
+from training_helpers import QUIET, NoiseImages, copy_state, tiny_dinov2, tiny_vit
 from transformers import PreTrainedModel, TrainerCallback
 
 from modeling_adala import convert

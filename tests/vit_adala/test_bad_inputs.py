@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 import pytest
 from safetensors.torch import load_file, save_file
-from training_helpers import one_thread, save_teacher  # noqa: F401
+from training_helpers import save_teacher
 from transformers import BertConfig, PreTrainedModel, SwinConfig
 
 from modeling_adala import convert

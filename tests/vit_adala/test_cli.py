@@ -18,7 +18,7 @@ import datasets
 import pytest
 import yaml
 from safetensors.torch import load_file
-from training_helpers import assert_same_tensors, one_thread, save_teacher  # noqa: F401
+from training_helpers import assert_same_tensors, save_teacher
 from transformers import (
     BertConfig,
     PreTrainedModel,

@@ -10,7 +10,7 @@ import pytest
 from family_helpers import stock_config_class, tiny_config
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file
-from training_helpers import one_thread, save_teacher  # noqa: F401
+from training_helpers import save_teacher
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
 from hub_cards.card import build_card

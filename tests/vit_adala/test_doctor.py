@@ -15,7 +15,7 @@ from family_helpers import CASES, NATIVE, tiny_config
 from huggingface_hub import ModelCard, ModelCardData, constants
 from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
-from training_helpers import one_thread, save_teacher  # noqa: F401
+from training_helpers import save_teacher
 
 import modeling_adala
 from modeling_adala import convert

@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from training_helpers import one_thread, save_teacher  # noqa: F401
+from training_helpers import save_teacher
 
 from modeling_adala import UsageError
 from modeling_adala.errors import CheckpointError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from family_helpers import CASES, is_vision_text, stock_model, tiny_config
 from safetensors.torch import load_file, save_file
-from training_helpers import one_thread, save_teacher  # noqa: F401
+from training_helpers import save_teacher
 from transformers import (
     CLIPConfig,
     CLIPModel,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_helpers import one_thread, save_teacher, tiny_vit  # noqa: F401
+from training_helpers import save_teacher, tiny_vit
 from transformers import PreTrainedModel, ViTConfig
 
 from modeling_adala import CheckpointError, LinearAttentionConfig, convert

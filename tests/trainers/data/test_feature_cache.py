@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from training_helpers import QUIET, copy_state, moved, one_thread, save_teacher, tiny_vit  # noqa: F401
+from training_helpers import QUIET, copy_state, moved, save_teacher, tiny_vit
 
 from modeling_adala import CheckpointError, DataError, UsageError, convert
 from trainers.data import feature_cache

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_helpers import one_thread, save_teacher  # noqa: F401
+from training_helpers import save_teacher
 
 from modeling_adala import DataError, UsageError
 from trainers import DataConfig, DataModule, ImageDataset, RecipeConfig, SegmentationData, load_images

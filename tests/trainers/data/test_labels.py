@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_helpers import LABELS, one_thread, save_teacher, tiny_vit  # noqa: F401
+from training_helpers import LABELS, save_teacher, tiny_vit
 
 from modeling_adala import DataError, UsageError, convert
 from trainers import DataConfig, DataModule

@@ -9,7 +9,7 @@ import torch
 from family_helpers import stock_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training_helpers import one_thread, tiny_dinov2, tiny_vit  # noqa: F401
+from training_helpers import tiny_dinov2, tiny_vit
 
 from modeling_adala import UsageError, convert
 from modeling_adala.inspection.towers import forward_tower, token_groups, transformer_blocks

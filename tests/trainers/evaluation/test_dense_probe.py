@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_helpers import one_thread, tiny_dinov2  # noqa: F401
+from training_helpers import tiny_dinov2
 
 from modeling_adala import AdaLAError, DataError, convert
 from trainers.data.data_config import DataConfig

@@ -12,13 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from training_helpers import (  # noqa: F401
+from training_helpers import (
     QUIET,
     InterruptAt,
     Interrupted,
     assert_same_tensors,
     copy_state,
-    one_thread,
     save_teacher,
 )
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, TrainerCallback, ViTModel

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from family_helpers import stock_model
-from training_helpers import QUIET, assert_same_tensors, copy_state, one_thread  # noqa: F401
+from training_helpers import QUIET, assert_same_tensors, copy_state
 
 from modeling_adala import UsageError, convert, load_student
 from modeling_adala.inspection.towers import attention_modules, forward_features

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_helpers import one_thread, save_teacher, tiny_dinov2, tiny_vit  # noqa: F401
+from training_helpers import save_teacher, tiny_dinov2, tiny_vit
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,

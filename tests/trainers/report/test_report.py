@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from family_helpers import stock_model
-from training_helpers import one_thread  # noqa: F401
 
 from modeling_adala import convert
 from modeling_adala.inspection.towers import forward_features

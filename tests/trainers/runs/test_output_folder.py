@@ -13,11 +13,10 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
-from training_helpers import (  # noqa: F401
+from training_helpers import (
     InterruptAt,
     Interrupted,
     assert_same_tensors,
-    one_thread,
     save_teacher,
 )
 

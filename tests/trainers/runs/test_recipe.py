@@ -11,11 +11,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_helpers import (  # noqa: F401
+from training_helpers import (
     Interrupted,
     assert_same_tensors,
     moved,
-    one_thread,
     save_teacher,
 )
 
