@@ -50,11 +50,12 @@ class LocalMixing(nn.Module):
         if isinstance(grid, Tensor):
             return self._of_packed(value, grid)
         (batch, heads, tokens, dim), (rows, columns) = value.shape, grid
-        special = tokens - rows * columns
-        image = value[:, :, special:].transpose(2, 3).reshape(batch, heads * dim, rows, columns)
+        # channels last, as the projection wrote them: no copy, and half the time of channels first on a CPU
+        image = value.transpose(1, 2)[:, tokens - rows * columns :].reshape(batch, rows, columns, heads * dim)
+        image = image.permute(0, 3, 1, 2)
         mixed = nn.functional.conv2d(image, self.weight, padding=self.weight.shape[-1] // 2, groups=heads * dim)
-        mixed = mixed.view(batch, heads, dim, rows * columns).permute(0, 3, 1, 2)
-        return nn.functional.pad(mixed, (0, 0, 0, 0, special, 0))
+        mixed = mixed.permute(0, 2, 3, 1).reshape(batch, rows * columns, heads, dim)
+        return nn.functional.pad(mixed, (0, 0, 0, 0, tokens - rows * columns, 0))
 
     def _of_packed(self, value: Tensor, grids: Tensor) -> Tensor:
         _, heads, tokens, dim = value.shape
