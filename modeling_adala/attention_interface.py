@@ -51,8 +51,7 @@ class LocalMixing(nn.Module):
             return self._of_packed(value, grid)
         (batch, heads, tokens, dim), (rows, columns) = value.shape, grid
         # channels last, as the projection wrote them: no copy, and half the time of channels first on a CPU
-        image = value.transpose(1, 2)[:, tokens - rows * columns :].reshape(batch, rows, columns, heads * dim)
-        image = image.permute(0, 3, 1, 2)
+        image = value.transpose(1, 2)[:, tokens - rows * columns :].flatten(2).unflatten(1, grid).permute(0, 3, 1, 2)
         mixed = nn.functional.conv2d(image, self.weight, padding=self.weight.shape[-1] // 2, groups=heads * dim)
         mixed = mixed.permute(0, 2, 3, 1).reshape(batch, rows * columns, heads, dim)
         return nn.functional.pad(mixed, (0, 0, 0, 0, tokens - rows * columns, 0))
