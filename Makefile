@@ -6,6 +6,7 @@
 #     make check        format, lint and types, without changing a file
 #     make test-newest  the tests with the newest packages that setup.py allows, in .venv-newest
 #     make test-oldest  the tests with the oldest packages that setup.py allows, in .venv-oldest
+#     make docs         render docs/ to out/docs, in .venv-tools; a broken link is an error
 #     make lock         pin the newest packages in constraints.txt
 #     make clean        remove caches and out/, keep .venv
 #
@@ -34,7 +35,7 @@ PACKAGES := $(wildcard modeling_adala trainers hub_cards vit_adala benchmarks)
 LOCK := --quiet --extra dev --no-annotate setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-newest test-oldest style check lock clean has-python
+.PHONY: help quickstart test test-newest test-oldest style check docs lock clean has-python
 
 help:
 	@sed -n 's/^#     //p' Makefile
@@ -100,6 +101,11 @@ check: .venv/.installed
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy $(PACKAGES)
+
+docs: .venv-tools/.installed
+	@.venv-tools/bin/python -m pip install -q --disable-pip-version-check mkdocs-material
+	@.venv-tools/bin/python -m mkdocs build --quiet --site-dir out/docs
+	@echo out/docs/index.html
 
 # For every Python from 3.11 on and every platform at once. The CPU builds of torch satisfy the pin, too.
 lock: .venv-tools/.installed

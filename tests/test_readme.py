@@ -51,6 +51,20 @@ def test_blocks_that_convert_and_train_run(tmp_path, monkeypatch):
     assert (tmp_path / "dinov2-small-linear" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem
+)
+def test_links_to_files_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_page_of_the_docs_is_in_the_index_and_in_the_navigation():
+    index, navigation = (ROOT / "docs" / "index.md").read_text(), (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name in navigation and (page.name == "index.md" or f"({page.name})" in index)
+
+
 class Parsed(Exception):
     """Raised in the place of what a command would do."""
 
