@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from training_helpers import tiny_dinov2
 from transformers import AutoImageProcessor
 
@@ -63,6 +65,16 @@ def test_every_page_of_the_docs_is_in_the_index_and_in_the_navigation():
     index, navigation = (ROOT / "docs" / "index.md").read_text(), (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name in navigation and (page.name == "index.md" or f"({page.name})" in index)
+
+
+def test_configurations_for_accelerate_are_ones_that_it_takes(tmp_path):
+    files = re.findall(r"```yaml\n(compute_environment.*?)```", PAGES, flags=re.DOTALL)
+    assert len(files) == 2
+    for text in files:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        found = load_config_from_file(str(path))
+        assert found.to_dict().items() >= yaml.safe_load(text).items()
 
 
 class Parsed(Exception):

@@ -1,12 +1,14 @@
 """Base of stages 1 and 2: a frozen teacher, and a student that learns to match it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
 from accelerate import AutocastKwargs
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -127,23 +129,38 @@ class AlignmentTrainer(AdaLATrainer):
         are active in `student`, which is the model without PEFT's wrapper.
         """
         student = self.accelerator.unwrap_model(model)
-        original = student.__dict__.get("forward")
-
-        def forward(*inputs: Any, **_: Any) -> Any:  # hooks of the student may add arguments, such as its patch grid
-            restore()
-            return method(base_model(student), *inputs)
-
-        def restore():
-            if original is None:
-                student.__dict__.pop("forward", None)
-            else:
-                student.forward = original
-
-        student.forward = forward
-        try:
+        with forward_replaced(student, lambda *inputs: method(base_model(student), *inputs)):
             return model(*args)
-        finally:
-            restore()
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, method: Callable[..., Any]) -> Iterator[None]:
+    """Make the next call of a module run `method` on its positional arguments; from there on `forward` is its own."""
+    original = module.__dict__.get("forward")
+
+    def forward(*inputs: Any, **_: Any) -> Any:  # hooks of the student may add arguments, such as its patch grid
+        restore()
+        return method(*inputs)
+
+    def restore():
+        if original is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = original
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        restore()
+
+
+def run_inside(block: nn.Module, call: Callable[[], Any]) -> Any:
+    """Return what `call` returns, run as the forward of a block that FSDP shards: it gathers its parameters there."""
+    if not isinstance(block, FSDPModule):
+        return call()
+    with forward_replaced(block, call):
+        return nn.Module.__call__(block)  # not Transformers' own, which would run it under gradient checkpointing
 
 
 def check_pair(teacher: PreTrainedModel, student: nn.Module) -> None:

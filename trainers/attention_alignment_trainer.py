@@ -1,23 +1,25 @@
 """Stage 1: every linear attention learns, independently, to match its softmax counterpart on the same input."""
 
 import logging
+from functools import partial
 from os import PathLike, fspath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from modeling_adala.attention_interface import patch_grid
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.loading import load_student, load_teacher
 from modeling_adala.errors import UsageError
-from modeling_adala.inspection.towers import attention_modules
+from modeling_adala.inspection.towers import attention_modules, transformer_blocks
 
-from .alignment_trainer import AlignmentTrainer
+from .alignment_trainer import AlignmentTrainer, run_inside
 from .attention_alignment_config import AttentionAlignmentConfig
 from .base_trainer import add_adapters, freeze_all_but
-from .early_gradients import EarlyGradients
+from .early_gradients import early_gradients
 from .evaluation.softmax_layers import choose_softmax_layers
 from .losses import TeacherVariance, alignment_loss_before_projection, attention_alignment_loss
 from .teacher import Tap, output_projection, visit_attention, without_output_projection
@@ -99,6 +101,11 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         if args.auto_softmax_layers:  # layers go back with these weights, which the base class may round
             self.exact_teacher = teacher_model = load_teacher(teacher_model)
         super().__init__(model=wrapped, teacher_model=teacher_model, args=args, **kwargs)
+        if args.auto_softmax_layers and self.is_fsdp_enabled:
+            raise UsageError(
+                f"auto_softmax_layers={args.auto_softmax_layers} puts whole layers back, which FSDP shards; choose them"
+                " in a run with DDP or one process, and pass them as softmax_layers."
+            )
         self.layers: list[int] = linear_layers
         self._variances: list[Tensor] | None = None
         self._grams: dict[int, Tensor | None] | None = None
@@ -133,33 +140,34 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         """Return the mean loss of the linear blocks, and the loss of each, detached.
 
         Each block is compared when the teacher has run it, and back-propagated at once: blocks share no parameters
-        and no activations, so that the activations of one block are all that is ever kept. See `EarlyGradients`. The
+        and no activations, so that the activations of one block are all that is ever kept. See `early_gradients`. The
         output projection is frozen and the teacher's own, so that the comparison can do without applying it.
         """
-        modules, training = attention_modules(student), torch.is_grad_enabled()
+        modules, blocks, training = attention_modules(student), transformer_blocks(student), torch.is_grad_enabled()
         grid = patch_grid(vision_config(student.config), pixel_values)  # which the teacher's blocks are not told
         variances = dict(zip(self.layers, self.variances(), strict=True))
         grams = self.grams(student)
-        scaler = self.accelerator.scaler
-        gradients = EarlyGradients(scale=None if scaler is None else scaler.scale)
-        errors: list[Tensor] = []
+        scale = None if self.accelerator.scaler is None else self.accelerator.scaler.scale
+        losses: list[Tensor] = []
+
+        def loss_of(layer: int, tap: Tap) -> Tensor:
+            module, gram = modules[layer], grams[layer]
+            if gram is None:
+                output = module(*tap.args, **tap.kwargs, patch_grid=grid)[0]
+                error = attention_alignment_loss(output, tap.output, variances[layer])
+            else:
+                with without_output_projection(module):
+                    context = module(*tap.args, **tap.kwargs, patch_grid=grid)[0]
+                error = alignment_loss_before_projection(context, tap.context, gram, variances[layer])
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            return early_gradients(error, trained, scale)
 
         def visit(layer: int, tap: Tap) -> None:
-            gram = grams[layer]
             with torch.set_grad_enabled(training):
-                if gram is None:
-                    output = modules[layer](*tap.args, **tap.kwargs, patch_grid=grid)[0]
-                    error = attention_alignment_loss(output, tap.output, variances[layer])
-                else:
-                    with without_output_projection(modules[layer]):
-                        context = modules[layer](*tap.args, **tap.kwargs, patch_grid=grid)[0]
-                    error = alignment_loss_before_projection(context, tap.context, gram, variances[layer])
-                trained = [parameter for parameter in modules[layer].parameters() if parameter.requires_grad]
-                gradients.add(error / len(self.layers), trained)
-            errors.append(error.detach())
+                losses.append(run_inside(blocks[layer], partial(loss_of, layer, tap)))
 
         visit_attention(self.teacher_model, pixel_values, self.layers, visit)
-        return gradients.loss(), errors
+        return torch.stack(losses).mean(), [loss.detach() for loss in losses]
 
     @torch.no_grad()
     def grams(self, student: PreTrainedModel) -> dict[int, Tensor | None]:
@@ -173,8 +181,9 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
                 ours, theirs = (
                     output_projection(attention_modules(model)[layer]) for model in (student, self.teacher_model)
                 )
-                with torch.autocast(ours.weight.device.type, enabled=False):
-                    gram = (ours.weight.T @ ours.weight / ours.out_features).to(theirs.weight.dtype)
+                weight = _whole(ours.weight)
+                with torch.autocast(weight.device.type, enabled=False):
+                    gram = (weight.T @ weight / ours.out_features).to(theirs.weight.dtype)
                 self._grams[layer] = gram if same_projection(ours, theirs) else None
         return self._grams
 
@@ -198,9 +207,15 @@ def same_projection(student: nn.Linear, teacher: nn.Linear) -> bool:
     """Return whether two projections are equal in the teacher's precision."""
     pairs = [(student.weight, teacher.weight), (student.bias, teacher.bias)]
     return all(
-        theirs is ours is None or (ours is not None and theirs is not None and torch.equal(ours.to(theirs), theirs))
+        theirs is ours is None
+        or (ours is not None and theirs is not None and torch.equal(_whole(ours).to(theirs), theirs))
         for ours, theirs in pairs
     )
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Return a parameter as a plain tensor, gathered where FSDP shards it."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _linear_prefixes(model: PreTrainedModel) -> tuple[str, ...]:

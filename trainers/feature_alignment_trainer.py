@@ -15,7 +15,13 @@ from transformers import PreTrainedModel
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.conversion.loading import load_student
 from modeling_adala.errors import UsageError
-from modeling_adala.inspection.towers import final_features, forward_tower, hold_positions, token_groups, vision_tower
+from modeling_adala.inspection.towers import (
+    block_outputs,
+    forward_features,
+    hold_positions,
+    token_groups,
+    vision_tower,
+)
 
 from .alignment_trainer import AlignmentTrainer
 from .base_trainer import add_adapters, freeze_all_but
@@ -165,11 +171,9 @@ class FeatureAlignmentTrainer(AlignmentTrainer):
     def features(self, model: PreTrainedModel, pixel_values: Tensor) -> list[Tensor]:
         """Return the final features, then the outputs of the chosen blocks, each `(batch, tokens, hidden_size)`."""
         hold_positions(model)
-        outputs = forward_tower(model, pixel_values, output_hidden_states=bool(self.layers))
-        return [
-            final_features(vision_tower(model), outputs),
-            *(outputs.hidden_states[layer + 1] for layer in self.layers),
-        ]
+        with block_outputs(model, self.layers) as states:
+            features = forward_features(model, pixel_values)
+        return [features, *(states[layer] for layer in self.layers)]
 
     @torch.no_grad()
     def variances(self) -> list[dict[str, Tensor]]:

@@ -1,8 +1,9 @@
 """Models of all families alike: the vision tower, its tokens, its blocks and its features."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -97,6 +98,30 @@ def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
     tower = vision_tower(model)
     attentions = [name for name, module in tower.named_modules() if hasattr(module, "q_proj")]
     return [tower.get_submodule(name.rpartition(".")[0]) for name in attentions]
+
+
+@contextmanager
+def block_outputs(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Yield a dictionary that holds the outputs of these blocks once the vision tower has run.
+
+    By hooks, as Transformers' own `hidden_states` hold those of all blocks, and none of those that FSDP shards.
+    """
+    blocks, outputs = transformer_blocks(model), dict[int, Tensor]()
+
+    def keep(layer: int, module: nn.Module, args: tuple, output: Any) -> None:
+        outputs[layer] = state_of(output)
+
+    handles = [blocks[layer].register_forward_hook(partial(keep, layer)) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def state_of(output: Any) -> Tensor:
+    """Return the hidden states in the output of a block, which families return alone or first of several."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager

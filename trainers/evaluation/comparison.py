@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modeling_adala.inspection.towers import forward_tower, token_groups, transformer_blocks, vision_tower
+from modeling_adala.inspection.towers import (
+    forward_tower,
+    state_of,
+    token_groups,
+    transformer_blocks,
+    vision_tower,
+)
 from modeling_adala.mixins import image_inputs
 
 from ..base_config import evaluation_autocast, evaluation_dtype
@@ -150,8 +156,8 @@ def block_errors(teacher: PreTrainedModel, student: PreTrainedModel, pixel_value
 
     def compare(block: nn.Module, args: tuple, output: Any) -> None:
         rest, kwargs = calls[len(errors)]
-        state[0] = _state(blocks[len(errors)](state[0], *rest, **kwargs))
-        ours, theirs = (x[:, patches] for x in (state[0], _state(output)))
+        state[0] = state_of(blocks[len(errors)](state[0], *rest, **kwargs))
+        ours, theirs = (x[:, patches] for x in (state[0], state_of(output)))
         errors.append(FeatureRelativeError().compute(predictions=ours, references=theirs)["relative_error"])
 
     with ExitStack() as hooks:
@@ -163,10 +169,6 @@ def block_errors(teacher: PreTrainedModel, student: PreTrainedModel, pixel_value
             hooks.enter_context(block.register_forward_hook(compare))
         forward_tower(teacher, pixel_values)
     return errors
-
-
-def _state(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _shortened(names: list[str]) -> str:
