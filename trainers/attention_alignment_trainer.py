@@ -103,8 +103,8 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         super().__init__(model=wrapped, teacher_model=teacher_model, args=args, **kwargs)
         if args.auto_softmax_layers and self.is_fsdp_enabled:
             raise UsageError(
-                f"auto_softmax_layers={args.auto_softmax_layers} puts whole layers back, which FSDP shards; choose them"
-                " in a run with DDP or one process, and pass them as softmax_layers."
+                f"auto_softmax_layers={args.auto_softmax_layers} puts whole layers back, which FSDP shards; choose"
+                " them in a run with DDP or one process, and pass them as softmax_layers."
             )
         self.layers: list[int] = linear_layers
         self._variances: list[Tensor] | None = None
