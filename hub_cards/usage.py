@@ -25,8 +25,9 @@ def usage(data: AdaLACardData, *, trust_remote_code: bool = False) -> str:
         lines += [f'classifier = pipeline("{head.pipeline_tag}", model={arguments})']
         lines += ['print(classifier("image.jpg", candidate_labels=["a cat", "a dog"]))']
         return "\n".join(lines)
-    # AutoBackbone refuses local folders (transformers 5.23)
-    name = data.class_name if head.auto_class == "AutoBackbone" and not data.repo_id else head.auto_class
+    # without this package, AutoBackbone refuses local folders (transformers 5.24)
+    local = trust_remote_code and not data.repo_id
+    name = data.class_name if head.auto_class == "AutoBackbone" and local else head.auto_class
     imported = [name] if name.startswith("Auto") else []
     if not imported:
         lines = [f"from modeling_adala import {name}"]

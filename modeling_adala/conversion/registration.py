@@ -3,11 +3,18 @@
 Models that `trust_remote_code` opens need none of it: their `auto_map` says what opens them.
 """
 
+import functools
+import os
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, PretrainedConfig, PreTrainedModel
+from huggingface_hub import is_offline_mode
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_torchvision_available, is_vision_available
 
-from ..families import FAMILIES, Family
+from ..families import FAMILIES, Family, find_family, is_adala
 from ..modeling_adala import AUTO_CLASSES, MODELS, auto_classes
 from .upstream import WeightRenaming, get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
@@ -25,6 +32,37 @@ def register() -> None:
             _register_names_on_disk(FAMILIES[name], model_class)
         if is_vision_available():  # without Pillow there is no image processor
             _register_image_processor(FAMILIES[name], config_class)
+    if not hasattr(AutoBackbone.from_pretrained, "__wrapped__"):
+        AutoBackbone.from_pretrained = classmethod(_opens_own_backbones(AutoBackbone.from_pretrained.__func__))
+
+
+def _opens_own_backbones(stock: Callable) -> Callable:
+    """Return `AutoBackbone.from_pretrained` that opens AdaLA checkpoints in local folders and offline, too.
+
+    The stock method (5.24, `if not hf_api().repo_exists(...)` in models/auto/auto_factory.py) asks the Hub before it
+    looks anywhere, and sends every path that is no repository there to timm.
+    """
+
+    @functools.wraps(stock)
+    def from_pretrained(cls: type[AutoBackbone], name: str | PathLike, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        if (os.path.isdir(name) or is_offline_mode()) and _is_own(name, kwargs):
+            kwargs.pop("use_timm_backbone", None)
+            return super(AutoBackbone.__base__, cls).from_pretrained(name, *args, **kwargs)
+        return stock(cls, name, *args, **kwargs)
+
+    return from_pretrained
+
+
+def _is_own(name: str | PathLike, kwargs: dict[str, Any]) -> bool:
+    if kwargs.get("config") is not None:
+        return is_adala(kwargs["config"])
+    where = {key: kwargs[key] for key in ("revision", "subfolder", "cache_dir", "local_files_only") if key in kwargs}
+    try:
+        found = PretrainedConfig.get_config_dict(name, **where)[0].get("model_type", "")
+    except OSError:  # the stock method says so
+        return False
+    family = find_family(found)
+    return family is not None and found == family.adala
 
 
 def _register_names_on_disk(family: Family, model_class: type[PreTrainedModel]) -> None:

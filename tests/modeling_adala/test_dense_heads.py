@@ -16,6 +16,7 @@ What runs, trains and comes back from disk, with the backbone really linear:
 import pytest
 import torch
 from family_helpers import HEAD, lost_keys, randomize, stock_model, tiny_config
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from torch.nn import functional as F
 from training_helpers import assert_same_tensors
 from transformers import (
@@ -23,6 +24,8 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
+    Dinov2Backbone,
+    Dinov2Config,
     DPTConfig,
     DPTForDepthEstimation,
     EomtConfig,
@@ -171,6 +174,27 @@ def test_eomt_is_linear_without_masked_attention_and_refused_with_it(tmp_path):
 
 
 # --- backbones -------------------------------------------------------------------------------------------------------
+
+
+@every_backbone
+@torch.no_grad()
+def test_backbones_open_from_a_folder_by_their_auto_class(name, tmp_path):
+    model = randomize(AutoBackbone.from_config(config_of(name)))
+    model.save_pretrained(tmp_path)
+    opened = AutoBackbone.from_pretrained(tmp_path, out_indices=[1, 3])
+    assert type(opened) is MODELS[name]["Backbone"] and opened.out_indices == [1, 3]
+    pixels = torch.randn(1, 3, *SIZE)
+    expected = model.eval()(pixels, output_hidden_states=True).hidden_states
+    for ours, theirs in zip(opened.eval()(pixels, output_hidden_states=True).hidden_states, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_other_backbones_open_as_transformers_does(monkeypatch, tmp_path):
+    """Which asks the Hub for each, even for a folder."""
+    Dinov2Backbone(Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path)
+    for name, error in ((str(tmp_path), HFValidationError), ("resnet18", OfflineModeIsEnabled)):
+        with pytest.raises(error):
+            AutoBackbone.from_pretrained(name)
 
 
 @pytest.mark.parametrize("reshape", [True, False], ids=["maps", "tokens"])
