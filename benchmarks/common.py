@@ -6,14 +6,18 @@ made of these files alone (`python -m benchmarks.tables`).
 
 import argparse
 import json
+import math
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from hub_cards.records import write_text
-from modeling_adala.errors import DataError
+from modeling_adala.errors import AdaLAError, DataError
+from trainers.runs.memory import peak_above, peak_of
 from trainers.runs.timing import Timing
 from vit_adala.benchmark.facts import run_facts
 from vit_adala.benchmark.floor import Floor
@@ -23,18 +27,100 @@ RESULTS = ROOT / "benchmarks" / "results"
 # results of smoke runs, which are not measurements
 SMOKE = ROOT / "out" / "benchmarks"
 
+Row = dict[str, Any]
+Case = TypeVar("Case")
+
+
+def device() -> str:
+    """Return the device that the scripts measure: the GPU, if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with `--smoke` and `--output`, described by the first line of a docstring."""
+    """Return a parser with the options of all scripts, described by the first line of a docstring."""
     found = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     found.add_argument("--smoke", action="store_true", help="a few seconds, tiny shapes: does the script run?")
     found.add_argument("--output", type=Path, help="JSON to write. Default: benchmarks/results, or out/ with --smoke")
+    found.add_argument(
+        "--seconds", type=float, default=math.inf, help="no new case is begun after that. Default: all of them are"
+    )
     return found
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Run the `main` of a script. An error of ours is one line, and the exit status 1."""
+    try:
+        main()
+    except AdaLAError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def measure_all(
+    name: str,
+    cases: Sequence[Case],
+    measure: Callable[[Case], list[Row]],
+    args: argparse.Namespace,
+    *,
+    summary: Callable[[list[Row]], dict[str, Any]] = lambda rows: {},
+    **facts: Any,
+) -> Path:
+    """Measure case after case and write the result after each, so that a kill loses no more than one.
+
+    A case that fails, or that `--seconds` leaves no time for, is named under `not_measured`, with the reason.
+
+    Args:
+        name (`str`): Name of the benchmark.
+        cases (`Sequence`): What to measure, the most important first.
+        measure (`Callable`): Called with a case; returns its rows.
+        args (`argparse.Namespace`): Options of `parser`.
+        summary (`Callable`, *optional*): Called with all rows; returns facts that depend on them.
+        facts: As for `write_result`.
+
+    Returns:
+        `Path`: The result.
+
+    Raises:
+        AdaLAError: If a case failed, after all others.
+    """
+    end = time.monotonic() + args.seconds
+    rows: list[Row] = []
+    missing: dict[str, str] = {}
+    failed: list[str] = []
+    path = None
+    for case in progress(list(cases), name):
+        if time.monotonic() > end:
+            missing[str(case)] = "no time left"
+            continue
+        try:
+            rows += measure(case)
+        except Exception as error:  # of the compilers and drivers below us, too: the other cases have their own chance
+            missing[str(case)] = one_line(error)
+            failed.append(str(case))
+        result = {**facts, **summary(rows), "not_measured": missing}
+        path = write_result(name, rows, smoke=args.smoke, output=args.output, device=device(), **result)
+    if path is None:
+        raise AdaLAError(f"{name}: --seconds {args.seconds:g} leaves no time for any case.")
+    print(path)
+    if failed:
+        raise AdaLAError(f"{name}: {len(failed)} of {len(cases)} cases failed, {failed[0]}: {missing[failed[0]]}")
+    return path
+
+
+def peak_bytes(smoke: bool, prepare: Callable[..., Callable[[], Any]], *args: Any) -> int | None:
+    """Return the peak memory of a pass as `peak_of` does; a smoke run goes without a fresh process and its imports."""
+    if smoke:
+        return peak_above(prepare(*args), torch.device(device()))
+    return peak_of(prepare, *args, device=device())
+
+
+def one_line(error: BaseException) -> str:
+    """Return the type and the first line of an error."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')}"
 
 
 def write_result(
     name: str,
-    rows: list[dict[str, Any]],
+    rows: list[Row],
     *,
     smoke: bool = False,
     output: Path | None = None,
@@ -59,8 +145,12 @@ def write_result(
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"name": name, "smoke": smoke, **run_facts(device), **facts, "rows": rows}
     write_text(path, json.dumps(result, indent=1) + "\n")
-    print(path)
     return path
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Return a result, also one of a smoke run."""
+    return json.loads(path.read_text())
 
 
 def load_result(path: Path) -> dict[str, Any]:
@@ -69,7 +159,7 @@ def load_result(path: Path) -> dict[str, Any]:
     Raises:
         DataError: If it is from a smoke run, which is not a measurement.
     """
-    result = json.loads(path.read_text())
+    result = load_json(path)
     if result.get("smoke"):
         raise DataError(f"{path} is from a smoke run; measure it again.")
     return result

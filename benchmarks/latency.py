@@ -37,7 +37,7 @@ def main() -> None:
     sides = SIDES[:1] if arguments.smoke else SIDES
     rows = [row for side in progress(list(sides), "latency") for row in measure(models, side, arguments.smoke)]
     facts: dict[str, Any] = {"subject": f"{teacher.config.num_hidden_layers} layers, batch 1", "bf16": has_fast_bf16()}
-    write_result("latency", rows, smoke=arguments.smoke, output=arguments.output, **facts)
+    print(write_result("latency", rows, smoke=arguments.smoke, output=arguments.output, **facts))
 
 
 def student_of(teacher: PreTrainedModel, method: Method) -> PreTrainedModel:

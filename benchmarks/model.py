@@ -1,6 +1,6 @@
-"""ViT-B (ViT-L on a GPU) over resolution: linear beside softmax with SDPA, eager and compiled.
+"""ViT-B (ViT-L on a GPU) over resolution: linear beside softmax with SDPA, eager, compiled, and as a CUDA graph.
 
-    python -m benchmarks.model            some minutes: 224 to 1,024 pixels
+    python -m benchmarks.model            some minutes: 224 to 1,024 pixels, on a GPU to 2,048
     python -m benchmarks.model --full     half an hour more: 2,048 pixels, and every size compiled
     python -m benchmarks.model --smoke    seconds, a tiny ViT
 
@@ -10,66 +10,79 @@ returns the values as they are: no attention makes the model faster than that.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel, ViTConfig, ViTModel
 
 from modeling_adala.configuration_adala import AdaLAViTConfig
-from modeling_adala.errors import AdaLAError
 from modeling_adala.inspection.flops import count_tokens, image_cost
 from modeling_adala.modeling_adala import AdaLAViTModel
 from trainers.runs.timing import time_in_turns
-from vit_adala.benchmark.cases import timing_columns
-from vit_adala.benchmark.floor import DEFINITION, measure_floor
+from vit_adala.benchmark.cases import graph_of, timing_columns
+from vit_adala.benchmark.floor import DEFINITION, Floor, measure_floor
 from vit_adala.benchmark.models import TOLERANCES, check_features, expected_features, forward_of, reference_of
 
-from .common import dtype_name, floor_columns, floor_facts, parser, progress, write_result
+from .common import Row, device, dtype_name, floor_columns, floor_facts, measure_all, parser, run_script
 
-SOFTMAX = "softmax"
-MAPS = ("elu", "hedgehog")
-FREE = "attention for free"
-COMPILED = (SOFTMAX, "linear (elu)")
-SIZES, FULL_SIZES, COMPILED_SIZES = (224, 384, 512, 768, 1024), (2048,), (224, 512)
-BATCH_8_SIZES = (224,)
-# of a ViT-L
-CUDA_SIZES = (256, 512, 1024)
+SOFTMAX, FREE = "softmax", "attention for free"
+PAPER, DEFAULT = "linear (elu)", "linear (hedgehog and mixing)"
+# options of the linear models: the operator of the paper, and the default
+LINEAR: dict[str, dict[str, Any]] = {PAPER: {"feature_map": "elu", "local_mixing": 0}, DEFAULT: {}}
+# what is compiled
+COMPARED = (SOFTMAX, DEFAULT)
+COMPILED_SUFFIX, GRAPH_SUFFIX = ", compiled", ", CUDA graph"
+SECONDS = {"cpu": 2.0, "cuda": 0.3}
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-SECONDS = 2.0
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32}
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Images:
+    """One measurement: a batch of square images through all models, or compiled through those that are compared."""
+
+    batch: int
+    side: int
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.side:,} px, batch {self.batch}{COMPILED_SUFFIX * self.compiled}"
+
+
+def cpu_cases(full: bool) -> list[Images]:
+    sides = (224, 384, 512, 768, 1024, *((2048,) if full else ()))
+    compiled = [Images(1, side, compiled=True) for side in (sides if full else (224, 512))]
+    return [*(Images(1, side) for side in sides), Images(8, 224), *compiled]
+
+
+def gpu_cases(full: bool) -> list[Images]:
+    """Return what was asked for first; a model at a size takes half a minute to compile."""
+    first, rest = [(1, 1024), (1, 256)], [(8, 1024), (1, 512), (1, 2048), (8, 256), (1, 224), (8, 512), (8, 224)]
+    rest += [(8, 2048)]
+    compiled = [Images(batch, side, compiled=True) for batch, side in (*first[::-1], *(rest if full else ()))]
+    eager = [Images(batch, side) for batch, side in (*first, *rest)]
+    return [*eager[:2], *compiled[:2], *eager[2:], *compiled[2:]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--full", action="store_true", help="2,048 pixels, and every size compiled")
-    args = options.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape: dict[str, Any] = {}
-    sizes: tuple[int, ...] = (*SIZES, *(FULL_SIZES if args.full else ()))
-    compiled: tuple[int, ...] = sizes if args.full else COMPILED_SIZES
-    several: tuple[int, ...] = BATCH_8_SIZES
-    if device == "cuda":
-        sizes, shape, compiled, several = CUDA_SIZES, LARGE, CUDA_SIZES, CUDA_SIZES
+    args = options.parse_args(argv)
+    where = device()
+    cases, shape = (gpu_cases(args.full), LARGE) if where == "cuda" else (cpu_cases(args.full), {})
     if args.smoke:
-        sizes, shape, compiled, several = (32, 64), TINY | {"image_size": 32}, (), (32,)
-    models = build(shape, device)
-    config = models["linear (hedgehog)"].config
-    floor = measure_floor(torch.bfloat16, device, 0.05 if args.smoke else 1.0)
-    cases = [(1, side) for side in sizes] + [(8, side) for side in several]
-    rows = []
-    for batch, side in progress(cases, "model"):
-        pixels = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
-        pixels = pixels.to(device, torch.bfloat16)
-        rows += measure(
-            models, pixels, device, floor, side in compiled and batch == 1, 0.05 if args.smoke else SECONDS
-        )
-    write_result(
+        cases, shape = [Images(1, 32), Images(1, 64), Images(8, 32)], TINY  # compiled: a minute of a C++ compiler
+    models = build(shape, where)
+    config = models[DEFAULT].config
+    floor = measure_floor(torch.bfloat16, where, 0.05 if args.smoke else 1.0)
+    seconds = 0.05 if args.smoke else SECONDS[where]
+    measure_all(
         "model",
-        rows,
-        smoke=args.smoke,
-        output=args.output,
-        device=device,
+        cases,
+        lambda images: measure(models, images, where, floor, seconds),
+        args,
         subject=f"ViT, {config.num_hidden_layers} layers of width {config.hidden_size}, patches of"
         f" {config.patch_size}, random weights",
         tolerance=TOLERANCES[torch.bfloat16],
@@ -87,56 +100,54 @@ def build(shape: dict[str, Any], device: str) -> dict[str, PreTrainedModel]:
     AttentionInterface.register(FREE, lambda module, query, key, value, *args, **kwargs: (value.transpose(1, 2), None))
     free.set_attn_implementation(FREE)
     models = {SOFTMAX: softmax, FREE: free}
-    for name in MAPS:
-        model = AdaLAViTModel(AdaLAViTConfig(**shape, feature_map=name), add_pooling_layer=False)
-        model.load_state_dict(softmax.state_dict(), strict=False)  # the feature maps start at the identity
-        models[f"linear ({name})"] = model
+    for name, options in LINEAR.items():
+        models[name] = AdaLAViTModel(AdaLAViTConfig(**shape, **options), add_pooling_layer=False)
+        # feature maps start at the identity, local mixing at zero
+        models[name].load_state_dict(softmax.state_dict(), strict=False)
     return {name: model.to(device, torch.bfloat16).eval().requires_grad_(False) for name, model in models.items()}
 
 
 def measure(
-    models: dict[str, PreTrainedModel], pixels: torch.Tensor, device: str, floor: Any, compiled: bool, seconds: float
-) -> list[dict[str, Any]]:
-    """Return one row per model, eager and, with `compiled`, compiled."""
+    models: dict[str, PreTrainedModel], images: Images, device: str, floor: Floor, seconds: float
+) -> list[Row]:
+    """Return one row per model, and one for its CUDA graph on a GPU."""
     torch.compiler.reset()
+    pixels = torch.randn(images.batch, 3, images.side, images.side, generator=torch.Generator().manual_seed(0))
+    pixels = pixels.to(device, torch.bfloat16)
     runs: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float] = {}
-    for name, model in models.items():
-        runs[name] = forward_of(model, pixels)
-        if compiled and name in COMPILED:
-            runs[f"{name}, compiled"] = forward_of(model, pixels, compiled=True)
-        if name in (SOFTMAX, FREE):  # PyTorch's own, or no attention at all
-            continue
-        expected = expected_features(reference_of(model), pixels)
-        for label in [label for label in runs if label.startswith(name)]:
-            errors[label] = check_features(label, runs[label](), expected, pixels)
+    for name in COMPARED if images.compiled else models:
+        model = models[name]
+        variants = {name + COMPILED_SUFFIX * images.compiled: forward_of(model, pixels, images.compiled)}
+        if device == "cuda":
+            variants |= {label + GRAPH_SUFFIX: graph_of(run) for label, run in variants.items()}
+        runs |= variants
+        if name in LINEAR:  # the others are PyTorch's own, or no attention at all
+            expected = expected_features(reference_of(model), pixels)
+            errors |= {label: check_features(label, run(), expected, pixels) for label, run in variants.items()}
     timings = time_in_turns(runs, device, seconds)
     rows = []
-    for name, timing in timings.items():
-        config = models[name.removesuffix(", compiled")].config
-        size = (pixels.shape[-2], pixels.shape[-1])
-        kind = "sdpa" if name.startswith((SOFTMAX, FREE)) else "linear"
-        cost = image_cost(config, size, kind)
-        flops = len(pixels) * (cost.flops - (cost.attention_flops if name == FREE else 0))
+    for label, timing in timings.items():
+        name = label.partition(",")[0]
+        config, size = models[name].config, (images.side, images.side)
+        cost = image_cost(config, size, "linear" if name in LINEAR else "sdpa")
+        flops = images.batch * (cost.flops - (cost.attention_flops if name == FREE else 0))
         rows.append(
             {
-                "name": name,
+                "name": label,
                 "dtype": dtype_name(pixels.dtype),
-                "batch": len(pixels),
-                "side": size[0],
+                "batch": images.batch,
+                "side": images.side,
                 "tokens": count_tokens(config, size),
                 **timing_columns(timing),
-                "images_per_second": len(pixels) / timing.median,
+                "images_per_second": images.batch / timing.median,
                 "flops": flops,
                 **floor_columns(floor, timing, flops),
-                "relative_error": errors.get(name),
+                "relative_error": errors.get(label),
             }
         )
     return rows
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except AdaLAError as error:
-        raise SystemExit(f"model: {error}") from error
+    run_script(main)

@@ -3,10 +3,11 @@
     python -m benchmarks.operator            some minutes; on a GPU the shapes of a GPU, into operator-cuda.json
     python -m benchmarks.operator --smoke    seconds
 
-On a CPU, one layer of a ViT-B. Everything that is compared at a shape runs in turns.
+On a CPU, one layer of a ViT-B, on a GPU of a ViT-L or ViT-H. Everything that is compared at a shape runs in turns.
+"CUDA graph" is the time of the GPU alone: a graph of ten calls, divided by ten.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,9 @@ import torch
 from torch import Tensor
 
 from modeling_adala import build_feature_map
-from modeling_adala.errors import AdaLAError
 from modeling_adala.feature_maps import FeatureMap
 from trainers.runs.timing import time_in_turns
-from vit_adala.benchmark.cases import LINEAR, timing_columns
+from vit_adala.benchmark.cases import LINEAR, graph_of, timing_columns
 from vit_adala.benchmark.floor import DEFINITION, Floor, measure_floor, operator_work
 from vit_adala.benchmark.operators import (
     BOUNDS,
@@ -30,13 +30,18 @@ from vit_adala.benchmark.operators import (
     pass_of,
 )
 
-from .common import dtype_name, floor_columns, floor_facts, parser, progress, write_result
+from .common import Row, device, dtype_name, floor_columns, floor_facts, measure_all, parser, run_script
 
-COMPILED, PEER = "linear, compiled", "flash_bla"
+COMPILED, GRAPH = "linear, compiled", ", CUDA graph"
+# the peer with the work of ours, and with features that were computed before; its kernels want them contiguous
+PEER, PEER_BARE = "flash_bla", "flash_bla, features given"
 # quadratic in the tokens: on a CPU, more would take most of the time of the run
 SDPA_TOKENS = {("forward", torch.bfloat16): 16385}
 FEWER_SDPA_TOKENS = 4097
 FORWARD, BACKWARD = "forward", "forward and backward"
+GRAPH_CALLS = 10
+# of 144 of each kernel, which it would compile and time anew for each number of tokens, for minutes
+PEER_TILES: dict[str, Any] = {"BL": (64, 128), "num_warps": (2, 4), "num_stages": (2, 4)}
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class Shape:
     feature_map: str = "elu"
     passes: str = FORWARD
 
+    def __str__(self) -> str:
+        sizes = f"{self.batch}x{self.heads}x{self.tokens}x{self.head_dim}"
+        return f"{sizes} {dtype_name(self.dtype)} {self.feature_map} {self.passes}"
+
 
 def cpu_shapes() -> list[Shape]:
     everything = (LINEAR, PLAIN, SDPA)
@@ -62,7 +71,7 @@ def cpu_shapes() -> list[Shape]:
         for tokens in (197, 1025, 4097, 16385)
     ]
     return shapes + [
-        Shape(1, 12, tokens, 64, torch.bfloat16, (LINEAR, PLAIN, SDPA), name, passes)
+        Shape(1, 12, tokens, 64, torch.bfloat16, everything, name, passes)
         for name in ("relu", "hedgehog")
         for passes in (FORWARD, BACKWARD)
         for tokens in (197, 1025, 4097)
@@ -70,13 +79,21 @@ def cpu_shapes() -> list[Shape]:
 
 
 def gpu_shapes() -> list[Shape]:
-    return [
-        Shape(batch, 16, tokens, head_dim, torch.bfloat16, (LINEAR, PLAIN, SDPA, PEER), passes=passes)
-        for batch in (1, 8)
-        for head_dim in (64, 72, 80)
-        for passes in (FORWARD, BACKWARD)
-        for tokens in (1024, 2048, 4096, 8192, 16384, 32768)
-    ]
+    """Return what was asked for first, then what the time is enough for."""
+
+    def shape(batch: int, tokens: int, passes: str = FORWARD, head_dim: int = 64, name: str = "elu") -> Shape:
+        captured = (LINEAR + GRAPH, SDPA + GRAPH) if passes == FORWARD else ()
+        names = (LINEAR, PLAIN, SDPA, *captured)
+        return Shape(batch, 16, tokens, head_dim, torch.bfloat16, names, name, passes)
+
+    tokens = (16384, 1024, 4096, 2048, 8192, 32768)
+    both = (FORWARD, BACKWARD)
+    shapes = [shape(batch, count, passes) for count in tokens for batch in (8, 1) for passes in both]
+    peer = [Shape(8, 16, 16384, 64, torch.bfloat16, (LINEAR, PEER), passes=passes) for passes in both]
+    shapes[2:2] = peer  # beside the figures that it is asked to be compared with
+    shapes += [shape(batch, 4096, passes, name="hedgehog") for batch in (1, 8) for passes in both]
+    shapes += [shape(8, count, passes, dim) for dim in (80, 72) for count in (4096, 16384) for passes in both]
+    return shapes
 
 
 def smoke_shapes() -> list[Shape]:
@@ -84,27 +101,24 @@ def smoke_shapes() -> list[Shape]:
     return [
         Shape(1, 2, 17, 8, torch.bfloat16, names),
         Shape(1, 2, 33, 8, torch.float32, names, passes=BACKWARD),
-        Shape(1, 2, 17, 8, torch.bfloat16, (LINEAR, PLAIN, SDPA), "hedgehog"),
+        Shape(1, 2, 17, 8, torch.bfloat16, names, "hedgehog"),
     ]
 
 
-def main() -> None:
-    options = parser(__doc__)
-    args = options.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shapes = smoke_shapes() if args.smoke else gpu_shapes() if device == "cuda" else cpu_shapes()
-    scale, seconds = (0.05, 0.02) if args.smoke else (1.0, 0.3)
-    floors = {dtype: measure_floor(dtype, device, scale) for dtype in dict.fromkeys(shape.dtype for shape in shapes)}
-    peer, why_not = load_peer(device)
-    rows = []
-    for shape in progress(shapes, "operator"):
-        rows += measure(shape, device, floors[shape.dtype], peer, seconds)
-    write_result(
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser(__doc__).parse_args(argv)
+    where = device()
+    shapes = smoke_shapes() if args.smoke else gpu_shapes() if where == "cuda" else cpu_shapes()
+    scale, seconds = (0.05, 0.02) if args.smoke else (1.0, 0.3 if where == "cpu" else 0.1)
+    peer, why_not = load_peer(where)
+    if peer is None:
+        shapes = [shape for shape in shapes if PEER not in shape.names]
+    floors = {dtype: measure_floor(dtype, where, scale) for dtype in dict.fromkeys(shape.dtype for shape in shapes)}
+    measure_all(
         "operator",
-        rows,
-        smoke=args.smoke,
-        output=args.output,
-        device=device,
+        shapes,
+        lambda shape: measure(shape, where, floors[shape.dtype], peer, seconds),
+        args,
         subject=f"Attention without its projections; peer library {why_not}",
         bounds={dtype_name(dtype): bound for dtype, bound in BOUNDS.items()},
         floors=floor_facts({dtype_name(dtype): floor for dtype, floor in floors.items()}),
@@ -112,9 +126,7 @@ def main() -> None:
     )
 
 
-def measure(
-    shape: Shape, device: str, floor: Floor, peer: Callable[..., Tensor] | None, seconds: float
-) -> list[dict[str, Any]]:
+def measure(shape: Shape, device: str, floor: Floor, peer: Callable[..., Tensor] | None, seconds: float) -> list[Row]:
     """Return one row per operator that can run at this shape. Ours is checked first, values and gradients."""
     backward = shape.passes == BACKWARD
     phi = build_feature_map(shape.feature_map, shape.heads, shape.head_dim).to(device)
@@ -129,10 +141,18 @@ def measure(
     if device == "cpu" and shape.tokens > limit:
         chosen.pop(SDPA, None)
     runs = {name: pass_of(operator, inputs, backward) for name, operator in chosen.items()}
+    if peer is not None and PEER in chosen:
+        given = (x.to(shape.dtype).contiguous() for x in (*phi(inputs[0], inputs[1]), inputs[2]))
+        runs[PEER_BARE] = pass_of(peer, tuple(x.detach().requires_grad_(backward) for x in given), backward)
+    captured = [name for name in shape.names if name.endswith(GRAPH)]
+    runs |= {name: graph_of(runs[name.removesuffix(GRAPH)], GRAPH_CALLS) for name in captured}
     timings = time_in_turns(runs, device, seconds)
+    timings |= {name: timings[name].share(GRAPH_CALLS) for name in captured}
     rows = []
     for name, timing in timings.items():
-        features = shape.tokens if name == SDPA else phi(inputs[0][:, :, :1], inputs[1][:, :, :1])[0].shape[-1]
+        features = (
+            shape.tokens if name.startswith(SDPA) else phi(inputs[0][:, :, :1], inputs[1][:, :, :1])[0].shape[-1]
+        )
         flops, bytes_moved = operator_work(inputs[0], inputs[2], features, backward)
         rows.append(
             {
@@ -158,18 +178,29 @@ def load_peer(device: str) -> tuple[Callable[..., Tensor] | None, str]:
     if device != "cuda":
         return None, "not compared: it needs CUDA"
     try:
-        from flash_bla.ops.linear_attn.fused import linear_attention
+        from flash_bla.ops.linear_attn import fused
     except ImportError as error:
         return None, f"not compared: {error}"
-    return linear_attention, "compared"
+    few = [fewer_tiles(kernel) for kernel in (fused.fused_fwd_kernel_s_km, fused.fused_fwd_kernel_o)]
+    return fused.linear_attention, f"compared, each kernel at the best of {few[0]} tiles"
+
+
+def fewer_tiles(kernel: Any) -> int:
+    """Leave an autotuned kernel of the peer those of its tiles that `PEER_TILES` allows, and return how many."""
+    kernel.configs = [
+        config
+        for config in kernel.configs
+        if all(config.all_kwargs()[name] in allowed for name, allowed in PEER_TILES.items())
+    ]
+    return len(kernel.configs)
 
 
 def _operators(shape: Shape, phi: FeatureMap, peer: Callable[..., Tensor] | None) -> dict[str, Operator]:
     chosen = {name: operator for name, operator in operators(phi).items() if name in shape.names}
     if COMPILED in shape.names:
         chosen[COMPILED] = torch.compile(chosen[LINEAR], fullgraph=True, dynamic=True)
-    if PEER in shape.names and peer is not None and (shape.passes == FORWARD or shape.head_dim == 64):
-        # its kernels want features, contiguous; its backward pass only takes powers of two
+    if peer is not None and PEER in shape.names:
+
         def with_peer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             features = phi(query, key)
             return peer(*(x.to(value.dtype).contiguous() for x in (*features, value)))
@@ -179,7 +210,4 @@ def _operators(shape: Shape, phi: FeatureMap, peer: Callable[..., Tensor] | None
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except AdaLAError as error:
-        raise SystemExit(f"operator: {error}") from error
+    run_script(main)

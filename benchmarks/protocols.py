@@ -15,7 +15,7 @@ from trainers.evaluation.comparison import Comparison
 from trainers.evaluation.dense_probe import DenseProbe
 from trainers.evaluation.probes import compare_features
 
-from .common import ROOT
+from .common import ROOT, device
 
 SHARED = ROOT.parent / "shared"
 DINOV2 = str(SHARED / "models" / "dinov2-small-saliency")
@@ -61,7 +61,7 @@ class Protocol:
 
     def open(self, eval_images: int | None = None) -> tuple[PreTrainedModel, DataModule, Evaluate]:
         """Return teacher, data and evaluation, which remembers the teacher's figures."""
-        teacher, processor = load_teacher(self.teacher), load_image_processor(self.teacher)
+        teacher, processor = load_teacher(self.teacher).to(device()), load_image_processor(self.teacher)
         images = DataConfig(**self.data), teacher.config, processor
         data = SegmentationData(*images, labels=self.labels) if self.labels else DataModule(*images)
         return teacher, data, self.evaluation(teacher, data, eval_images)

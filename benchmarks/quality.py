@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import product
@@ -36,7 +36,7 @@ from trainers.base_config import has_fast_bf16
 from trainers.data.data_config import DataModule
 from trainers.evaluation.softmax_layers import choose_softmax_layers
 
-from .common import RESULTS, SMOKE, parser, write_result
+from .common import RESULTS, SMOKE, Row, parser, write_result
 from .methods import METHODS, Method
 from .protocols import PROTOCOLS, Evaluate, Protocol
 
@@ -106,6 +106,7 @@ def run_cell(name: str, method_name: str, seed: int, smoke: bool = False) -> Pat
     facts |= {"budget": budget, "options": method.options, "bf16": has_fast_bf16()}
     output = None if smoke else path_of(name, method_name, seed)
     path = write_result(f"quality-{slug(method_name)}", rows, smoke=smoke, output=output, **facts)
+    print(path)
     print(
         f"{name}: {method_name}, seed {seed}:", ", ".join(f"{r['row']} {100 * r[protocol.metric]:.2f}" for r in rows)
     )
@@ -113,9 +114,18 @@ def run_cell(name: str, method_name: str, seed: int, smoke: bool = False) -> Pat
 
 
 def stages_of(
-    protocol: Protocol, method: Method, seed: int, teacher: PreTrainedModel, data: DataModule, evaluate: Evaluate
-):
-    """Yield the figures of the converted student, then after stage 1, then after stages 1 and 2."""
+    protocol: Protocol,
+    method: Method,
+    seed: int,
+    teacher: PreTrainedModel,
+    data: DataModule,
+    evaluate: Evaluate,
+    kept: Path | None = None,
+) -> Iterator[Row]:
+    """Yield the figures of the converted student, then after stage 1, then after stages 1 and 2.
+
+    `kept` holds the students of stage 1, by default those of all runs.
+    """
     torch.manual_seed(seed)
     student = convert(teacher, check_parity=False, **method.options)
     yield {"row": "converted", "seconds": 0.0, **evaluate(student)}
@@ -127,7 +137,7 @@ def stages_of(
         return student, AttentionAlignmentTrainer(student, teacher, args, train_dataset=data.train_dataset(seed))
 
     key = json.dumps([protocol.teacher, protocol.data, method.options, one, seed, has_fast_bf16()], sort_keys=True)
-    student, trainer, seconds = stage_1(align, STUDENTS / hashlib.sha256(key.encode()).hexdigest()[:16])
+    student, trainer, seconds = stage_1(align, (kept or STUDENTS) / hashlib.sha256(key.encode()).hexdigest()[:16])
     facts: dict[str, Any] = {}
     if method.auto:
         start = time.perf_counter()

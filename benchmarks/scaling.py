@@ -8,64 +8,61 @@ Peak memory is measured in a fresh process per N (see trainers/runs/memory.py), 
 
 import math
 import statistics
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from modeling_adala import build_feature_map
-from modeling_adala.errors import AdaLAError
-from trainers.runs.memory import peak_of
 from trainers.runs.timing import time_in_turns
 from vit_adala.benchmark.cases import LINEAR, Settings, timing_columns
 from vit_adala.benchmark.operators import check_operator, operator_inputs, operators, pass_of, prepare_operator
 
-from .common import parser, progress, write_result
+from .common import Row, device, measure_all, parser, peak_bytes, run_script
 
 HEADS, HEAD_DIM, DTYPE, FEATURE_MAP = 12, 64, torch.bfloat16, "elu"
 TOKENS = tuple(2**power for power in range(12, 21))
 SMOKE_TOKENS = (256, 512, 1024)
+SECONDS = {"cpu": 2.0, "cuda": 0.2}
 
 
-def main() -> None:
-    options = parser(__doc__)
-    args = options.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    counts = SMOKE_TOKENS if args.smoke else TOKENS
-    phi = build_feature_map(FEATURE_MAP, HEADS, HEAD_DIM).to(device)
-    rows: list[dict[str, Any]] = []
-    for tokens in progress(list(counts), "scaling"):
-        inputs = operator_inputs(1, HEADS, tokens, HEAD_DIM, DTYPE, device)
-        operator = operators(phi)[LINEAR]
-        error = check_operator(operator, inputs, phi)
-        timing = time_in_turns({LINEAR: pass_of(operator, inputs)}, device, 0.05 if args.smoke else 2.0)[LINEAR]
-        input_bytes = sum(x.numel() * x.element_size() for x in inputs)
-        del inputs
-        shape, settings = (1, HEADS, tokens, HEAD_DIM), Settings(DTYPE, device)
-        peak = peak_of(prepare_operator, LINEAR, phi, shape, settings, device=device)
-        rows.append(
-            {
-                "name": LINEAR,
-                "tokens": tokens,
-                **timing_columns(timing),
-                "nanoseconds_per_token": 1e9 * timing.median / tokens,
-                "peak_bytes": peak,
-                "input_bytes": input_bytes,
-                "relative_error": error,
-            }
-        )
-    write_result(
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser(__doc__).parse_args(argv)
+    measure_all(
         "scaling",
-        rows,
-        smoke=args.smoke,
-        output=args.output,
-        device=device,
+        SMOKE_TOKENS if args.smoke else TOKENS,
+        lambda tokens: [measure(tokens, device(), args.smoke)],
+        args,
+        summary=lambda rows: {
+            "time_exponent": exponent(rows, "milliseconds"),
+            "memory_exponent": exponent(rows, "peak_bytes"),
+        },
         subject=f"Operator, batch 1, {HEADS} heads of {HEAD_DIM}, bfloat16, {FEATURE_MAP}",
-        time_exponent=exponent(rows, "milliseconds"),
-        memory_exponent=exponent(rows, "peak_bytes"),
     )
 
 
-def exponent(rows: list[dict[str, Any]], column: str) -> float | None:
+def measure(tokens: int, device: str, smoke: bool) -> Row:
+    """Return the row of a number of tokens. The operator is checked first."""
+    phi = build_feature_map(FEATURE_MAP, HEADS, HEAD_DIM).to(device)
+    inputs = operator_inputs(1, HEADS, tokens, HEAD_DIM, DTYPE, device)
+    operator = operators(phi)[LINEAR]
+    error = check_operator(operator, inputs, phi)
+    seconds = 0.05 if smoke else SECONDS[device]
+    timing = time_in_turns({LINEAR: pass_of(operator, inputs)}, device, seconds)[LINEAR]
+    input_bytes = sum(x.numel() * x.element_size() for x in inputs)
+    del inputs
+    shape, settings = (1, HEADS, tokens, HEAD_DIM), Settings(DTYPE, device)
+    return {
+        "name": LINEAR,
+        "tokens": tokens,
+        **timing_columns(timing),
+        "nanoseconds_per_token": 1e9 * timing.median / tokens,
+        "peak_bytes": peak_bytes(smoke, prepare_operator, LINEAR, phi, shape, settings),
+        "input_bytes": input_bytes,
+        "relative_error": error,
+    }
+
+
+def exponent(rows: list[Row], column: str) -> float | None:
     """Return the exponent of the power law of `column` over tokens (1 is linear); `None` if it was not measured."""
     points = [(math.log(row["tokens"]), math.log(row[column])) for row in rows if row[column]]
     if len(points) < 2:
@@ -75,7 +72,4 @@ def exponent(rows: list[dict[str, Any]], column: str) -> float | None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except AdaLAError as error:
-        raise SystemExit(f"scaling: {error}") from error
+    run_script(main)

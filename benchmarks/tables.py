@@ -3,6 +3,7 @@
 python -m benchmarks.tables
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from hub_cards.card import code, plain, table
 from hub_cards.records import write_text
 from vit_adala.benchmark.output import three_digits
 
-from .common import RESULTS, ROOT, load_result, replace_between
+from .acceptance import judge
+from .common import RESULTS, ROOT, Row, load_result, replace_between
+from .operator import GRAPH
 
 PAGE = ROOT / "docs" / "speed.md"
 START, END = "<!-- benchmarks.tables: do not edit by hand -->", "<!-- end of benchmarks.tables -->"
 MIB = 2**20
 REMOVED = ("cpu",)  # compiled passes, worth 3 to 4 percent of a whole model (docs/experiments.md)
-Row = dict[str, Any]
 
 
 def main() -> None:
@@ -36,22 +38,28 @@ def replace_tables(page: str, tables: str) -> str:
 
 
 def render(results: dict[str, dict[str, Any]]) -> str:
-    """Return the tables in Markdown, a section per script; scripts without a result are named as unmeasured."""
+    """Return the tables in Markdown, a section per result; what was not measured is named as that."""
     parts = []
-    for script, (title, rows_of) in SECTIONS.items():
-        for name, suffix in ((script, ""), (f"{script}-cuda", ", GPU")):
-            if name not in results:
-                parts += [f"### {title}{suffix}", f"Not measured: `python -m benchmarks.{script}` on such a machine."]
-                continue
-            result = results[name]
-            parts += [f"### {title}{suffix}", _origin(result), table(rows_of(result))]
+    for name, (title, rows_of) in SECTIONS.items():
+        script = "gpu" if name.endswith("-cuda") else name
+        if name not in results:
+            parts += [f"### {title}", f"Not measured: `python -m benchmarks.{script}` on such a machine."]
+            continue
+        result = results[name]
+        missing = "; ".join(f"{case}: {reason}" for case, reason in result.get("not_measured", {}).items())
+        origin = _origin(result) + (f" Not measured: {plain(missing)}." if missing else "")
+        parts += [f"### {title}", origin, table(rows_of(result))]
+    rows = {name.removesuffix("-cuda"): result["rows"] for name, result in results.items() if name.endswith("-cuda")}
+    if rows:
+        parts[:0] = ["### GPU: asked and reached", "From the GPU results below.", table(judge(rows))]
     return "\n\n".join(parts) + "\n"
 
 
 def model_rows(result: dict[str, Any]) -> list[list[str]]:
     lines = [["image", "batch", "", "ms", "quartiles", "images/s", "share of the floor", "speed, softmax = 1"]]
     for row in sorted(result["rows"], key=lambda row: (row["batch"], row["side"])):
-        baseline = "softmax, compiled" if row["name"].endswith(", compiled") else "softmax"
+        variant = row["name"].partition(",")
+        baseline = f"softmax{variant[1]}{variant[2]}"  # compiled beside compiled, a CUDA graph beside a CUDA graph
         rate, share = three_digits(row["images_per_second"]), f"{row['floor_share']:.0%}"
         cells = [f"{row['side']:,} px", str(row["batch"]), row["name"], *_times(row), rate, share]
         lines.append([*cells, _speedup(row, result["rows"], baseline, ("batch", "side"))])
@@ -65,7 +73,8 @@ def operator_rows(result: dict[str, Any]) -> list[list[str]]:
     for row in sorted(result["rows"], key=lambda row: [row[key] for key in keys]):
         sizes = [f"{row[key]:,}" for key in ("batch", "head_dim", "tokens")]
         cells = [row["dtype"], row["pass"], *sizes, row["feature_map"], row["name"]]
-        speedup = _speedup(row, result["rows"], "SDPA", (*keys, "feature_map"))
+        baseline = "SDPA" + GRAPH * row["name"].endswith(GRAPH)
+        speedup = _speedup(row, result["rows"], baseline, (*keys, "feature_map"))
         lines.append([*cells, *_times(row), three_digits(1 / row["floor_share"]), speedup])
     return lines
 
@@ -90,12 +99,57 @@ def training_rows(result: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
-# by script: what it measures, and the rows of its table
+def distillation_rows(result: dict[str, Any]) -> list[list[str]]:
+    figures = ("cls_cosine", "patches_cosine", "student_knn_accuracy", "head_accuracy")
+    lines = [["teacher", "", "s", "images", "cosine CLS", "cosine patches", "k-NN (teacher)", "head (teacher)"]]
+    for row in result["rows"]:
+        shares = {name: f"{row[name]:.1%}" if name in row else "" for name in figures}
+        for name, other in (
+            ("student_knn_accuracy", "teacher_knn_accuracy"),
+            ("head_accuracy", "teacher_head_accuracy"),
+        ):
+            shares[name] += f" ({row[other]:.1%})" if other in row else ""
+        cosines = [f"{row[name]:.3f}" for name in figures[:2]]
+        lines.append(
+            [
+                row["teacher"],
+                row["row"],
+                f"{row['seconds']:.0f}",
+                f"{row['images']:,}",
+                *cosines,
+                *(shares[name] for name in figures[2:]),
+            ]
+        )
+    return lines
+
+
+def tests_rows(result: dict[str, Any]) -> list[list[str]]:
+    counts = Counter(row["outcome"] for row in result["rows"])
+    lines = [["outcome", "tests", ""]]
+    for outcome, count in counts.items():
+        names = [row["name"].rpartition("::")[2] for row in result["rows"] if row["outcome"] == outcome == "failed"]
+        lines.append([outcome, str(count), ", ".join(names)])
+    return lines
+
+
+def parts_rows(result: dict[str, Any]) -> list[list[str]]:
+    lines = [["part", "outcome", "s", "at most"]]
+    return lines + [[r["part"], r["outcome"], f"{r['seconds']:.0f}", f"{r['most']:.0f}"] for r in result["rows"]]
+
+
+# by result: its title, and the rows of its table
 SECTIONS = {
     "model": ("Whole model", model_rows),
+    "model-cuda": ("Whole model, GPU", model_rows),
     "operator": ("The operator alone", operator_rows),
+    "operator-cuda": ("The operator alone, GPU", operator_rows),
     "scaling": ("The operator over tokens", scaling_rows),
+    "scaling-cuda": ("The operator over tokens, GPU", scaling_rows),
     "training": ("Training steps", training_rows),
+    "training-cuda": ("Training steps, GPU", training_rows),
+    "distillation-cuda": ("A distillation of four minutes, GPU", distillation_rows),
+    "tests-cuda": ("Tests on a GPU", tests_rows),
+    "gpu-cuda": ("The GPU run", parts_rows),
 }
 
 

@@ -1,7 +1,7 @@
 """Steps of stages 1 and 2 beside the passes that bound their rate, and beside hooks on everything.
 
-    python -m benchmarks.training            some minutes: DINOv2-small at 224 px, batch 16
-    python -m benchmarks.training --smoke    a minute, the embedded digits ViT at 28 px
+    python -m benchmarks.training            some minutes: DINOv2-small (ViT-L on a GPU) at 224 px, batch 16
+    python -m benchmarks.training --smoke    seconds, a tiny ViT
 
 The bound of stage 1 is the rate of the teacher's forward pass alone, that of stage 2 the rate of the teacher's forward
 and three times the student's; both are the stock models under the trainers' autocast, on the same batch. Steps are
@@ -10,82 +10,89 @@ trainers/runs/memory.py), above weights and optimizer state. The share of waitin
 `Trainer` on JPEG files of 375 x 500 pixels, cropped at random, with the default loader (no workers).
 """
 
-import argparse
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import ViTConfig, ViTModel
+
 from modeling_adala.conversion.convert import student_config
 from modeling_adala.conversion.loading import load_teacher_config
-from modeling_adala.errors import AdaLAError
 from modeling_adala.inspection.flops import count_tokens, image_cost, linear_config
 from trainers.base_config import has_fast_bf16
-from trainers.data.digits import DIGITS_TEACHER
-from trainers.runs.memory import peak_of
 from trainers.runs.timing import Timing, time_in_turns
 from vit_adala.benchmark.cases import timing_columns
 
-from .common import ROOT, parser, progress, write_result
-from .training_steps import HOOKS, STAGE_1, STAGE_2, STUDENT, TEACHER, Setting, device, prepare, trainer_of
+from .common import ROOT, Row, device, measure_all, parser, peak_bytes, run_script
+from .model import LARGE, TINY
+from .training_steps import HOOKS, STAGE_1, STAGE_2, STUDENT, TEACHER, Setting, prepare, trainer_of
 
 MODEL = ROOT.parent / "shared" / "models" / "dinov2-small-saliency"
-# the paper's operator, and the default map
-FEATURE_MAPS = ("elu", "hedgehog")
+# the default map, and the paper's operator
+FEATURE_MAPS = ("hedgehog", "elu")
 NAMES = (TEACHER, STUDENT, STAGE_1, STAGE_2, HOOKS)
+SECONDS = {"cpu": 20.0, "cuda": 2.0}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
-    options.add_argument("--teacher", default=str(MODEL), help="softmax checkpoint")
+    options.add_argument(
+        "--teacher", help="softmax checkpoint. Default: see above, that of a ViT-L with random weights"
+    )
     options.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     options.add_argument("--batch", type=int, default=16, help="images per step")
-    args = options.parse_args()
-    settings = [Setting(args.teacher, feature_map, args.size, args.batch) for feature_map in FEATURE_MAPS]
-    if args.smoke:
-        settings = [Setting(str(DIGITS_TEACHER), "elu", 28, 4)]
-    rows: list[dict[str, Any]] = []
-    facts: dict[str, Any] = {}
-    for setting in progress(settings, "training"):
-        timings, found = measure(setting, args)
-        rows += found
-        shares = summary(timings)
-        waits = {name: wait_share(name, setting, 6 if args.smoke else 14) for name in (STAGE_1, STAGE_2)}
-        facts[setting.feature_map] = (
-            {"stage_1_share_by_flops": share_by_flops(setting)}
-            | shares
-            | {f"{name}, data_wait_share": share for name, share in waits.items()}
+    args = options.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.smoke:
+            args.teacher, args.size, args.batch = random_teacher(folder, "tiny ViT", TINY), 32, 4
+        elif args.teacher is None:
+            args.teacher = random_teacher(folder, "ViT-L", LARGE) if device() == "cuda" else str(MODEL)
+        maps = FEATURE_MAPS[-1:] if args.smoke else FEATURE_MAPS
+        facts: dict[str, Any] = {}
+        measure_all(
+            "training",
+            [Setting(args.teacher, feature_map, args.size, args.batch) for feature_map in maps],
+            lambda setting: measure(setting, facts, args.smoke),
+            args,
+            summary=lambda rows: {**next(iter(facts.values()), {}), "by_feature_map": facts},
+            subject=f"{Path(args.teacher).name}, {args.size} px, batch {args.batch},"
+            f" {'bf16 autocast' if has_fast_bf16() else 'float32'}",
         )
-    first = settings[0]
-    write_result(
-        "training",
-        rows,
-        smoke=args.smoke,
-        output=args.output,
-        device=device(),
-        subject=f"{Path(first.teacher).name}, {first.size} px, batch {first.batch},"
-        f" {'bf16 autocast' if has_fast_bf16() else 'float32'}",
-        **facts[first.feature_map],
-        by_feature_map=facts,
-    )
 
 
-def measure(setting: Setting, args: argparse.Namespace) -> tuple[dict[str, Timing], list[dict[str, Any]]]:
-    """Return times, and rows with time and peak memory."""
+def random_teacher(folder: str, name: str, shape: dict[str, Any]) -> str:
+    """Save a ViT with random weights, which do not change what a step costs, and return its path."""
+    torch.manual_seed(0)
+    path = str(Path(folder) / f"{name} with random weights")
+    ViTModel(ViTConfig(**shape)).save_pretrained(path)
+    return path
+
+
+def measure(setting: Setting, facts: dict[str, Any], smoke: bool) -> list[Row]:
+    """Return rows with time and peak memory, and note in `facts` what follows for this feature map."""
     runs = {name: prepare(name, setting) for name in NAMES}
-    timings = time_in_turns(runs, device(), 0.05 if args.smoke else 20.0)
+    timings = time_in_turns(runs, device(), 0.05 if smoke else SECONDS[device()])
     del runs
     rows = []
     for name, timing in timings.items():
-        peak = peak_of(prepare, name, setting, device=device())
         rows.append(
             {
                 "name": name,
                 "feature_map": setting.feature_map,
                 **timing_columns(timing),
                 "images_per_second": setting.batch / timing.median,
-                "peak_bytes": peak,
+                "peak_bytes": peak_bytes(smoke, prepare, name, setting),
             }
         )
-    return timings, rows
+    waits = {name: wait_share(name, setting, 6 if smoke else 14) for name in (STAGE_1, STAGE_2)}
+    facts[setting.feature_map] = (
+        {"stage_1_share_by_flops": share_by_flops(setting)}
+        | summary(timings)
+        | {f"{name}, data_wait_share": share for name, share in waits.items()}
+    )
+    return rows
 
 
 def summary(timings: dict[str, Timing]) -> dict[str, float]:
@@ -123,7 +130,4 @@ def share_by_flops(setting: Setting) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except AdaLAError as error:
-        raise SystemExit(f"training: {error}") from error
+    run_script(main)

@@ -4,6 +4,7 @@ A module of its own, so that a fresh process can import it to measure peak memor
 """
 
 import copy
+import functools
 import io
 import tempfile
 from collections.abc import Callable
@@ -33,6 +34,8 @@ from trainers.data.transforms import ImageTransform
 from trainers.feature_alignment_trainer import FeatureAlignmentTrainer
 from trainers.runs.stages import STAGES
 
+from .common import device
+
 TEACHER, STUDENT, STAGE_1, STAGE_2 = "teacher forward", "student forward", "stage 1", "stage 2"
 HOOKS = "hooks on everything"
 # a photograph as datasets have them, which a loader decodes and crops
@@ -48,9 +51,8 @@ class Setting:
     size: int
     batch: int
 
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    def __str__(self) -> str:
+        return self.feature_map
 
 
 def models(setting: Setting) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -60,6 +62,7 @@ def models(setting: Setting) -> tuple[PreTrainedModel, PreTrainedModel]:
     return teacher.to(device()), student.to(device())
 
 
+@functools.cache
 def photos(setting: Setting, count: int) -> ImageDataset:
     """Return JPEG photographs of smooth noise, cropped at random for training."""
     channels = vision_config(load_config(setting.teacher)).num_channels

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -37,6 +37,10 @@ class Timing:
     def of(cls, seconds: list[float]) -> Self:
         lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(median, lower, upper, len(seconds))
+
+    def share(self, calls: int) -> Self:
+        """Return the times of one of the `calls` equal parts of a call."""
+        return replace(self, median=self.median / calls, lower=self.lower / calls, upper=self.upper / calls)
 
     def overlaps(self, other: "Timing") -> bool:
         """Return whether the quartiles overlap: the medians then differ by less than the spread."""

@@ -1,5 +1,6 @@
 """Provenance of a measurement: machine, versions, threads, backend, commit."""
 
+import functools
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -43,6 +44,7 @@ def _command() -> str:
     return " ".join([start, *sys.argv[1:]])
 
 
+@functools.cache
 def _commit() -> dict[str, Any]:
     if not (_ROOT / ".git").exists():  # installed: a checkout around it would be another project's
         return {"commit": None, "dirty": None}

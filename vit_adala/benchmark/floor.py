@@ -63,18 +63,18 @@ def measure_floor(dtype: torch.dtype, device: torch.device | str = "cpu", scale:
     Args:
         dtype (`torch.dtype`): Type of the matrix product.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Device to measure.
-        scale (`float`, *optional*, defaults to 1): Size of copies and products, below 1 for tests.
+        scale (`float`, *optional*, defaults to 1): Size and time of copies and products, below 1 for tests.
     """
     kind = torch.device(device).type
     source = torch.ones(int(_COPY_BYTES[kind] * scale), dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    copied = time_in_turns({"copy": lambda: target.copy_(source)}, device, seconds=1.0)["copy"]
+    copied = time_in_turns({"copy": lambda: target.copy_(source)}, device, seconds=scale)["copy"]
     throughput = 0.0
     for side in _MATRIX_SIDES[kind]:
         side = max(16, int(side * scale))
         left, right = torch.randn(2, side, side, device=device).to(dtype)
         # the best quartile and not the median: a floor that noise has raised would flatter us
-        seconds = time_in_turns({"product": partial(torch.matmul, left, right)}, device, seconds=0.3)["product"].lower
+        seconds = time_in_turns({"product": partial(torch.matmul, left, right)}, device, 0.3 * scale)["product"].lower
         throughput = max(throughput, 2 * side**3 / seconds)
         if 8 * seconds > _PRODUCT_SECONDS:  # the next one
             break

@@ -34,10 +34,10 @@ def operator_inputs(
     requires_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return random query, key and value, `(batch, heads, tokens, head_dim)` with strides as projections give them."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)  # drawn there: a CPU takes seconds for what a GPU has at once
     query, key, value = (
-        torch.randn(batch, tokens, heads, head_dim, generator=generator)
-        .to(device, dtype)
+        torch.randn(batch, tokens, heads, head_dim, generator=generator, device=device)
+        .to(dtype)
         .requires_grad_(requires_grad)
         .transpose(1, 2)
         for _ in range(3)
