@@ -30,7 +30,17 @@ from vit_adala.benchmark.operators import (
     pass_of,
 )
 
-from .common import Row, device, dtype_name, floor_columns, floor_facts, measure_all, parser, run_script
+from .common import (
+    Row,
+    device,
+    dtype_name,
+    floor_columns,
+    floor_facts,
+    measure_all,
+    one_line,
+    parser,
+    run_script,
+)
 
 COMPILED, GRAPH = "linear, compiled", ", CUDA graph"
 # the peer with the work of ours, and with features that were computed before; its kernels want them contiguous
@@ -59,7 +69,8 @@ class Shape:
 
     def __str__(self) -> str:
         sizes = f"{self.batch}x{self.heads}x{self.tokens}x{self.head_dim}"
-        return f"{sizes} {dtype_name(self.dtype)} {self.feature_map} {self.passes}"
+        beside = f", beside {PEER}" if PEER in self.names else ""
+        return f"{sizes} {dtype_name(self.dtype)} {self.feature_map} {self.passes}{beside}"
 
 
 def cpu_shapes() -> list[Shape]:
@@ -179,8 +190,8 @@ def load_peer(device: str) -> tuple[Callable[..., Tensor] | None, str]:
         return None, "not compared: it needs CUDA"
     try:
         from flash_bla.ops.linear_attn import fused
-    except ImportError as error:
-        return None, f"not compared: {error}"
+    except Exception as error:  # of the peer's, which must not end a run
+        return None, f"not compared: {one_line(error)}"
     few = [fewer_tiles(kernel) for kernel in (fused.fused_fwd_kernel_s_km, fused.fused_fwd_kernel_o)]
     return fused.linear_attention, f"compared, each kernel at the best of {few[0]} tiles"
 

@@ -29,7 +29,9 @@ PHI = ("elu", "relu", "identity")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 WAVES = 2
-"""Programs per multiprocessor that a launch aims at. More would read and write more records than they hide latency."""
+"""Programs per multiprocessor that a launch has at most, unless images and heads alone are more. It holds one or two
+at a time, by the registers: one program more would run alone, after all others. Many more would read and write more
+records than they hide latency."""
 
 MAX_PARTS = 64
 
@@ -280,14 +282,14 @@ class _Plan:
         self.fused = bits == 16 and block_f <= (128 if _wgmma(self.device) else 64)
 
     def parts(self, tokens: int, chunks: int = 1, readers_of: int = 1) -> int:
-        """Return into how many parts to cut the tokens of an image, for `WAVES` programs per multiprocessor.
+        """Return into how many parts to cut the tokens of an image, for up to `WAVES` programs per multiprocessor.
 
         A part is worth its record: it reads more than it writes, and than it reads of `readers_of` records.
         """
         if self.packed:
             tokens = tokens // max(self.images, 1)  # on average; how many each has, the GPU alone knows
         programs = self.images * self.heads * chunks
-        wanted = -(-WAVES * _multiprocessors(self.device) // max(programs, 1))
+        wanted = WAVES * _multiprocessors(self.device) // max(programs, 1)
         return max(min(wanted, tokens // max(self.features * max(4, readers_of // 2), self.block_n), MAX_PARTS), 1)
 
     def records(self, splits: int) -> Tensor:

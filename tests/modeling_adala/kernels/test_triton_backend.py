@@ -13,6 +13,7 @@ from modeling_adala.kernels import triton_backend as backend
 
 SUITE = "tests/modeling_adala/kernels/triton_suite.py"
 ROOT = Path(__file__).parents[3]
+KERNELS = ("state", "output", "query_gradient", "key_gradient")
 MODES = ["interpreter", *(["gpu"] if torch.cuda.is_available() else [])]
 
 triton = pytest.importorskip("triton")
@@ -84,17 +85,36 @@ def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(packed):
         assert (gradient.shape, gradient.dtype, gradient.stride()) == (x.shape, x.dtype, x.stride())
 
 
+@pytest.mark.parametrize("multiprocessors", [108, 132])  # of an A100 and an H200
+@pytest.mark.parametrize(("batch", "heads"), [(1, 12), (1, 16), (1, 24), (8, 16), (8, 40)])
+def test_no_program_runs_alone_after_all_others(monkeypatch, multiprocessors, batch, heads):
+    """A multiprocessor holds `WAVES` programs or one. One too many would double the time."""
+    monkeypatch.setattr(backend, "_multiprocessors", lambda device: multiprocessors)
+    x = torch.empty(batch, heads, 1, 64, dtype=torch.bfloat16)
+    for direction in backend.TILES:
+        plan = backend._Plan(x, x, "elu", None, direction)
+        most, programs = backend.WAVES * multiprocessors, batch * heads
+        parts = plan.parts(16384)
+        assert parts == 1 if programs > most else most - programs < parts * programs <= most
+        assert plan.parts(1024) == min(parts, 4)  # a part is worth its record
+
+
+# head dims of 80 on the oldest cards that the kernels support, of 64 on Hopper, whose products take other paths
+TARGETS = [(80, name, dtype, 80) for dtype in (torch.float32, torch.bfloat16) for name in KERNELS]
+TARGETS += [(90, name, torch.bfloat16, 64) for name in ("state", "query_gradient")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["state", "output", "query_gradient", "key_gradient"])
-def test_kernels_compile_for_a_gpu_without_one(name, dtype):
+@pytest.mark.parametrize(("capability", "name", "dtype", "dim"), TARGETS)
+def test_kernels_compile_for_a_gpu_without_one(capability, name, dtype, dim, monkeypatch):
     """The interpreter takes much that the compiler does not. Fits shared memory of the smallest cards, too."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = getattr(backend._kernels(), name)
     direction = "backward" if "gradient" in name else "forward"
-    x = torch.empty(1, 1, 1, 80, dtype=dtype)
+    monkeypatch.setattr(backend, "_wgmma", lambda device: capability == 90)
+    x = torch.empty(1, 1, 1, dim, dtype=dtype)
     plan = backend._Plan(x, x, "elu", None, direction)
     constants = {**plan.options, "CHUNKS": plan.chunks, "FUSED": plan.fused, "key_d": 1, "value_d": 1, "query_d": 1}
     pointer = "*fp32" if dtype == torch.float32 else "*bf16"
@@ -105,6 +125,6 @@ def test_kernels_compile_for_a_gpu_without_one(name, dtype):
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     source = ASTSource(kernel, signature, {n: constants[n] for n in kernel.arg_names if n in constants})
     options = {"num_warps": plan.options["num_warps"], "num_stages": plan.options["num_stages"]}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
-    assert "mma.sync" in compiled.asm["ptx"]  # on tensor cores
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in compiled.asm["ptx"]  # on tensor cores
     assert compiled.metadata.shared <= 99 * 1024
