@@ -90,14 +90,15 @@ def measure_all(
     for case in progress(list(cases), name):
         if time.monotonic() > end:
             missing[str(case)] = "no time left"
-            continue
-        try:
-            rows += measure(case)
-        except Exception as error:  # of the compilers and drivers below us, too: the other cases have their own chance
-            missing[str(case)] = one_line(error)
-            failed.append(str(case))
-        result = {**facts, **summary(rows), "not_measured": missing}
-        path = write_result(name, rows, smoke=args.smoke, output=args.output, device=device(), **result)
+        else:
+            try:
+                rows += measure(case)
+            except Exception as error:  # of compilers and drivers, too: the other cases have their own chance
+                missing[str(case)] = one_line(error)
+                failed.append(str(case))
+        if rows or failed:
+            result = {**facts, **summary(rows), "not_measured": missing}
+            path = write_result(name, rows, smoke=args.smoke, output=args.output, device=device(), **result)
     if path is None:
         raise AdaLAError(f"{name}: --seconds {args.seconds:g} leaves no time for any case.")
     print(path)

@@ -17,6 +17,7 @@ from .operator import GRAPH
 
 PAGE = ROOT / "docs" / "speed.md"
 START, END = "<!-- benchmarks.tables: do not edit by hand -->", "<!-- end of benchmarks.tables -->"
+CUDA = "-cuda"
 MIB = 2**20
 REMOVED = ("cpu",)  # compiled passes, worth 3 to 4 percent of a whole model (docs/experiments.md)
 
@@ -39,19 +40,21 @@ def replace_tables(page: str, tables: str) -> str:
 
 def render(results: dict[str, dict[str, Any]]) -> str:
     """Return the tables in Markdown, a section per result; what was not measured is named as that."""
-    parts = []
+    parts, without = [], []
     for name, (title, rows_of) in SECTIONS.items():
-        script = "gpu" if name.endswith("-cuda") else name
-        if name not in results:
-            parts += [f"### {title}", f"Not measured: `python -m benchmarks.{script}` on such a machine."]
-            continue
-        result = results[name]
-        missing = "; ".join(f"{case}: {reason}" for case, reason in result.get("not_measured", {}).items())
-        origin = _origin(result) + (f" Not measured: {plain(missing)}." if missing else "")
-        parts += [f"### {title}", origin, table(rows_of(result))]
-    rows = {name.removesuffix("-cuda"): result["rows"] for name, result in results.items() if name.endswith("-cuda")}
+        if name in results:
+            missing = "; ".join(f"{case}: {why}" for case, why in results[name].get("not_measured", {}).items())
+            origin = _origin(results[name]) + (f" Not measured: {plain(missing)}." if missing else "")
+            parts += [f"### {title}", origin, table(rows_of(results[name]))]
+        elif name.endswith(CUDA):
+            without.append(name.removesuffix(CUDA))
+        else:
+            parts += [f"### {title}", f"Not measured: `python -m benchmarks.{name}`."]
+    rows = {name.removesuffix(CUDA): result["rows"] for name, result in results.items() if name.endswith(CUDA)}
     if rows:
         parts[:0] = ["### GPU: asked and reached", "From the GPU results below.", table(judge(rows))]
+    if without:
+        parts += ["### Not measured on a GPU", f"`python -m benchmarks.gpu` measures {', '.join(without)}."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -147,9 +150,9 @@ SECTIONS = {
     "scaling-cuda": ("The operator over tokens, GPU", scaling_rows),
     "training": ("Training steps", training_rows),
     "training-cuda": ("Training steps, GPU", training_rows),
-    "distillation-cuda": ("A distillation of four minutes, GPU", distillation_rows),
-    "tests-cuda": ("Tests on a GPU", tests_rows),
-    "gpu-cuda": ("The GPU run", parts_rows),
+    "distillation-cuda": ("Distillation, GPU", distillation_rows),
+    "tests-cuda": ("Tests, GPU", tests_rows),
+    "gpu-cuda": ("Parts of the GPU run", parts_rows),
 }
 
 

@@ -1,6 +1,6 @@
 """Steps of stages 1 and 2 beside the passes that bound their rate, and beside hooks on everything.
 
-    python -m benchmarks.training            some minutes: DINOv2-small (ViT-L on a GPU) at 224 px, batch 16
+    python -m benchmarks.training            some minutes: DINOv2-small at 224 px, batch 16, on a GPU ViT-B, 64
     python -m benchmarks.training --smoke    seconds, a tiny ViT
 
 The bound of stage 1 is the rate of the teacher's forward pass alone, that of stage 2 the rate of the teacher's forward
@@ -26,7 +26,7 @@ from trainers.runs.timing import Timing, time_in_turns
 from vit_adala.benchmark.cases import timing_columns
 
 from .common import ROOT, Row, device, measure_all, parser, peak_bytes, run_script
-from .model import LARGE, TINY
+from .model import TINY
 from .training_steps import HOOKS, STAGE_1, STAGE_2, STUDENT, TEACHER, Setting, prepare, trainer_of
 
 MODEL = ROOT.parent / "shared" / "models" / "dinov2-small-saliency"
@@ -42,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--teacher", help="softmax checkpoint. Default: see above, that of a ViT-L with random weights"
     )
     options.add_argument("--size", type=int, default=224, help="side of the images in pixels")
-    options.add_argument("--batch", type=int, default=16, help="images per step")
+    options.add_argument("--batch", type=int, default=16 if device() == "cpu" else 64, help="images per step")
     args = options.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         if args.smoke:
             args.teacher, args.size, args.batch = random_teacher(folder, "tiny ViT", TINY), 32, 4
         elif args.teacher is None:
-            args.teacher = random_teacher(folder, "ViT-L", LARGE) if device() == "cuda" else str(MODEL)
+            args.teacher = random_teacher(folder, "ViT-B", {}) if device() == "cuda" else str(MODEL)
         maps = FEATURE_MAPS[-1:] if args.smoke else FEATURE_MAPS
         facts: dict[str, Any] = {}
         measure_all(
