@@ -28,6 +28,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 SMOKE = ROOT / "out" / "benchmarks"
 
 Row = dict[str, Any]
+Run = Callable[[], Any]
 Case = TypeVar("Case")
 
 
@@ -66,7 +67,8 @@ def measure_all(
 ) -> Path:
     """Measure case after case and write the result after each, so that a kill loses no more than one.
 
-    A case that fails, or that `--seconds` leaves no time for, is named under `not_measured`, with the reason.
+    A case that fails, or that `--seconds` leaves no time for, is named under `not_measured`, with the reason; so is
+    what `prepare_all` says has failed of a case.
 
     Args:
         name (`str`): Name of the benchmark.
@@ -92,7 +94,12 @@ def measure_all(
             missing[str(case)] = "no time left"
         else:
             try:
-                rows += measure(case)
+                for row in measure(case):
+                    if "failed" in row:
+                        failed.append(f"{case}, {row['name']}")
+                        missing[failed[-1]] = row["failed"]
+                    else:
+                        rows.append(row)
             except Exception as error:  # of compilers and drivers, too: the other cases have their own chance
                 missing[str(case)] = one_line(error)
                 failed.append(str(case))
@@ -103,8 +110,23 @@ def measure_all(
         raise AdaLAError(f"{name}: --seconds {args.seconds:g} leaves no time for any case.")
     print(path)
     if failed:
-        raise AdaLAError(f"{name}: {len(failed)} of {len(cases)} cases failed, {failed[0]}: {missing[failed[0]]}")
+        raise AdaLAError(f"{name}: {len(failed)} measurements failed, the first is {failed[0]}: {missing[failed[0]]}")
     return path
+
+
+def prepare_all(prepare: dict[str, Callable[[], Run]]) -> tuple[dict[str, Run], list[Row]]:
+    """Return what can be run, by name, and a row with the reason for `measure_all` for each that cannot.
+
+    `prepare` compiles, records and checks: what goes wrong there takes one thing out of a comparison, not all of it.
+    """
+    runs: dict[str, Run] = {}
+    failed = []
+    for name, make in prepare.items():
+        try:
+            runs[name] = make()
+        except Exception as error:
+            failed.append({"name": name, "failed": one_line(error)})
+    return runs, failed
 
 
 def peak_bytes(smoke: bool, prepare: Callable[..., Callable[[], Any]], *args: Any) -> int | None:

@@ -12,6 +12,7 @@ returns the values as they are: no attention makes the model faster than that.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,18 @@ from vit_adala.benchmark.cases import graph_of, timing_columns
 from vit_adala.benchmark.floor import DEFINITION, Floor, measure_floor
 from vit_adala.benchmark.models import TOLERANCES, check_features, expected_features, forward_of, reference_of
 
-from .common import Row, device, dtype_name, floor_columns, floor_facts, measure_all, parser, run_script
+from .common import (
+    Row,
+    Run,
+    device,
+    dtype_name,
+    floor_columns,
+    floor_facts,
+    measure_all,
+    parser,
+    prepare_all,
+    run_script,
+)
 
 SOFTMAX, FREE = "softmax", "attention for free"
 PAPER, DEFAULT = "linear (elu)", "linear (hedgehog and mixing)"
@@ -114,19 +126,25 @@ def measure(
     torch.compiler.reset()
     pixels = torch.randn(images.batch, 3, images.side, images.side, generator=torch.Generator().manual_seed(0))
     pixels = pixels.to(device, torch.bfloat16)
-    runs: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float] = {}
-    for name in COMPARED if images.compiled else models:
-        model = models[name]
-        variants = {name + COMPILED_SUFFIX * images.compiled: forward_of(model, pixels, images.compiled)}
-        if device == "cuda":
-            variants |= {label + GRAPH_SUFFIX: graph_of(run) for label, run in variants.items()}
-        runs |= variants
-        if name in LINEAR:  # the others are PyTorch's own, or no attention at all
+
+    def prepare(label: str, forward: Run) -> Run:
+        run, model = graph_of(forward) if label.endswith(GRAPH_SUFFIX) else forward, models[label.partition(",")[0]]
+        features = run()
+        if (
+            model.config.model_type == AdaLAViTConfig.model_type
+        ):  # the others are PyTorch's own, or no attention at all
             expected = expected_features(reference_of(model), pixels)
-            errors |= {label: check_features(label, run(), expected, pixels) for label, run in variants.items()}
-    timings = time_in_turns(runs, device, seconds)
-    rows = []
+            errors[label] = check_features(label, features, expected, pixels)
+        return run
+
+    variants: dict[str, Callable[[], Run]] = {}
+    for name in COMPARED if images.compiled else models:
+        label, forward = name + COMPILED_SUFFIX * images.compiled, forward_of(models[name], pixels, images.compiled)
+        for suffix in ("", GRAPH_SUFFIX) if device == "cuda" else ("",):
+            variants[label + suffix] = partial(prepare, label + suffix, forward)
+    runs, rows = prepare_all(variants)
+    timings = time_in_turns(runs, device, seconds) if runs else {}
     for label, timing in timings.items():
         name = label.partition(",")[0]
         config, size = models[name].config, (images.side, images.side)

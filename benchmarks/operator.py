@@ -9,6 +9,7 @@ On a CPU, one layer of a ViT-B, on a GPU of a ViT-L or ViT-H. Everything that is
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from vit_adala.benchmark.operators import (
 
 from .common import (
     Row,
+    Run,
     device,
     dtype_name,
     floor_columns,
@@ -39,6 +41,7 @@ from .common import (
     measure_all,
     one_line,
     parser,
+    prepare_all,
     run_script,
 )
 
@@ -137,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def measure(shape: Shape, device: str, floor: Floor, peer: Callable[..., Tensor] | None, seconds: float) -> list[Row]:
+def measure(shape: Shape, device: str, floor: Floor, peer: Operator | None, seconds: float) -> list[Row]:
     """Return one row per operator that can run at this shape. Ours is checked first, values and gradients."""
     backward = shape.passes == BACKWARD
     phi = build_feature_map(shape.feature_map, shape.heads, shape.head_dim).to(device)
@@ -145,21 +148,33 @@ def measure(shape: Shape, device: str, floor: Floor, peer: Callable[..., Tensor]
         shape.batch, shape.heads, shape.tokens, shape.head_dim, shape.dtype, device, requires_grad=backward
     )
     chosen = _operators(shape, phi, peer)
-    errors = {
-        name: check_operator(chosen[name], inputs, phi, backward) for name in chosen if name in (LINEAR, COMPILED)
-    }
     limit = SDPA_TOKENS.get((shape.passes, shape.dtype), FEWER_SDPA_TOKENS)
     if device == "cpu" and shape.tokens > limit:
         chosen.pop(SDPA, None)
-    runs = {name: pass_of(operator, inputs, backward) for name, operator in chosen.items()}
-    if peer is not None and PEER in chosen:
+    errors: dict[str, float] = {}
+
+    def prepare(name: str) -> Run:
+        if name in (LINEAR, COMPILED):
+            errors[name] = check_operator(chosen[name], inputs, phi, backward)
+        run = pass_of(chosen[name], inputs, backward)
+        if device == "cuda":
+            run()  # memory may not suffice, the peer may not compile
+        return run
+
+    def prepare_bare(peer: Operator) -> Run:
         given = (x.to(shape.dtype).contiguous() for x in (*phi(inputs[0], inputs[1]), inputs[2]))
-        runs[PEER_BARE] = pass_of(peer, tuple(x.detach().requires_grad_(backward) for x in given), backward)
+        return pass_of(peer, tuple(x.detach().requires_grad_(backward) for x in given), backward)
+
+    variants: dict[str, Callable[[], Run]] = {name: partial(prepare, name) for name in chosen}
     captured = [name for name in shape.names if name.endswith(GRAPH)]
-    runs |= {name: graph_of(runs[name.removesuffix(GRAPH)], GRAPH_CALLS) for name in captured}
-    timings = time_in_turns(runs, device, seconds)
-    timings |= {name: timings[name].share(GRAPH_CALLS) for name in captured}
-    rows = []
+    for name in captured:
+        run = pass_of(chosen[name.removesuffix(GRAPH)], inputs)
+        variants[name] = partial(graph_of, run, GRAPH_CALLS)
+    if peer is not None and PEER in chosen:
+        variants[PEER_BARE] = partial(prepare_bare, peer)
+    runs, rows = prepare_all(variants)
+    timings = time_in_turns(runs, device, seconds) if runs else {}
+    timings |= {name: timings[name].share(GRAPH_CALLS) for name in captured if name in timings}
     for name, timing in timings.items():
         features = (
             shape.tokens if name.startswith(SDPA) else phi(inputs[0][:, :, :1], inputs[1][:, :, :1])[0].shape[-1]
@@ -184,7 +199,7 @@ def measure(shape: Shape, device: str, floor: Floor, peer: Callable[..., Tensor]
     return rows
 
 
-def load_peer(device: str) -> tuple[Callable[..., Tensor] | None, str]:
+def load_peer(device: str) -> tuple[Operator | None, str]:
     """Return fla-org/flash-bidirectional-linear-attention where it is importable, and a word on why not."""
     if device != "cuda":
         return None, "not compared: it needs CUDA"
@@ -206,7 +221,7 @@ def fewer_tiles(kernel: Any) -> int:
     return len(kernel.configs)
 
 
-def _operators(shape: Shape, phi: FeatureMap, peer: Callable[..., Tensor] | None) -> dict[str, Operator]:
+def _operators(shape: Shape, phi: FeatureMap, peer: Operator | None) -> dict[str, Operator]:
     chosen = {name: operator for name, operator in operators(phi).items() if name in shape.names}
     if COMPILED in shape.names:
         chosen[COMPILED] = torch.compile(chosen[LINEAR], fullgraph=True, dynamic=True)

@@ -125,11 +125,22 @@ def test_a_case_that_fails_is_named_and_the_others_are_measured(tmp_path):
             raise ValueError("broken\nbelow us")
         return [{"name": case}]
 
-    with pytest.raises(AdaLAError, match=r"some: 1 of 3 cases failed, bad: ValueError: broken$"):
+    with pytest.raises(AdaLAError, match=r"some: 1 measurements failed, the first is bad: ValueError: broken$"):
         common.measure_all("some", ["first", "bad", "last"], measure, arguments(tmp_path), subject="it")
     result = common.load_json(tmp_path / "some.json")
     assert [row["name"] for row in result["rows"]] == ["first", "last"]
     assert result["not_measured"] == {"bad": "ValueError: broken"} and result["subject"] == "it"
+
+
+def test_what_cannot_be_run_leaves_a_comparison_and_not_its_case(tmp_path):
+    def measure(case: str) -> list[dict]:
+        runs, failed = common.prepare_all({"ours": lambda: lambda: 1, "graph": lambda: [][0]})
+        return [*failed, *({"name": name, "result": run()} for name, run in runs.items())]
+
+    with pytest.raises(AdaLAError, match="a case, graph: IndexError: list index out of range"):
+        common.measure_all("some", ["a case"], measure, arguments(tmp_path))
+    result = common.load_json(tmp_path / "some.json")
+    assert result["rows"] == [{"name": "ours", "result": 1}] and list(result["not_measured"]) == ["a case, graph"]
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path):
