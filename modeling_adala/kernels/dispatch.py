@@ -36,8 +36,9 @@ def linear_attention(
     check_mapped(feature_map, (query, key), (mapped_query, mapped_key))
     query, key, nonlinearity = mapped_query, mapped_key, feature_map.nonlinearity
     if nonlinearity == "softmax_pair":  # no kernel has room for it: its features are twice as many as its inputs
-        query, key, nonlinearity = softmax_pair(query * scale), softmax_pair(key * scale), "identity"
-        scale = 1.0
+        if scale != 1.0:  # a learned map has put it into its weights
+            query, key, scale = query * scale, key * scale, 1.0
+        query, key, nonlinearity = softmax_pair(query), softmax_pair(key), "identity"
     obstacle = unsupported(query, key, value, nonlinearity)
     if obstacle is None:
         return linear_attention_triton(query, key, value, nonlinearity, scale, key_mask, eps, cu_seqlens)

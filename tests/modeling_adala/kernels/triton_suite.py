@@ -9,6 +9,7 @@ about 30 ms, however little it does: hence one image and one head where more of 
 """
 
 import warnings
+from collections import Counter
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_adala import build_feature_map, linear_attention, linear_attention_reference
 from modeling_adala.feature_maps import FeatureMap
@@ -372,6 +374,29 @@ def test_two_launches_forward_and_two_backward(monkeypatch):
     assert launched == list(names[:2])
     output.sum().backward()
     assert launched == list(names)
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that run."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(str(operation))
+        return operation(*args, **kwargs or {})
+
+    def __enter__(self):
+        self.names: list[str] = []
+        return super().__enter__()
+
+
+def test_the_default_map_reads_queries_and_keys_no_more_than_it_must():
+    """Each operation is a pass over them: a projection, softmax of it and of its negative, and their concatenation."""
+    inputs, feature_map = inputs_of("elu", 1, 1, 5, 5, 16, 16), build_feature_map("hedgehog", 1, 16).to(DEVICE)
+    with Operations() as operations, torch.no_grad():
+        linear_attention(*inputs, feature_map, backend="triton")
+    views = ("view", "permute", "transpose", "unsqueeze", "expand", "detach", "squeeze", "slice")
+    names = [name.split(".")[1] for name in operations.names]
+    passes = Counter(name for name in names if not any(view in name for view in views))
+    assert passes == {"bmm": 2, "_softmax": 4, "neg": 2, "cat": 2, "linear_attention": 1}
 
 
 # --- one operator for autograd, autocast, compilers ------------------------------------------------------------------
