@@ -24,7 +24,7 @@ from .common import Row, device, measure_all, parser, run_script
 from .methods import METHODS
 from .model import TINY
 from .protocols import PROTOCOLS, Protocol
-from .quality import SMOKE_BUDGET, SMOKE_IMAGES, stages_of
+from .quality import SMOKE_BUDGET, SMOKE_IMAGES, budget_of, stages_of
 from .training import random_teacher
 
 METHOD = "hedgehog + mixing"
@@ -74,7 +74,8 @@ def measure(name: str, protocol: Protocol, steps: dict[str, Any], seconds: float
 
         def run(counts: Sequence[int]) -> list[Row]:
             fitted = with_settings(protocol, *({"max_steps": count} for count in counts))
-            return list(stages_of(fitted, METHODS[METHOD], 0, *opened, kept=Path(folder)))
+            budget = budget_of(fitted, METHODS[METHOD])
+            return list(stages_of(fitted, METHODS[METHOD], 0, budget, *opened, kept=Path(folder)))
 
         for count in (1,) if smoke else TRIALS:
             begin = time.monotonic()
