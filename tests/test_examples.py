@@ -234,3 +234,27 @@ def test_the_model_of_ones_own_data_has_its_classes(runs):
     assert model.config.id2label == {0: "zero", 1: "one"}
     before, after = map(float, re.search(r"accuracy (\S+)% -> (\S+)%", run.last_line).groups())
     assert before < after
+
+
+def test_the_notebook_runs_and_was_saved_with_its_pictures(tmp_path, monkeypatch):
+    """One step of each stage in the place of a hundred, and a few images."""
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((REPOSITORY / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    source = "\n".join("".join(cell["source"]) for cell in cells)
+    for long, short in {
+        '"max_steps": 100, "per_device_train_batch_size": 32': '"max_steps": 1, "per_device_train_batch_size": 4',
+        "data.loader(data.eval_dataset())": "data.loader(data.eval_dataset(20))",
+        "logging_steps=20": "logging_steps=20, calibration_images=4",
+    }.items():
+        assert long in source
+        source = source.replace(long, short)
+    names: dict = {}
+    exec(compile(source, "quickstart.ipynb", "exec"), names)
+    assert list(names["figures"]) == ["teacher", "converted", "stage 1", "stages 1+2"]
+    assert type(names["again"]) is AdaLAViTForImageClassification and len(names["ranking"]) == 6 + 1
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    saved = re.findall(r"(\d+\.\d)%", "".join(text for output in outputs for text in output.get("text", [])))
+    teacher, converted, _, final = map(float, saved[-5:-1])
+    assert converted < 20 and abs(teacher - final) < 2
