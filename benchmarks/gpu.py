@@ -152,11 +152,12 @@ def checks(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
         complete = complete and fine
         yield fine, line
     yield from check_folders(args.output)
-    if complete:  # else they do not import
-        for part in PARTS.values():
-            importlib.import_module(part.module)
-        yield True, "all parts import"
-        yield from check_device(args.dry_run)
+    if not complete:  # what follows imports them
+        return
+    found = list(check_device(args.dry_run))
+    yield from found
+    if all(fine for fine, _ in found):
+        yield from check_parts(args.dry_run)
 
 
 def requirements() -> list[Requirement]:
@@ -203,8 +204,6 @@ def check_device(dry_run: bool) -> Iterator[tuple[bool, str]]:
     """Yield lines about the GPU and what Triton needs to compile for it."""
     import torch
 
-    from .operator import load_peer
-
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
     header = Path(sysconfig.get_path("include")) / "Python.h"
     yield dry_run or compiler is not None, f"C compiler, with which Triton builds its launchers: {compiler or 'none'}"
@@ -226,11 +225,21 @@ def check_device(dry_run: bool) -> Iterator[tuple[bool, str]]:
     free, total = (size / GIB for size in torch.cuda.mem_get_info())
     note = "" if free >= ENOUGH_MEMORY else f"; the largest cases want {ENOUGH_MEMORY}"
     yield free >= LEAST_MEMORY, f"memory: {free:.0f} of {total:.0f} GiB free{note}"
-    from modeling_adala.kernels import choose_backend
 
-    backend = choose_backend("cuda")
-    yield backend.name == "triton", f"backend: {backend.name}, {backend.reason}"
-    yield True, f"peer library: {load_peer('cuda')[1]}"
+
+def check_parts(dry_run: bool) -> Iterator[tuple[bool, str]]:
+    """Yield lines about what the parts import."""
+    for part in PARTS.values():
+        importlib.import_module(part.module)
+    yield True, "all parts import"
+    if not dry_run:
+        from modeling_adala.kernels import choose_backend
+
+        from .operator import load_peer
+
+        backend = choose_backend("cuda")
+        yield backend.name == "triton", f"backend: {backend.name}, {backend.reason}"
+        yield True, f"peer library: {load_peer('cuda')[1]}"
 
 
 if __name__ == "__main__":
