@@ -32,7 +32,7 @@ def main() -> None:
     """Write the page and its picture."""
     cells, latency = load_cells(RESULTS / "quality"), load_latency(RESULTS / "latency.json")
     write_text(PAGE, replace_between(PAGE.read_text(), START, END, render(cells, latency)))
-    if latency:
+    if latency and any(cell["protocol"] == "dense" for cell in cells):
         draw(cells, latency)
     print(PAGE)
 

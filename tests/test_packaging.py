@@ -58,6 +58,10 @@ def test_every_package_that_is_imported_is_declared(metadata):
     assert not undeclared, {name: str(found[name]) for name in undeclared}
 
 
+def test_benchmarks_and_rivals_are_not_shipped(metadata):
+    assert {package.partition(".")[0] for package in metadata["packages"]} == set(PACKAGES)
+
+
 # --- constraints.txt -------------------------------------------------------------------------------------------------
 
 
