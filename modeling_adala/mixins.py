@@ -174,7 +174,7 @@ class AdaLABackboneMixin(BackboneMixin):
                     hidden_state = last_layernorm(self)(hidden_state)
                 if self.config.reshape_hidden_states:
                     patches = hidden_state[:, num_special_tokens(self.config) :]
-                    hidden_state = patches.transpose(1, 2).reshape(len(patches), -1, *grid).contiguous()
+                    hidden_state = patches.transpose(1, 2).unflatten(2, grid).contiguous()
                 maps.append(hidden_state)
         return BackboneOutput(
             feature_maps=tuple(maps), hidden_states=output.hidden_states, attentions=output.attentions
