@@ -388,7 +388,7 @@ def _open(
     if getattr(model, "_hf_peft_config_loaded", False):
         raise CheckpointError(f"{what} holds adapters; merge them with merge_and_unload and save the model whole.")
     check_complete(model, info, config, what, new_head, new_labels)
-    check_dtypes(what, _weights_of(name, config))
+    check_dtypes(what, weights_of(name, config))
     if finite:
         check_finite(model, what)
     return model
@@ -398,7 +398,8 @@ def _wants_attentions(config: PretrainedConfig) -> bool:
     return any(getattr(part, "output_attentions", False) for part in (config, *_sub_configs(config)))
 
 
-def _weights_of(name: str, config: PretrainedConfig) -> list[Path]:
+def weights_of(name: str, config: PretrainedConfig) -> list[Path]:
+    """Return the safetensors files of a local folder, or of a model of the Hub that is in the cache."""
     if os.path.isdir(name):
         return weight_files(name)
     cached = try_to_load_from_cache(name, "config.json", revision=getattr(config, "_commit_hash", None))

@@ -1,5 +1,6 @@
 """The safetensors files of a checkpoint: their names, their headers, and whether all numbers are finite."""
 
+import hashlib
 import json
 import os
 import re
@@ -50,6 +51,15 @@ def weight_files(directory: str | os.PathLike) -> list[Path]:
                 f" this folder. {replace_it(directory)}."
             )
     return [directory / name for name in names]
+
+
+def hash_files(files: Iterable[Path]) -> str:
+    """Return a SHA-256 of the content of some files, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:

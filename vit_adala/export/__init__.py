@@ -1,0 +1,1 @@
+"""Export to ONNX and OpenVINO: tracing, the check against PyTorch, int8."""
