@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from .card_data import PICTURES, AdaLACardData, dataset_name, last_part
 from .records import EVALUATIONS, FIGURES, IMAGES, Figure, mapping, number, one_line, write_text
-from .usage import usage
+from .usage import onnx_usage, usage
 
 _MARKDOWN = re.compile(r"[\\`*_\[\]~$#!^]|:(?=//)|(?<=www)\.|@")
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
@@ -76,6 +76,8 @@ def render_card(data: AdaLACardData, links: dict[str, str] | None = None) -> Mod
         base_url=Markdown(f"https://huggingface.co/{data.base_model}"),
         usage=Markdown(usage(data)),
         remote_usage=Markdown(usage(data, trust_remote_code=True)) if data.has_remote_code else "",
+        onnx=onnx_rows(data),
+        onnx_usage=Markdown(onnx_usage(data)) if data.exports else "",
         results=result_rows(data),
         history=history_rows(data),
         stages=stage_rows(data),
@@ -90,6 +92,21 @@ def render_card(data: AdaLACardData, links: dict[str, str] | None = None) -> Mod
         },
     )
     return ModelCard(re.sub(r"\n{3,}", "\n\n", content))
+
+
+def onnx_rows(data: AdaLACardData) -> list[list[str]]:
+    """Return the ONNX graphs: heading and rows; columns without an entry are left out."""
+    columns = [["", *(export.name for export in data.exports)], ["type", *(export.kind for export in data.exports)]]
+    columns.append(["image size", *(", ".join(export.sizes) or "any" for export in data.exports)])
+    columns.append(["batch", *(str(export.batch or "any") for export in data.exports)])
+    columns.append(["MB", *(f"{export.size / 1e6:,.1f}" for export in data.exports)])
+    differences = [export.difference for export in data.exports]
+    columns.append(["largest difference", *("" if value is None else f"{value:.1e}" for value in differences)])
+    for name in dict.fromkeys(name for export in data.exports for name in export.accuracy):
+        pairs = [export.accuracy.get(name) for export in data.exports]
+        heading = name.removesuffix("_accuracy").replace("_", " ") + " before, after"
+        columns.append([heading, *("" if pair is None else f"{pair[0]:.1%}, {pair[1]:.1%}" for pair in pairs)])
+    return _rows(columns)
 
 
 def result_rows(data: AdaLACardData) -> list[list[str]]:

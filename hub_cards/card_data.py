@@ -14,6 +14,7 @@ from modeling_adala.errors import CheckpointError
 from modeling_adala.families import is_adala
 from modeling_adala.modeling_adala import head_of, models_of
 
+from .exports import OnnxExport
 from .records import (
     EVALUATION,
     FIGURES,
@@ -75,6 +76,7 @@ class AdaLACardData:
         stated (`dict`): `language`, `license` and `tags` as the caller stated them.
         pictures (`list[Path]`): Files that the card shows, by their names; they belong beside it.
         has_processor (`bool`): The folder holds an image processor.
+        exports (`list[OnnxExport]`): ONNX graphs that are beside the weights.
         repo_id (`str`, *optional*): Repository of the checkpoint on the Hub.
     """
 
@@ -88,6 +90,7 @@ class AdaLACardData:
     stated: dict[str, Any] = field(default_factory=dict)
     pictures: list[Path] = field(default_factory=list)
     has_processor: bool = False
+    exports: list[OnnxExport] = field(default_factory=list)
     repo_id: str | None = None
 
     @classmethod

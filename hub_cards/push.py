@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from modeling_adala.modeling_adala import models_of
 
 from .card import render_card
 from .card_data import AdaLACardData
+from .exports import FOLDER as ONNX
+from .exports import read_exports
 from .upstream import get_relative_import_files, git_hash, sha_fileobj
 
 CARD = "README.md"
@@ -103,6 +105,7 @@ def plan_push(
     revision: str = "main",
     private: bool = False,
     compare: bool = True,
+    with_onnx: Sequence[str | Path] = (),
     api: HfApi | None = None,
 ) -> PushPlan:
     """Decide what a push uploads, without changing anything.
@@ -117,11 +120,13 @@ def plan_push(
         private (`bool`, *optional*, defaults to `False`): Make a new repository private.
         compare (`bool`, *optional*, defaults to `True`): Compare with the repository. `False` needs no network and
             takes all files for new.
+        with_onnx (`Sequence`, *optional*): Folders that `vit-adala export` wrote from this checkpoint; their graphs go
+            into `onnx/`, and into the card.
         api (`HfApi`, *optional*): Endpoint and token. Default: those of the environment.
 
     Raises:
         UsageError: For a folder that is not an AdaLA checkpoint, a malformed `repo_id`, a `revision` that is a tag, or
-            `private` on a public repository.
+            `private` on a public repository, or an export of other weights.
         CheckpointError: For a folder that `check_checkpoint` refuses, without weights, or with weights that are NaN,
             infinite or cast to integers.
         AdaLAError: If the Hub refuses, fails or cannot be reached.
@@ -131,7 +136,7 @@ def plan_push(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UsageError(f"repo_id={repo_id!r} is not a valid repository name: {error}") from error
-    sources, card, notes = _collect(directory, repo_id)
+    sources, card, notes = _collect(directory, repo_id, with_onnx)
     plan: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "private": private, "card": card, "notes": notes}
     remote: dict[str, RepoFile] = {}
     if compare:
@@ -140,6 +145,9 @@ def plan_push(
     files = [_planned(path, source, remote.get(path)) for path, source in sources.items()]
     stale = [entry for path, entry in remote.items() if _WEIGHTS.fullmatch(path) and path not in sources]
     files += [PlannedFile(entry.path, "deleted", entry.size) for entry in stale]
+    left = [path for path in remote if path.startswith(f"{ONNX}/") and path.endswith(".onnx") and path not in sources]
+    if left and any(file.change != "same" for file in files if _WEIGHTS.fullmatch(file.path)):
+        notes.append(f"{', '.join(left)} on the Hub is of earlier weights and stays; export again, pass --with-onnx")
     return PushPlan(files=files, exists=bool(remote.keys() - {".gitattributes"}), **plan)
 
 
@@ -188,7 +196,9 @@ def without_login(text: str) -> str:
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
-def _collect(directory: Path, repo_id: str) -> tuple[dict[str, Path | bytes], str, list[str]]:
+def _collect(
+    directory: Path, repo_id: str, with_onnx: Sequence[str | Path]
+) -> tuple[dict[str, Path | bytes], str, list[str]]:
     """Return the contents by path in the repository, the card, and notes on them."""
     if not (directory / "config.json").is_file():
         below = sorted(path.parent.name for path in directory.glob("*/config.json"))
@@ -201,7 +211,8 @@ def _collect(directory: Path, repo_id: str) -> tuple[dict[str, Path | bytes], st
             " `model.push_to_hub`, or convert it first."
         )
     data, notes = AdaLACardData.from_checkpoint(directory, repo_id, config=config), []
-    card = str(render_card(data))
+    exports = read_exports(with_onnx, directory)
+    card = str(render_card(dataclasses.replace(data, exports=exports)))
     if not _is_from_records(directory, data):
         notes.append(f"{directory / CARD} was edited by hand; the card that goes up is built from the records")
     processors: dict[str, Path | bytes] = {
@@ -214,6 +225,7 @@ def _collect(directory: Path, repo_id: str) -> tuple[dict[str, Path | bytes], st
     sources: dict[str, Path | bytes] = {CARD: card.encode(), "config.json": _as_json(values)}
     sources |= processors | _code(values["auto_map"]) | _weights(directory)
     sources |= {picture.name: picture for picture in data.pictures if f"({picture.name})" in card}
+    sources |= {f"{ONNX}/{path.name}": path for export in exports for path in export.files}
     return sources, card, notes
 
 

@@ -1,6 +1,7 @@
 """Python examples of a card, which run as they are pasted."""
 
 from .card_data import AdaLACardData
+from .exports import FOLDER as ONNX
 
 FOLDER = "path/to/this/folder"
 # a use of the output, by the Auto class that opens the model
@@ -42,3 +43,36 @@ def usage(data: AdaLACardData, *, trust_remote_code: bool = False) -> str:
         lines += ['inputs = processor(Image.open("image.jpg"), return_tensors="pt")']
         lines += [_OUTPUTS.get(head.auto_class, "outputs = model(**inputs)")]
     return "\n".join(lines)
+
+
+# a use of the outputs of a graph, by the Auto class that opens the model
+_ONNX_OUTPUTS = {
+    "AutoModelForImageClassification": 'print(outputs["logits"].argmax(-1))',
+    "AutoModelForSemanticSegmentation": 'classes = outputs["logits"].argmax(1)',
+    "AutoBackbone": 'feature_map = outputs["feature_maps.0"]',
+}
+
+
+def onnx_usage(data: AdaLACardData) -> str:
+    """Return code that runs the first ONNX graph of a repository on an image, without PyTorch."""
+    export, repo, head = data.exports[0], f'"{data.repo_id}"', data.head
+    both = head.pipeline_tag == "zero-shot-image-classification"
+    lines = ["import onnxruntime", "from huggingface_hub import hf_hub_download", "from PIL import Image"]
+    lines += [f"from transformers import AutoImageProcessor{', AutoTokenizer' if both else ''}", ""]
+    lines += [f'hf_hub_download({repo}, "{ONNX}/{path.name}")  # its weights' for path in export.files[1:]]
+    lines += [f'session = onnxruntime.InferenceSession(hf_hub_download({repo}, "{export.name}"))']
+    lines += [f"processor = AutoImageProcessor.from_pretrained({repo})"]
+    size = ""
+    if len(export.sizes) == 1:
+        height, width = export.sizes[0].split("x")
+        sides = f'{{"height": {height}, "width": {width}}}'
+        size = f", size={sides}, crop_size={sides}"
+    lines += [f'inputs = processor(Image.open("image.jpg"){size}, return_tensors="np")']
+    if both:
+        lines += [f'tokenizer = AutoTokenizer.from_pretrained("{data.base_model or data.repo_id}")']
+        lines += ['inputs["input_ids"] = tokenizer(["a cat", "a dog"], padding=True, return_tensors="np")["input_ids"]']
+    lines += ["values = session.run(None, {item.name: inputs[item.name] for item in session.get_inputs()})"]
+    lines += ["outputs = {item.name: value for item, value in zip(session.get_outputs(), values)}"]
+    other = 'print(outputs["logits_per_image"])' if both else "print(list(outputs))"
+    features = 'features = outputs["last_hidden_state"]' if head.auto_class == "AutoModel" and not both else other
+    return "\n".join([*lines, _ONNX_OUTPUTS.get(head.auto_class, features)])

@@ -123,12 +123,13 @@ def image_inputs(config, pixel_values: torch.Tensor) -> dict[str, Any]:
     family = get_family(config.model_type)
     if family.packed:
         rows, columns = patch_grid(config, pixel_values)
-        batch, channels, patch = *pixel_values.shape[:2], config.patch_size
+        (batch, channels), patch, device = pixel_values.shape[:2], config.patch_size, pixel_values.device
         patches = pixel_values.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
         return {
             "pixel_values": patches.reshape(batch, rows * columns, -1),
-            "pixel_attention_mask": torch.ones(batch, rows * columns, device=pixel_values.device, dtype=torch.long),
-            "spatial_shapes": torch.tensor([[rows, columns]] * batch, device=pixel_values.device),
+            "pixel_attention_mask": torch.ones(batch, rows * columns, device=device, dtype=torch.long),
+            # by `full`, so that an exported graph takes any batch and size
+            "spatial_shapes": torch.stack([torch.full((batch,), side, device=device) for side in (rows, columns)], 1),
         }
     if family.any_size:
         return {"pixel_values": pixel_values}

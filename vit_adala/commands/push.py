@@ -28,13 +28,17 @@ class PushArguments:
     )
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
     revision: str = field(default="main", metadata={"help": "Branch; created from main if it does not exist."})
+    with_onnx: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders that vit-adala export wrote from DIR; their graphs go into onnx/."},
+    )
     dry_run: bool = field(default=False, metadata={"help": "Show files and card, upload nothing."})
     yes: bool = field(default=False, metadata={"help": "Do not ask before an existing repository changes."})
     json: bool = field(default=False, metadata={"help": "Print JSON and nothing else on stdout."})
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run `vit-adala push DIR REPO_ID [--private] [--revision BRANCH] [--dry-run] [--yes] [--json]`.
+    """Run `vit-adala push DIR REPO_ID [--private] [--revision BRANCH] [--with-onnx O ...] [--dry-run] [--yes] [--json]`.
 
     Raises:
         UsageError: If an existing repository would change and no terminal is there to ask, or see `plan_push`.
@@ -48,7 +52,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     (args,) = parser.parse(arguments)
     compare = not (args.dry_run and is_offline_mode())
-    plan = plan_push(args.directory, args.repo_id, revision=args.revision, private=args.private, compare=compare)
+    target = {"revision": args.revision, "private": args.private}
+    plan = plan_push(args.directory, args.repo_id, **target, compare=compare, with_onnx=args.with_onnx)
     if not compare:
         plan.notes.append("offline: not compared with the Hub, everything counts as new")
     result = {"repo_id": args.repo_id, "revision": args.revision, "notes": plan.notes, "url": None}

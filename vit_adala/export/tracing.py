@@ -186,4 +186,10 @@ def _write_openvino(model: Any, inputs: dict[str, Any], shapes: dict[str, Any], 
     from .upstream import export_openvino
 
     program = export_openvino(model, inputs, shapes, half)
+    # a grid of one row or column gives wrong features (OpenVINO 2026.4): refused, where pixels tell the grid
+    images = program.input("pixel_values").get_partial_shape()
+    for axis, side in zip((2, 3), patch_size(model.config)):
+        if axis in shapes["pixel_values"]:
+            images[axis] = openvino.Dimension(2 * side, -1)
+    program.reshape({"pixel_values": images})
     openvino.save_model(program, str(path), compress_to_fp16=False)
