@@ -70,7 +70,9 @@ def onnx_usage(data: AdaLACardData) -> str:
     lines += [f'inputs = processor(Image.open("image.jpg"){size}, return_tensors="np")']
     if both:
         lines += [f'tokenizer = AutoTokenizer.from_pretrained("{data.base_model or data.repo_id}")']
-        lines += ['inputs["input_ids"] = tokenizer(["a cat", "a dog"], padding=True, return_tensors="np")["input_ids"]']
+        lines += [
+            'inputs["input_ids"] = tokenizer(["a cat", "a dog"], padding=True, return_tensors="np")["input_ids"]'
+        ]
     lines += ["values = session.run(None, {item.name: inputs[item.name] for item in session.get_inputs()})"]
     lines += ["outputs = {item.name: value for item, value in zip(session.get_outputs(), values)}"]
     other = 'print(outputs["logits_per_image"])' if both else "print(list(outputs))"

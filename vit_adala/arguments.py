@@ -69,8 +69,8 @@ class CommandParser(argparse.ArgumentParser):
         command (`str`): Name of the command.
         description (`str`), example (`str`): Texts for `--help`.
         types (`type`): Dataclasses. Metadata of a field: `help`, and `positional` (its name in the usage line),
-            `flag` (its option, if that is not the field's name), `repeat` (may be given several times), `section` (not
-            an option).
+            `flag` (its option, if that is not the field's name), `short` (one letter, for the same), `repeat` (may be
+            given several times), `section` (not an option).
     """
 
     def __init__(self, command: str, description: str, example: str, *types: type):
@@ -86,6 +86,7 @@ class CommandParser(argparse.ArgumentParser):
         self.types, self.given = types, set[str]()
         self.add_argument("--help-all", action="store_true", help="show the options inherited from Trainer, too")
         self._styles: dict[str, str] = {}
+        self._shorts: dict[str, str] = {}
         self._is_optional = False
         self._hidden: list[tuple[argparse.Action, str]] = []
         linear = self.add_argument_group("linear attention (LinearAttentionConfig)")
@@ -170,11 +171,14 @@ class CommandParser(argparse.ArgumentParser):
         name = item.metadata.get("flag", item.name).replace("_", "-")
         style = "repeat" if "repeat" in item.metadata else _style(hint)
         self._styles[name] = style
+        short = [f"-{item.metadata['short']}"] if "short" in item.metadata else []
+        self._shorts |= dict.fromkeys(short, f"--{name}")
         default = item.default if item.default_factory is dataclasses.MISSING else None
         shown = default not in (None, False, "", dataclasses.MISSING)
         text = LINEAR_ATTENTION.get(item.name) or item.metadata.get("help", "")
         text += f" (default: {default})" if shown else ""
         return group.add_argument(
+            *short,
             f"--{name}",
             dest=item.name,
             action="append" if style == "repeat" else "store",
@@ -193,6 +197,7 @@ class CommandParser(argparse.ArgumentParser):
         waiting, joined, flagged = list(arguments), [], None
         while waiting:
             word = waiting.pop(0)
+            word = self._shorts.get(word, word)
             if word == "--":
                 joined += [word, *waiting]
                 break

@@ -21,6 +21,7 @@ COMMANDS = {
     "push": "upload a checkpoint to the Hub in one commit, with its card and the code that opens it",
     "inspect": "describe a model and what linear attention would save; reads no weights",
     "bench": "measure time, memory and break-even of linear beside softmax attention on this machine",
+    "embed": "write the features of a dataset into a parquet file, resumable",
     "export": "write a model as an ONNX or OpenVINO graph, checked against PyTorch",
     "features": "draw patch features and attention maps, student beside teacher",
 }

@@ -23,6 +23,7 @@ class Settings:
         device (`str`, *optional*, defaults to `"cpu"`): `"cpu"` or `"cuda"`.
         backward (`bool`, *optional*, defaults to `False`): Time forward and backward pass, not the forward pass alone.
         compile (`bool`, *optional*, defaults to `False`): Also time compiled passes.
+        runtimes (`tuple[str, ...]`, *optional*): Runtimes to time beside PyTorch, of `runtimes.LABELS`.
         seconds (`float`, *optional*, defaults to 2): Time for the samples of a case, see `time_in_turns`.
         max_seconds (`float`, *optional*, defaults to 10): Skip a case whose pass is expected to take longer.
     """
@@ -31,6 +32,7 @@ class Settings:
     device: str = "cpu"
     backward: bool = False
     compile: bool = False
+    runtimes: tuple[str, ...] = ()
     seconds: float = 2.0
     max_seconds: float = 10.0
 
@@ -62,6 +64,7 @@ class Case:
             large.
         peak (`Callable`, *optional*): Returns the peak memory in bytes.
         compiled (`bool`, *optional*, defaults to `False`): The first call of `run` compiles it.
+        skip (`str`, *optional*): Why it is not measured.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Case:
     check: Callable[[], float] | None = None
     peak: Callable[[], int | None] | None = None
     compiled: bool = False
+    skip: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,9 @@ def measure(
     runs: dict[str, Callable[[], Any]] = {}
     for case in cases:
         forecast = case.flops * pace.get(case.name, 1 / floor.throughput)
-        if forecast > settings.max_seconds:
+        if case.skip is not None:
+            found[case.name]["skipped"] = case.skip
+        elif forecast > settings.max_seconds:
             limit = f"--max-seconds is {settings.max_seconds:g}"
             found[case.name]["skipped"] = f"a pass would take about {forecast:.0f} s, {limit}"
         else:

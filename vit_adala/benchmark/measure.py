@@ -13,7 +13,7 @@ from modeling_adala.inspection.flops import head_dim, image_cost, linear_config,
 from modeling_adala.inspection.towers import attention_modules
 from trainers.runs.memory import peak_of
 
-from . import models, operators
+from . import models, operators, runtimes
 from .cases import LINEAR, Case, Row, Settings, Size, compile_now, measure
 from .floor import Floor, operator_work
 
@@ -40,7 +40,29 @@ def bench_model(
     names = {LINEAR: linear, SOFTMAX: softmax}
     opened = {kind: models.open_model(name, kind == LINEAR, settings) for kind, name in names.items()}
     references = {kind: models.reference_of(model) for kind, model in opened.items()}
+    exported = {
+        (kind, form): runtimes.export_features(model, form)
+        for form in settings.runtimes
+        for kind, model in opened.items()
+    }
     pace: dict[str, float] = {}
+
+    def work(kind: str, size: Size) -> int:
+        return size.batch * image_cost(config, size.image_size, LINEAR if kind == LINEAR else "sdpa").flops
+
+    def reference(kind: str, pixels: Tensor, expected: dict[str, Tensor]) -> Tensor:
+        if kind not in expected:
+            expected[kind] = models.expected_features(references[kind], pixels)
+        return expected[kind]
+
+    def exported_case(kind: str, form: str, size: Size, pixels: Tensor, expected: dict[str, Tensor]) -> Case:
+        label, run = f"{kind}, {runtimes.LABELS[form]}", partial(exported[kind, form], pixels)
+
+        def check() -> float:
+            return models.check_features(label, run(), reference(kind, pixels, expected), pixels)
+
+        skip = runtimes.too_large(config, size) if kind == SOFTMAX else None
+        return Case(label, work(kind, size), 0, run, check, skip=skip)
 
     def case(kind: str, size: Size, pixels: Tensor, expected: dict[str, Tensor], compiled: bool) -> Case:
         label, model = kind + COMPILED * compiled, opened[kind]
@@ -49,14 +71,12 @@ def bench_model(
 
         def check() -> float:
             features = compile_now(label, forward) if compiled else forward()
-            if kind not in expected:
-                expected[kind] = models.expected_features(references[kind], pixels)
-            return models.check_features(label, features, expected[kind], pixels)
+            return models.check_features(label, features, reference(kind, pixels, expected), pixels)
 
         peak = partial(peak_of, models.prepare_pass, names[kind], kind == LINEAR, size, settings)
         if settings.device != "cpu":
             peak = partial(peak_of, lambda: run, device=settings.device)
-        flops = size.batch * image_cost(config, size.image_size, LINEAR if kind == LINEAR else "sdpa").flops
+        flops = work(kind, size)
         return Case(
             label,
             flops * _FORWARD_BACKWARD if settings.backward else flops,
@@ -73,6 +93,7 @@ def bench_model(
         expected: dict[str, Tensor] = {}
         variants = [(kind, compiled) for compiled in (False, *[True] * settings.compile) for kind in names]
         cases = [case(kind, size, pixels, expected, compiled) for kind, compiled in variants]
+        cases += [exported_case(*which, size, pixels, expected) for which in exported]
         yield measure(size, cases, SOFTMAX, settings, floor, pace)
 
 

@@ -28,6 +28,8 @@ from ..benchmark.measure import SOFTMAX, bench_model, bench_operator
 from ..benchmark.models import TOLERANCES, check_same_shape, check_source, known_teacher
 from ..benchmark.operators import BOUNDS, SDPA
 from ..benchmark.output import find_crossing, print_table, sentences, write_files
+from ..benchmark.runtimes import LABELS
+from ..export.formats import check_packages, package_versions
 
 SIZES = ("224", "512", "1024", "2048")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,6 +72,10 @@ class BenchArguments:
     )
     backward: bool = field(default=False, metadata={"help": "Time forward and backward pass."})
     compile: bool = field(default=False, metadata={"help": "Also time torch.compile (a minute per size)."})
+    runtime: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"Also time exported models: {', '.join(LABELS)}. float32, on the CPU."},
+    )
     operator: bool = field(default=False, metadata={"help": "Time the attention of one layer alone."})
     seconds: float = field(
         default=2.0, metadata={"help": "Time for the samples of a case.", "range": Interval(0, above=True)}
@@ -89,6 +95,16 @@ class BenchArguments:
         wrong = [size for size in self.batch if COUNT.complaint(size)]
         if wrong or not self.batch:
             raise UsageError(f"batch={self.batch}: pass numbers of images, 1 or more each, such as 1,8.")
+        unknown = [name for name in self.runtime if name not in LABELS]
+        if unknown:
+            raise UsageError(f"runtime={unknown[0]!r} is not supported; choose from {', '.join(LABELS)}.")
+        others = {"dtype": self.dtype not in (None, "float32"), "device": self.device == "cuda"}
+        others |= {"backward": self.backward, "operator": self.operator}
+        if self.runtime and any(others.values()):
+            name = next(name for name, is_set in others.items() if is_set)
+            raise UsageError(
+                f"runtime={self.runtime[0]!r} runs whole models forward, in float32 on the CPU; drop --{name}."
+            )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -126,14 +142,20 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _settings(args: BenchArguments) -> tuple[Settings, list[str]]:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in args.runtime:
+        check_packages(name)
+    device = args.device or ("cuda" if torch.cuda.is_available() and not args.runtime else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device='cuda': PyTorch sees no GPU here (see vit-adala doctor); pass --device cpu.")
-    dtype, notes = args.dtype, []
+    dtype, notes = args.dtype or ("float32" if args.runtime else None), []
+    for name in args.runtime:
+        versions = " ".join(" ".join(pair) for pair in package_versions(name).items())
+        notes.append(f"{LABELS[name]}: graphs of any size and batch, {versions}")
     if dtype is None:
         dtype, verb = ("bfloat16", "multiplies") if has_fast_bf16() else ("float32", "does not multiply")
         notes.append(f"{dtype} because this machine {verb} bfloat16 in hardware")
-    return Settings(DTYPES[dtype], device, args.backward, args.compile, args.seconds, args.max_seconds), notes
+    shared = DTYPES[dtype], device, args.backward, args.compile, tuple(args.runtime)
+    return Settings(*shared, args.seconds, args.max_seconds), notes
 
 
 def _softmax_name(model: str, config: PretrainedConfig, given: str | None) -> tuple[str, list[str]]:

@@ -52,9 +52,7 @@ _PICTURES = 4
 class ExportArguments:
     model: str = field(metadata={"help": "Folder or Hub id; linear or softmax.", "positional": "MODEL"})
     output_dir: str = field(metadata={"help": "Folder for the graph, configuration and image processor."})
-    format: str = field(
-        default="onnx", metadata={"help": f"One of {', '.join(FORMATS)}.", "choices": list(FORMATS)}
-    )
+    format: str = field(default="onnx", metadata={"help": f"One of {', '.join(FORMATS)}.", "choices": list(FORMATS)})
     sizes: list[str] = field(
         default_factory=lambda: [ANY],
         metadata={
@@ -94,7 +92,7 @@ class ExportArguments:
         check_settings(self, {})
         if self.batch != ANY and (not self.batch.isdecimal() or COUNT.complaint(int(self.batch))):
             raise UsageError(f"batch={self.batch!r}: pass a number of images, 1 or more, or {ANY}.")
-        if ANY in self.sizes and len(self.sizes) > 1 or not self.sizes:
+        if (ANY in self.sizes and len(self.sizes) > 1) or not self.sizes:
             raise UsageError(f"sizes={','.join(self.sizes)!r}: pass {ANY}, or sizes such as 224 or 336x448.")
         if self.quantize and (self.format != "onnx" or self.dtype != "float32"):
             raise UsageError("quantize='int8' is for --format onnx and --dtype float32; leave it or these out.")
@@ -250,8 +248,8 @@ def _show(name: str, place: Path, record: dict[str, Any]) -> None:
     batches = ", ".join(dict.fromkeys(str(row["batch"]) for row in rows))
     print(f"exported {name} to {', '.join(record['files'])} ({kind}, {sizes}, {batch}), {size}, in {place}")
     print(
-        f"largest difference from PyTorch {record['difference']:.1e}, where values reach {record['largest_value']:.3g}:"
-        f" {len(rows)} comparisons at {checked} pixels, batches of {batches}, real and random images"
+        f"largest difference from PyTorch {record['difference']:.1e}, where values reach"
+        f" {record['largest_value']:.3g}: {len(rows)} comparisons at {checked} pixels, batches of {batches}, real and random images"
     )
     if "int8" in record:
         found = record["int8"]
@@ -260,4 +258,6 @@ def _show(name: str, place: Path, record: dict[str, Any]) -> None:
             f"{name.replace('_', ' ')} {value:.2%} before, {accuracy['after'][name]:.2%} after"
             for name, value in accuracy["before"].items()
         ]
-        print(f"int8: {'; '.join(figures)}, {accuracy['images']:,} images; largest difference {found['difference']:.1e}")
+        print(
+            f"int8: {'; '.join(figures)}, {accuracy['images']:,} images; largest difference {found['difference']:.1e}"
+        )

@@ -38,7 +38,7 @@ class PushArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run `vit-adala push DIR REPO_ID [--private] [--revision BRANCH] [--with-onnx O ...] [--dry-run] [--yes] [--json]`.
+    """Run `vit-adala push DIR REPO_ID [--private] [--revision BRANCH] [--with-onnx O ...] [--dry-run] ...`.
 
     Raises:
         UsageError: If an existing repository would change and no terminal is there to ask, or see `plan_push`.

@@ -23,11 +23,13 @@ class Format:
     Args:
         extra (`str`): Extra of setup.py that brings its packages.
         packages (`tuple[str, ...]`): Modules that it imports.
+        suffix (`str`): Of its file.
         open (`Callable`): Opens a file of it, see `Runtime`.
     """
 
     extra: str
     packages: tuple[str, ...]
+    suffix: str
     open: Callable[[Path], "Runtime"]
 
 
@@ -57,7 +59,9 @@ def open_onnx(path: Path, threads: int | None = None) -> Runtime:
     options.intra_op_num_threads = threads or torch.get_num_threads()
     session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    inputs = {item.name: [axis if isinstance(axis, int) else None for axis in item.shape] for item in session.get_inputs()}
+    inputs = {
+        item.name: [axis if isinstance(axis, int) else None for axis in item.shape] for item in session.get_inputs()
+    }
     return Runtime(inputs, lambda feed: dict(zip(names, session.run(None, feed), strict=True)))
 
 
@@ -81,13 +85,13 @@ def open_openvino(path: Path) -> Runtime:
 
 
 FORMATS = {
-    "onnx": Format("onnx", ("onnx", "onnxscript", "onnxruntime"), open_onnx),
-    "openvino": Format("openvino", ("openvino",), open_openvino),
+    "onnx": Format("onnx", ("onnx", "onnxscript", "onnxruntime"), ".onnx", open_onnx),
+    "openvino": Format("openvino", ("openvino",), ".xml", open_openvino),
 }
 
 
 def check_packages(name: str) -> None:
-    """Raise `UsageError` if a package of a format is missing, or PyTorch or Transformers is older than its exporters."""
+    """Raise `UsageError` if a package of a format is missing, or PyTorch or Transformers is too old to export."""
     form = FORMATS[name]
     missing = [package for package in form.packages if find_spec(package) is None]
     old = [

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir
-from onnx_ir import DataType, Model, SymbolicDim, Value
+from onnx_ir import DataType, Model, Shape, SymbolicDim, Value
 
 # protobuf holds 2 GB: a larger graph keeps its weights in a second file, under the name that Optimum and
 # Transformers.js look for
@@ -30,9 +30,13 @@ def name_axes(model: Model, shapes: dict[str, Any]) -> None:
         return
     pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
     for value in _values(model):
-        for index, axis in enumerate(_dims(value)):
-            if isinstance(axis, SymbolicDim) and axis.value is not None:
-                value.shape[index] = SymbolicDim(pattern.sub(lambda found: names[found[0]], axis.value))
+        dims = [
+            SymbolicDim(pattern.sub(lambda found: names[found[0]], axis.value))
+            if isinstance(axis, SymbolicDim) and axis.value is not None
+            else axis
+            for axis in _dims(value)
+        ]
+        value.shape = None if value.shape is None else Shape(dims)
 
 
 def in_float32(model: Model) -> None:

@@ -13,7 +13,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from modeling_adala.configuration_adala import vision_config
 from modeling_adala.errors import AdaLAError
-from modeling_adala.families import get_family
 from modeling_adala.inspection.towers import native_size, patch_size
 from trainers.data.transforms import ImageTransform
 
@@ -96,12 +95,16 @@ def compare(
         except Exception as error:  # each runtime has exceptions of its own
             reason = str(error).strip().splitlines()[-1]
             raise AdaLAError(f"the export does not run at {name} pixels, batch {len(pixels)}: {reason}") from error
-        if {key: value.shape for key, value in actual.items()} != {key: value.shape for key, value in expected.items()}:
+        if {key: value.shape for key, value in actual.items()} != {
+            key: value.shape for key, value in expected.items()
+        }:
             raise AdaLAError(
                 f"the export gives {', '.join(actual)} where the model gives {', '.join(expected)}, or other shapes at"
                 f" {name} pixels, batch {len(pixels)}; please report this."
             )
-        rows.append(max((_compared(name, len(pixels), images, actual[key], expected[key]) for key in expected), key=_worst))
+        rows.append(
+            max((_compared(name, len(pixels), images, actual[key], expected[key]) for key in expected), key=_worst)
+        )
     return rows
 
 
@@ -115,8 +118,8 @@ def check(rows: list[Comparison], bound: float) -> Comparison:
     if not worst.share <= bound:
         raise AdaLAError(
             f"the export differs from PyTorch by {worst.difference:.1e} at {worst.size} pixels, batch {worst.batch},"
-            f" {worst.images} images, where values reach {worst.largest:.3g}: more than {bound:.0e} of that. Nothing is"
-            " kept; another --dtype or fixed --sizes may fit this model, --max-difference sets another bound."
+            f" {worst.images} images, where values reach {worst.largest:.3g}: more than {bound:.0e} of that. Nothing"
+            " is kept; another --dtype or fixed --sizes may fit this model, --max-difference sets another bound."
         )
     return worst
 
@@ -139,7 +142,11 @@ def flat(output: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def _cases(
-    config: PretrainedConfig, sizes: Iterable[Size], batches: Iterable[int], pictures: list[Image.Image], processor: Any
+    config: PretrainedConfig,
+    sizes: Iterable[Size],
+    batches: Iterable[int],
+    pictures: list[Image.Image],
+    processor: Any,
 ) -> Iterator[tuple[Size, str, Tensor]]:
     channels = vision_config(config).num_channels
     for size in sizes:

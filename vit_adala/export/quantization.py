@@ -1,10 +1,8 @@
 """int8 for ONNX Runtime: the weights of matrix products, and what that costs in accuracy."""
 
-import logging
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,24 +30,12 @@ def quantize(source: Path, target: Path) -> None:
 
     Convolutions (patches, local mixing), the products inside attention, norms and sums stay in float32.
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    import onnx_ir
 
-    root = logging.getLogger()
-    level, _ = root.level, root.setLevel(logging.ERROR)  # it advises what is done here
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            prepared = Path(folder) / "prepared.onnx"
-            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True, save_as_external_data=False)
-            quantize_dynamic(
-                str(prepared),
-                str(target),
-                op_types_to_quantize=["MatMul", "Gemm"],
-                per_channel=True,
-                weight_type=QuantType.QInt8,
-            )
-    finally:
-        root.setLevel(level)
+    from .onnx_graph import save
+    from .upstream import quantize_onnx
+
+    save(quantize_onnx(onnx_ir.load(source)), target)
 
 
 class AccuracyCheck:
@@ -91,7 +77,7 @@ class AccuracyCheck:
         parts: Any = [evaluation, bank]
         if batch is not None:
             parts = [None if part is None else Subset(part, range(len(part) // batch * batch)) for part in parts]
-        self.loader, self.bank_loader = (data.loader(part, batch) for part in parts)
+        self.loader, self.bank_loader = [cast(Any, data.loader(part, batch)) for part in parts]
         self.images = len(parts[0])
 
     def __call__(self, run: Run, description: str) -> dict[str, float]:

@@ -149,7 +149,9 @@ def _dynamic_shapes(inputs: dict[str, Any], any_size: bool, any_batch: bool) -> 
 def _bound(model: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
     """Bind the arguments that are no tensors for a while, and yield the others. They would become inputs."""
     forward = model.forward
-    model.forward = partial(forward, **{name: value for name, value in inputs.items() if not isinstance(value, Tensor)})
+    model.forward = partial(
+        forward, **{name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
+    )
     try:
         yield {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     finally:

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers.exporters import OnnxConfig, OpenVINOConfig
+from transformers.exporters import OnnxConfig, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer, OpenVINOConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.exporter_openvino import OpenVINOExporter
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
 
-__all__ = ["export_onnx", "export_openvino"]
+__all__ = ["export_onnx", "export_openvino", "quantize_onnx"]
 
-_TALKATIVE = ("torch.onnx", "onnxscript", "onnx_ir", "transformers", "openvino")
+_TALKATIVE = ("root", "torch.onnx", "onnxscript", "onnx_ir", "transformers", "openvino")
 
 
 def export_onnx(model: Any, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]) -> Any:
@@ -23,6 +23,13 @@ def export_onnx(model: Any, inputs: dict[str, Any], dynamic_shapes: dict[str, An
     with _quietly(), _symbolic_sizes():
         config = OnnxConfig(dynamic_shapes=dynamic_shapes)
         return OnnxExporter().export(model, dict(inputs), config).program
+
+
+def quantize_onnx(program: Any) -> Any:
+    """Return an `onnx_ir.Model` whose products with constant weights are int8, scaled by output channel."""
+    with _quietly():
+        config = OnnxRuntimeDynamicConfig(op_types_to_quantize=["MatMul", "Gemm"], per_channel=True)
+        return OnnxRuntimeQuantizer(config).quantize(program, {}, "onnx")
 
 
 def export_openvino(model: Any, inputs: dict[str, Any], dynamic_shapes: dict[str, Any], half: bool) -> Any:
