@@ -249,7 +249,8 @@ def _show(name: str, place: Path, record: dict[str, Any]) -> None:
     print(f"exported {name} to {', '.join(record['files'])} ({kind}, {sizes}, {batch}), {size}, in {place}")
     print(
         f"largest difference from PyTorch {record['difference']:.1e}, where values reach"
-        f" {record['largest_value']:.3g}: {len(rows)} comparisons at {checked} pixels, batches of {batches}, real and random images"
+        f" {record['largest_value']:.3g}: {len(rows)} comparisons at {checked} pixels, batches of {batches}, real and"
+        " random images"
     )
     if "int8" in record:
         found = record["int8"]
