@@ -20,7 +20,7 @@ from .formats import Runtime
 from .tracing import Size, model_inputs, random_images
 
 # largest difference of an output, relative to its largest value where that is above 1
-BOUNDS = {"float32": 1e-4, "float16": 3e-2}
+BOUNDS = {"float32": 1e-4, "float16": 1e-2}
 BATCHES = (1, 3)
 
 
