@@ -160,9 +160,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     `torch.matmul` would first copy (B, H, N, D) views of (B, N, H, D) memory, whose batch strides do not merge into
     one. Head by head they do. An exported graph has no strides, and heads of its own would only lengthen it.
     """
-    if torch.compiler.is_exporting() or all(
-        x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in (a, b)
-    ):
+    if torch.compiler.is_exporting() or all(x.size(0) == 1 or x.stride(0) == x.size(1) * x.stride(1) for x in (a, b)):
         return torch.matmul(a, b)
     heads = [torch.bmm(x, y) for x, y in zip(a.unbind(1), b.unbind(1), strict=True)]
     return torch.stack(heads, dim=2).transpose(1, 2)

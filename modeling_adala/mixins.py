@@ -118,7 +118,7 @@ def image_inputs(config, pixel_values: torch.Tensor) -> dict[str, Any]:
     """Return the arguments with which a vision tower's `forward` takes `(batch, channels, height, width)` of any size.
 
     `config` is that of the tower, stock or AdaLA; sides are multiples of the patch. SigLIP 2 gets packed patches
-    `(batch, patches, patch * patch * channels)` with their mask and shapes.
+    `(batch, patches, patch * patch * channels)` with their mask and shapes, made so that a graph takes any batch.
     """
     family = get_family(config.model_type)
     if family.packed:
@@ -128,7 +128,6 @@ def image_inputs(config, pixel_values: torch.Tensor) -> dict[str, Any]:
         return {
             "pixel_values": patches.reshape(batch, rows * columns, -1),
             "pixel_attention_mask": torch.ones(batch, rows * columns, device=device, dtype=torch.long),
-            # by `full`, so that an exported graph takes any batch and size
             "spatial_shapes": torch.stack([torch.full((batch,), side, device=device) for side in (rows, columns)], 1),
         }
     if family.any_size:
