@@ -36,7 +36,7 @@ from trainers.runs.settings import Interval, check_settings
 
 from ..arguments import CommandParser, print_json
 from ..export.formats import FORMATS, Runtime, check_packages, package_versions
-from ..export.parity import BATCHES, BOUNDS, check, compare, flat, photographs, sizes_to_check
+from ..export.parity import BATCHES, BOUNDS, check, compare, flat, largest, photographs, sizes_to_check
 from ..export.tracing import Size, check_size, export_model
 from ..interruption import writes_to
 from .common import absolute, finished_before
@@ -161,7 +161,8 @@ def _export(
         return compare(model, runtime, checked, batches, pictures, processor)
 
     rows, bound = compared(runtime), args.max_difference or BOUNDS[args.dtype]
-    worst = check(rows, bound)
+    check(rows, bound)
+    worst = largest(rows)
     record: dict[str, Any] = {
         "format": args.format,
         "dtype": args.dtype,
@@ -210,7 +211,7 @@ def _quantize(
         )
     for file in path.parent.glob(f"{path.name}*"):
         file.unlink()
-    worst = max(compared(quantized), key=lambda row: row.share)
+    worst = largest(compared(quantized))
     accuracy = {"images": measure.images, "before": before, "after": after}
     quantization = {"difference": worst.difference, "largest_value": worst.largest, "accuracy": accuracy}
     return target, {"int8": quantization}

@@ -108,12 +108,8 @@ def compare(
     return rows
 
 
-def check(rows: list[Comparison], bound: float) -> Comparison:
-    """Return the comparison with the largest difference, known to be within a bound.
-
-    Raises:
-        AdaLAError: If it is not, or not a number.
-    """
+def check(rows: list[Comparison], bound: float) -> None:
+    """Raise `AdaLAError` if a difference, relative to the largest value, exceeds a bound or is not a number."""
     worst = max(rows, key=_worst)
     if not worst.share <= bound:
         raise AdaLAError(
@@ -121,12 +117,11 @@ def check(rows: list[Comparison], bound: float) -> Comparison:
             f" {worst.images} images, where values reach {worst.largest:.3g}: more than {bound:.0e} of that. Nothing"
             " is kept; another --dtype or fixed --sizes may fit this model, --max-difference sets another bound."
         )
-    return worst
 
 
-def as_records(rows: list[Comparison]) -> list[dict[str, Any]]:
-    """Return comparisons as plain values for a manifest."""
-    return [asdict(row) for row in rows]
+def largest(rows: list[Comparison]) -> Comparison:
+    """Return the comparison with the largest difference."""
+    return max(rows, key=lambda row: row.difference)
 
 
 def flat(output: Any, prefix: str = "") -> dict[str, Tensor]:

@@ -188,10 +188,19 @@ def _write_openvino(model: Any, inputs: dict[str, Any], shapes: dict[str, Any], 
     from .upstream import export_openvino
 
     program = export_openvino(model, inputs, shapes, half)
-    # a grid of one row or column gives wrong features (OpenVINO 2026.4): refused, where pixels tell the grid
-    images = program.input("pixel_values").get_partial_shape()
-    for axis, side in zip((2, 3), patch_size(model.config)):
-        if axis in shapes["pixel_values"]:
-            images[axis] = openvino.Dimension(2 * side, -1)
-    program.reshape({"pixel_values": images})
+    # it takes any shape, whatever was traced; a grid of one row or column gives wrong features (OpenVINO 2026.4)
+    least = dict(zip((2, 3), (2 * side for side in patch_size(model.config)), strict=True))
+    program.reshape(
+        {
+            name: openvino.PartialShape(
+                [
+                    openvino.Dimension(least[axis] if value.ndim == 4 and axis in least else 0, -1)
+                    if axis in shapes[name]
+                    else openvino.Dimension(length)
+                    for axis, length in enumerate(value.shape)
+                ]
+            )
+            for name, value in inputs.items()
+        }
+    )
     openvino.save_model(program, str(path), compress_to_fp16=False)
