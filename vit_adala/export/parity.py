@@ -1,7 +1,7 @@
 """The check of an export against PyTorch: real and random images at several sizes and batches."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
