@@ -25,6 +25,7 @@ REQUIRED = [
     "packaging>=24",
     "peft>=0.21",
     "pillow>=11",
+    "pyarrow>=24",
     "pyyaml>=6.0",
     "rich>=14.3",  # before, a progress bar ends with an empty line, also in front of a one-line error
     "safetensors>=0.6",
@@ -36,9 +37,9 @@ REQUIRED = [
 DEMO = ["mlxtend>=0.23"]
 
 # The exporters of Transformers, and the runtimes that check and run what they write.
-ONNX = ["onnx>=1.21", "onnxscript>=0.7", "onnxruntime>=1.24"]
+ONNX = ["onnx>=1.21", "onnx-ir>=1.0", "onnxscript>=0.7", "onnxruntime>=1.24"]
 OPENVINO = ["openvino>=2026.3"]
-EXPORTERS = ["torch>=2.11", "transformers>=5.24"]  # before, Transformers has no exporters, or they refuse PyTorch
+EXPORTERS = ["torch>=2.11"]  # which they refuse before
 
 EXTRAS = {
     "demo": DEMO,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from packaging.version import Version
 from torch import Tensor
 
@@ -85,25 +84,19 @@ def open_openvino(path: Path) -> Runtime:
 
 
 FORMATS = {
-    "onnx": Format("onnx", ("onnx", "onnxscript", "onnxruntime"), ".onnx", open_onnx),
+    "onnx": Format("onnx", ("onnx", "onnx_ir", "onnxscript", "onnxruntime"), ".onnx", open_onnx),
     "openvino": Format("openvino", ("openvino",), ".xml", open_openvino),
 }
 
 
 def check_packages(name: str) -> None:
-    """Raise `UsageError` if a package of a format is missing, or PyTorch or Transformers is too old to export."""
+    """Raise `UsageError` if a package of a format is missing, or PyTorch is too old for the exporters."""
     form = FORMATS[name]
     missing = [package for package in form.packages if find_spec(package) is None]
-    old = [
-        f"{library} {wanted} or later instead of {found}"
-        for library, wanted, found in (
-            ("torch", "2.11", torch.__version__),
-            ("transformers", "5.24", transformers.__version__),
-        )
-        if Version(found) < Version(wanted)
-    ]
-    if missing or old:
-        raise UsageError(f"format={name!r} needs {', '.join(missing + old)}; pip install 'vit-adala[{form.extra}]'.")
+    if Version(torch.__version__) < Version("2.11"):
+        missing.append(f"torch 2.11 or later instead of {torch.__version__}")
+    if missing:
+        raise UsageError(f"format={name!r} needs {', '.join(missing)}; run pip install 'vit-adala[{form.extra}]'.")
 
 
 def package_versions(name: str) -> dict[str, str]:
