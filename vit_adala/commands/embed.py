@@ -39,7 +39,10 @@ class EmbedArguments:
         metadata={"help": "Hub id, folder of images or parquet files, or mnist-digits.", "positional": "DATA"}
     )
     output: str = field(metadata={"help": "Parquet file to write.", "short": "o"})
-    split: str = field(default="train", metadata={"help": "Split to embed; slices work, as in train[:500]."})
+    split: str | None = field(
+        default=None,
+        metadata={"help": "Split to embed; slices work, as in train[:500]. Default: train, or the only one."},
+    )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column to keep, where there is one."})
     image_size: str | None = field(
