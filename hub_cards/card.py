@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from .card_data import PICTURES, AdaLACardData, dataset_name, last_part
+from .exports import ACCURACIES
 from .records import EVALUATIONS, FIGURES, IMAGES, Figure, mapping, number, one_line, write_text
 from .usage import onnx_usage, usage
 
@@ -104,7 +105,7 @@ def onnx_rows(data: AdaLACardData) -> list[list[str]]:
     columns.append(["largest difference", *("" if value is None else f"{value:.1e}" for value in differences)])
     for name in dict.fromkeys(name for export in data.exports for name in export.accuracy):
         pairs = [export.accuracy.get(name) for export in data.exports]
-        heading = name.removesuffix("_accuracy").replace("_", " ") + " before, after"
+        heading = f"{ACCURACIES.get(name, name)} before, after"
         columns.append([heading, *("" if pair is None else f"{pair[0]:.1%}, {pair[1]:.1%}" for pair in pairs)])
     return _rows(columns)
 

@@ -13,6 +13,14 @@ from .records import MANIFEST, mapping, number, one_line, read_json
 FOLDER = "onnx"
 """Folder of a repository in which Optimum and Transformers.js look for graphs."""
 
+ACCURACIES = {
+    "head_accuracy": "accuracy",
+    "head_mean_iou": "mean IoU",
+    "knn_accuracy": "k-NN accuracy",
+    "linear_probe_accuracy": "linear probe accuracy",
+}
+"""Names of the figures that an int8 graph is judged by."""
+
 
 @dataclass(frozen=True)
 class OnnxExport:

@@ -90,7 +90,7 @@ def run(form: str, name: str, head: str, feature_map: str) -> dict[str, Any]:
 def packed(model: Any, runtime: Any) -> Comparison:
     """Compare a batch of two images of different grids, padded to one length."""
     grids, generator = torch.tensor([[3, 6], [4, 2]]), torch.Generator().manual_seed(0)
-    mask = torch.zeros(2, 18, dtype=torch.long)
+    mask = torch.zeros(2, 18, dtype=torch.int32)
     mask[0, :18], mask[1, :8] = 1, 1
     inputs = {"pixel_values": torch.randn(2, 18, 192, generator=generator), "pixel_attention_mask": mask}
     inputs["spatial_shapes"] = grids

@@ -5,6 +5,7 @@ After a wanted change of the card, rewrite the golden file:
 """
 
 import copy
+import dataclasses
 import itertools
 import json
 import os
@@ -27,9 +28,11 @@ from transformers import ViTImageProcessorPil
 import hub_cards.records
 import trainers.report.report
 from hub_cards import AdaLACardData, build_card, write_card
+from hub_cards.card import render_card
 from hub_cards.card_data import TAGS
+from hub_cards.exports import OnnxExport
 from hub_cards.records import EVALUATIONS, FIGURES
-from hub_cards.usage import FOLDER, usage
+from hub_cards.usage import FOLDER, onnx_usage, usage
 from modeling_adala import CheckpointError, UsageError, convert
 from modeling_adala.conversion.loading import load_student
 from modeling_adala.modeling_adala import MODELS
@@ -38,6 +41,7 @@ from trainers.runs.stages import STAGES, run_stage
 from vit_adala.cli import main
 
 GOLDEN = Path(__file__).parent / "golden" / "model_card.md"
+ONNX_GOLDEN = GOLDEN.with_name("onnx.md")
 REVISION = "3f1c9a7d0b2e4f5a6c8d9e0f1a2b3c4d5e6f7a8b"
 LAST = "3-supervised"
 
@@ -142,6 +146,28 @@ def test_whole_card(whole):
     assert card == GOLDEN.read_text()
 
 
+def onnx_exports(folder: Path) -> list[OnnxExport]:
+    """A graph in float32 with its weights in a file of their own, and one in int8 of one size."""
+    for name, size in {"model.onnx": 1_000, "model.onnx_data": 2_199_000, "model_quantized.onnx": 640_000}.items():
+        (folder / name).write_bytes(bytes(size))
+    accuracy = {"head_accuracy": [0.9617, 0.9583]}
+    files = [folder / "model.onnx", folder / "model.onnx_data"]
+    return [
+        OnnxExport(files, "float32", difference=4.13e-06),
+        OnnxExport([folder / "model_quantized.onnx"], "int8", ["56x56"], 1, 0.137, accuracy),
+    ]
+
+
+def test_onnx_section_is_there_with_an_export_and_only_then(whole, tmp_path):
+    data = AdaLACardData.from_checkpoint(whole, "org/vit-adala-digits")
+    card = str(render_card(dataclasses.replace(data, exports=onnx_exports(tmp_path))))
+    before, section, after = re.split(r"(## ONNX\n.*?)(?=## Results\n)", card, flags=re.S)
+    if os.environ.get("UPDATE_GOLDEN"):
+        ONNX_GOLDEN.write_text(section)
+    assert section == ONNX_GOLDEN.read_text()
+    assert before + after == GOLDEN.read_text()
+
+
 def test_metadata_are_what_the_hub_reads(whole):
     path = write_card(whole, "org/vit-adala-digits")
     metadata = metadata_load(path)
@@ -192,6 +218,9 @@ def test_every_class_has_its_task_and_an_example_that_opens_it(tmp_path, archite
     assert data.metadata().pipeline_tag == ("zero-shot-image-classification" if both_towers else tag)
     for text in (usage(data), usage(data, trust_remote_code=True)):
         compile(text, "usage", "exec")
+    exported = dataclasses.replace(data, repo_id="org/model", exports=onnx_exports(tmp_path))
+    assert "onnx/model.onnx_data" in onnx_usage(exported)
+    compile(onnx_usage(exported), "usage", "exec")
     if data.head.auto_class.startswith("Auto"):
         auto = getattr(transformers, data.head.auto_class)
         assert auto._model_mapping[type(data.config)].__name__ == architecture

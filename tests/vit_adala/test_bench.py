@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -11,12 +12,20 @@ from family_helpers import stock_config_class, tiny_config
 from PIL import Image
 from transformers import ViTConfig, ViTModel
 
-from modeling_adala import AdaLAError, AdaLAViTModel, attention_interface, build_feature_map, convert, linear_attention
+from modeling_adala import (
+    AdaLAError,
+    AdaLAViTModel,
+    UsageError,
+    attention_interface,
+    build_feature_map,
+    convert,
+    linear_attention,
+)
 from modeling_adala.inspection.towers import attention_modules, forward_features, vision_tower
 from modeling_adala.modeling_adala import MODELS
 from trainers.runs.memory import peak_of
 from trainers.runs.timing import Timing, time_in_turns
-from vit_adala.benchmark import models, operators
+from vit_adala.benchmark import models, operators, runtimes
 from vit_adala.benchmark.cases import Row, Settings, Size
 from vit_adala.benchmark.floor import Floor, measure_floor, operator_work
 from vit_adala.benchmark.operators import prepare_operator
@@ -295,6 +304,43 @@ def test_cases_that_would_take_too_long_are_left_out_and_named(run, checkpoint):
     assert "linear was not measured at 16x16 (5 tokens), batch 1: a pass would take" in report["sentences"][0]
 
 
+@pytest.fixture
+def exports(monkeypatch):
+    """Puts a function of model and pixels in the place of the export of a model."""
+
+    def put(features) -> None:
+        monkeypatch.setattr(bench, "check_packages", lambda name: None)
+        monkeypatch.setattr(bench, "package_versions", lambda name: {name: "1.0"})
+        monkeypatch.setattr(runtimes, "export_features", lambda model, form: partial(features, model))
+
+    return put
+
+
+def test_exports_are_timed_beside_pytorch_and_checked_like_it(run, checkpoint, exports):
+    exports(torch.no_grad()(forward_features))
+    code, out, _ = run(checkpoint["student"], "--runtime", "onnx", "openvino", "--json", "--sizes", "16")
+    report = json.loads(out)
+    names = ["linear", "softmax", "linear, onnx", "softmax, onnx", "linear, openvino", "softmax, openvino"]
+    assert code == 0 and [row["name"] for row in report["rows"]] == names and report["dtype"] == "float32"
+    assert all(row["milliseconds"] > 0 and row["relative_error"] < 1e-6 for row in report["rows"])
+    assert "ONNX Runtime: graphs of any size and batch, onnx 1.0" in report["notes"]
+    exports(lambda model, pixels: forward_features(model, pixels).detach() + 0.01)
+    code, out, err = run(checkpoint["student"], "--runtime", "onnx", "--sizes", "16")
+    assert code == 1 and "linear, onnx, 16x16, batch 1" in err and "no speed is given" in err
+
+
+def test_softmax_whose_weights_would_not_fit_is_left_out(checkpoint):
+    config = models.check_source(checkpoint["config"])
+    assert runtimes.too_large(config, Size(1, (16, 16), 10_000)) is None
+    assert "attention weights would take 6 GB" in runtimes.too_large(config, Size(1, (16, 16), 20_000))
+
+
+def test_backbone_has_no_features_to_time():
+    backbone = MODELS["vit"]["Backbone"](tiny_config(MODELS["vit"]["Model"].config_class, num_hidden_layers=1))
+    with pytest.raises(UsageError, match="holds a backbone"):
+        runtimes.export_features(backbone, "onnx")
+
+
 def test_default_sizes_are_rounded_to_whole_patches(checkpoint):
     config = models.check_source(checkpoint["config"])
     config.patch_size = 14
@@ -312,6 +358,11 @@ REFUSED = {
     "seconds": (["--max-seconds", "0"], 2, ("max_seconds=0", "above 0")),
     "teacher": (["--teacher", "@student"], 2, ("student",)),
     "missing": (["--teacher", "nobody/nothing"], 1, ("nobody/nothing",)),
+}
+REFUSED |= {
+    "runtime": (["--runtime", "tensorrt"], 2, ("runtime='tensorrt'", "onnx, openvino")),
+    "runtime's dtype": (["--runtime", "onnx", "--dtype", "bfloat16"], 2, ("runtime='onnx'", "drop --dtype")),
+    "runtime backward": (["--runtime", "openvino", "--backward"], 2, ("runtime='openvino'", "drop --backward")),
 }
 if not torch.cuda.is_available():
     REFUSED["no GPU"] = (["--device", "cuda"], 2, ("device='cuda'", "--device cpu"))

@@ -56,7 +56,7 @@ def bench_model(
         return expected[kind]
 
     def exported_case(kind: str, form: str, size: Size, pixels: Tensor, expected: dict[str, Tensor]) -> Case:
-        label, run = f"{kind}, {runtimes.LABELS[form]}", partial(exported[kind, form], pixels)
+        label, run = f"{kind}, {form}", partial(exported[kind, form], pixels)
 
         def check() -> float:
             return models.check_features(label, run(), reference(kind, pixels, expected), pixels)

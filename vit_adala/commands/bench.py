@@ -35,7 +35,7 @@ SIZES = ("224", "512", "1024", "2048")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEMORY = (
     "Peak memory of one pass above weights and inputs: torch.cuda.max_memory_allocated on a GPU, the peak of resident"
-    " memory in a fresh process per case on a CPU (Linux; not measured elsewhere, nor for compiled passes)."
+    " memory in a fresh process per case on a CPU (Linux; not measured elsewhere, nor for compiled or exported ones)."
 )
 TIME = "Medians and quartiles of samples taken in turns after a warm-up."
 

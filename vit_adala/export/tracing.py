@@ -61,6 +61,8 @@ def model_inputs(model: PreTrainedModel, pixel_values: Tensor) -> dict[str, Any]
     inputs = {"pixel_values": pixel_values}
     if not isinstance(tower, BackboneMixin):
         inputs = image_inputs(tower.config, pixel_values)
+    if "pixel_attention_mask" in inputs:  # in the dtype of its image processor
+        inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].to(torch.int32)
     if "input_ids" in signature(model.forward).parameters:
         text = model.config.text_config
         generator = torch.Generator().manual_seed(0)
