@@ -84,7 +84,8 @@ def test_exports_with_dynamic_batch_and_size(name, head):
         patches = batch | {1: Dim.AUTO}
         shapes |= {"pixel_values": patches, "pixel_attention_mask": patches, "spatial_shapes": batch}
     exported = torch.export.export(model, (), kwargs=example, dynamic_shapes=shapes, strict=name in STRICT).module()
-    assert not exported.graph.find_nodes(op="call_function", target=torch.ops.aten.unbind.int)  # a product per head
+    if name == "vit":  # no product of its own for each head
+        assert not exported.graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default)
     for count, size in zip((2, 3, 5), SIZES):
         inputs = inputs_of(model, size, batch=2 if fixed else count)
         assert_same_outputs(exported(**inputs), model(**inputs))
