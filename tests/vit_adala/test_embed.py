@@ -1,6 +1,7 @@
 """`vit-adala embed`: the features of every image in one parquet file, the same one after a kill."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -21,6 +22,7 @@ from trainers.evaluation.probes import extract_features
 from vit_adala.cli import main
 
 COUNT = 20
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +80,19 @@ def test_rows_are_the_features_of_the_images_with_their_labels(run, places, tmp_
     torch.testing.assert_close(found["patch_mean"], found["patches"].mean(dim=1), rtol=0, atol=1e-5)
 
 
-def test_the_k_nn_of_the_metrics_takes_the_columns(run, places, tmp_path):
-    assert run()[0] == 0
-    rows = opened("a.parquet", tmp_path).with_format("torch")
-    knn = KNNAccuracy(rows["cls"][:], rows["label"][:], k=3)
-    found = knn.compute(predictions=rows["cls"][:], references=rows["label"][:])
+def test_the_k_nn_of_the_docs_is_that_of_an_evaluation(run, places, tmp_path, monkeypatch, capsys):
+    assert run(output="train.parquet")[0] == 0
+    (tmp_path / "test.parquet").symlink_to("train.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), flags=re.S)
+    (block,) = [block for block in blocks if "KNNAccuracy" in block]
+    capsys.readouterr()
+    exec(block, {})
     model = load_student(str(places / "student"))
     data = DataModule(DataConfig(str(places / "digits")), model.config, load_image_processor(str(places / "student")))
     bank = extract_features(model, data.loader(data.bank_dataset()))
-    assert found == KNNAccuracy(bank.cls, bank.labels, k=3).compute(predictions=bank.cls, references=bank.labels)
+    expected = KNNAccuracy(bank.cls, bank.labels).compute(predictions=bank.cls, references=bank.labels)
+    assert capsys.readouterr().out == f"{expected}\n"
 
 
 def test_a_killed_run_goes_on_and_leaves_the_same_file(run, tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ from vit_adala.export import formats, tracing
 from vit_adala.export.formats import Runtime
 from vit_adala.export.parity import Comparison, check, flat, largest
 
+ROOT = Path(__file__).parents[2]
 needs_exporters = pytest.mark.skipif(
     version.parse(torch.__version__) < version.parse("2.11"), reason="Transformers exports with torch 2.11 or later"
 )
@@ -155,6 +156,19 @@ def test_pushed_graph_runs_by_the_example_of_the_card(student, exported, tmp_pat
         names: dict = {}
         exec(re.search(r"```python\n(.*?)```", section, flags=re.S)[1], names)
         assert re.fullmatch(r"\[\d\]\n", capsys.readouterr().out) and names["outputs"]["logits"].shape == (1, 10)
+
+
+@needs_exporters
+@pytest.mark.parametrize("page", ["README.md", "docs/export.md"])
+def test_example_of_the_pages_runs(page, exported, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "onnx").symlink_to(exported)
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (40, 40), 200).save("image.jpg")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
+    (block,) = [block for block in blocks if "onnxruntime" in block]
+    exec(block, {})
+    assert re.fullmatch(r"\[\d\]\n", capsys.readouterr().out)
 
 
 # --- OpenVINO --------------------------------------------------------------------------------------------------------
