@@ -34,36 +34,27 @@ class LoLCATs(Counterpart):
         special = query.shape[2] - grid[0] * grid[1]
         phi_q, phi_k = self.map(query, key)
         state, total = phi_k.transpose(2, 3) @ value, phi_k.sum(dim=2)[..., None]
-        queries, phi_queries = (windows(x[:, :, special:], grid, 0) for x in (query, phi_q))
-        keys, phi_keys, values = (_with_special(x, grid, special) for x in (key, phi_k, value))
-        is_real = _with_special(torch.ones_like(key[:1, :1, :, :1]), grid, special).transpose(3, 4) > 0
-        scores = (queries @ keys.transpose(3, 4) * self.sizes.dim**-0.5).masked_fill(~is_real, -torch.inf)
+        own, is_own = (x.to(query.device) for x in windows(grid, 0, 0))
+        near, is_near = (x.to(query.device) for x in windows(grid, REACH, special))
+        queries, phi_queries = (x[:, :, special:][:, :, own] for x in (query, phi_q))
+        keys, phi_keys, values = (x[:, :, near] for x in (key, phi_k, value))
+        scores = queries @ keys.transpose(3, 4) * self.sizes.dim**-0.5
+        scores = scores.masked_fill(~is_near[:, None], -torch.inf)
         softmax = torch.exp(scores - scores.amax(dim=4, keepdim=True))
         # the sums over all tokens have those of the window in them, whose share is taken out again
-        weights = self.factor.sigmoid() * softmax - (phi_queries @ phi_keys.transpose(3, 4)) * is_real
+        weights = self.factor.sigmoid() * softmax - (phi_queries @ phi_keys.transpose(3, 4)) * is_near[:, None]
         output = weights @ values + phi_queries @ state[:, :, None]
         output = output / (weights.sum(dim=4, keepdim=True) + phi_queries @ total[:, :, None])
         of_special = F.scaled_dot_product_attention(query[:, :, :special], key, value)
-        return torch.cat((of_special, _patches(output, grid)), dim=2)
+        in_order = is_own.flatten().nonzero()[:, 0][own[is_own].argsort()]
+        return torch.cat((of_special, output.flatten(2, 3)[:, :, in_order]), dim=2)
 
 
-def windows(x: Tensor, grid: Grid, reach: int) -> Tensor:
-    """Return `(batch, heads, blocks, places, dim)` of patches: each block and `reach` around it, zero outside."""
-    batch, heads, _, dim = x.shape
-    bottom, right = (-size % BLOCK + reach for size in grid)
-    image = F.pad(x.transpose(2, 3).reshape(batch, -1, *grid), (reach, right, reach, bottom))
-    side = BLOCK + 2 * reach
-    return F.unfold(image, side, stride=BLOCK).view(batch, heads, dim, side * side, -1).permute(0, 1, 4, 3, 2)
-
-
-def _with_special(x: Tensor, grid: Grid, special: int) -> Tensor:
-    around = windows(x[:, :, special:], grid, REACH)
-    return torch.cat((around, x[:, :, None, :special].expand(-1, -1, around.shape[2], -1, -1)), dim=3)
-
-
-def _patches(x: Tensor, grid: Grid) -> Tensor:
-    """Return `(batch, heads, patches, dim)` of blocks without anything around them."""
-    batch, heads, blocks, _, dim = x.shape
-    rows, columns = (side + -side % BLOCK for side in grid)
-    image = F.fold(x.permute(0, 1, 4, 3, 2).reshape(batch, -1, blocks), (rows, columns), BLOCK, stride=BLOCK)
-    return image[:, :, : grid[0], : grid[1]].reshape(batch, heads, dim, -1).transpose(2, 3)
+def windows(grid: Grid, reach: int, special: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens in the window of each block, `(blocks, places)`, and which of these places are inside."""
+    rows, columns = (torch.arange(0, size, BLOCK)[:, None] + torch.arange(-reach, BLOCK + reach) for size in grid)
+    rows, columns = rows[:, None, :, None], columns[None, :, None, :]
+    inside = ((rows >= 0) & (rows < grid[0]) & (columns >= 0) & (columns < grid[1])).flatten(2).flatten(0, 1)
+    tokens = (special + rows * grid[1] + columns).flatten(2).flatten(0, 1).where(inside, 0)
+    before = torch.arange(special).expand(len(tokens), -1)
+    return torch.cat((tokens, before), dim=1), torch.cat((inside, torch.ones_like(before, dtype=torch.bool)), dim=1)
