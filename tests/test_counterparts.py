@@ -345,8 +345,8 @@ def test_random_numbers_are_those_of_the_seed():
     assert not torch.equal(first, second) and torch.equal(first, state(0)[0]) and not torch.equal(first, state(1)[0])
 
 
-def test_a_family_that_hands_no_grid_on_is_refused():
-    with pytest.raises(UsageError, match="siglip_vision_model hands on to no attention module"):
+def test_a_family_that_does_not_tell_the_grid_is_refused():
+    with pytest.raises(UsageError, match="siglip_vision_model does not tell its attention modules"):
         attach(convert(stock_model("siglip_vision_model"), local_mixing=0), COUNTERPARTS["exp"], (4, 4))
 
 

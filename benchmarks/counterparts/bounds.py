@@ -1,4 +1,4 @@
-"""What no rival should fall below or rise above: mixing that looks at nothing, and softmax itself.
+"""Bounds of the comparison: mixing that looks at nothing, and softmax itself.
 
 The floor is the fixed random Synthesizer (arXiv 2005.00743, "Random", fixed): out = softmax(R) V with a random table R
 of standard normal numbers, frozen. Neither content nor place of a token plays a part. Tied to the grid: the table.

@@ -6,7 +6,7 @@ with norms over the channels of all heads, and the power 3 of the paper. s is le
 
 Tied to the grid: a learned position of each patch, zero at first, added to its key. Class token and registers have
 none. The convolution has a kernel per channel of a head, which heads share; it starts at zero (PyTorch's default in
-its code), so that conversion changes the kernel alone. Its bias is left out.
+its code), so that conversion changes the weights of the tokens alone. Its bias is left out.
 """
 
 import torch

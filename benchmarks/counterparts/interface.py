@@ -127,7 +127,7 @@ def attach(student: PreTrainedModel, rival: type[Counterpart], grid: Grid, *, se
     tower: Any = vision_tower(student)
     family = get_family(tower.config.model_type)
     if family.packed or not family.passes_kwargs:
-        raise UsageError(f"counterparts need the patch grid, which {family.stock} hands on to no attention module.")
+        raise UsageError(f"{family.stock} does not tell its attention modules the patch grid; convert another family.")
     AttentionInterface.register(NAME, counterpart_attention_forward)
     AttentionMaskInterface.register(NAME, adala_attention_mask)
     with torch.random.fork_rng(devices=[]):

@@ -6,8 +6,8 @@
 with a normalizer for each half. w and s are learned per channel and zero at first: p = 3.
 
 Tied to the grid: a learned position of each patch, zero at first, added to its key. Class token and registers have
-none. The convolution (as FLatten's, whose code it builds on) starts at zero and the gate at one, which its code leaves
-to chance; see `Gate` for what it is computed from.
+none. The convolution (a kernel per channel of a head, which heads share) starts at zero and the gate at one, which its
+code leaves to chance; see `Gate` for what it is computed from. The bias of the convolution is left out.
 """
 
 import torch
