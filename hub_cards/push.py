@@ -1,4 +1,4 @@
-"""Pushes a checkpoint folder to the Hub in one commit: `plan_push` decides, `push` uploads.
+"""Pushes a checkpoint folder to the Hub in one commit: `plan_push` decides, `push` uploads (a Space: push_space.py).
 
 Files are chosen one by one, never the folder as a whole: weights as safetensors, the configuration with the
 complete `auto_map`, the image processor, the code that opens the model without this package, the card and its
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,19 +68,20 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class PushPlan:
-    """Files, card and target of a push, made by `plan_push` and carried out by `push`.
+    """Files, card and target of a push, made by `plan_push` or `plan_space` and carried out by `push`.
 
     Args:
         repo_id (`str`): `"name"` or `"organization/name"`.
         revision (`str`): Branch that gets the commit.
         private (`bool`): Make a new repository private.
-        files (`list[PlannedFile]`): All files of the model, and the files to delete.
+        files (`list[PlannedFile]`): All files to be there, and those to delete.
         card (`str`): The rendered card.
         exists (`bool`): The repository exists and has content of its own.
         parent_commit (`str`, *optional*): Commit that the files were compared with; `None` for a new
             repository.
         new_branch (`bool`): `revision` has to be created, from `parent_commit`.
         notes (`list[str]`): Notes for the user to read before agreeing.
+        repo_type (`str`, *optional*, defaults to `"model"`): `"model"` or `"space"`.
     """
 
     repo_id: str
@@ -92,6 +93,7 @@ class PushPlan:
     parent_commit: str | None = None
     new_branch: bool = False
     notes: list[str] = field(default_factory=list)
+    repo_type: str = "model"
 
     @property
     def changes(self) -> list[PlannedFile]:
@@ -131,23 +133,41 @@ def plan_push(
             infinite or cast to integers.
         AdaLAError: If the Hub refuses, fails or cannot be reached.
     """
-    directory, api = Path(directory), api or HfApi()
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UsageError(f"repo_id={repo_id!r} is not a valid repository name: {error}") from error
-    sources, card, notes = _collect(directory, repo_id, with_onnx)
+    sources, card, notes = _collect(Path(directory), repo_id, with_onnx)
     plan: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "private": private, "card": card, "notes": notes}
+    return plan_files(sources, _WEIGHTS.fullmatch, compare, api or HfApi(), **plan)
+
+
+def plan_files(
+    sources: Mapping[str, Path | bytes], replaces: Callable[[str], Any], compare: bool, api: HfApi, **plan: Any
+) -> PushPlan:
+    """Return the plan that brings files into a repository.
+
+    Args:
+        sources (`Mapping[str, Path | bytes]`): Content by path.
+        replaces (`Callable`): Returns whether a file of the repository that `sources` lacks is deleted, by its path.
+        compare (`bool`), api (`HfApi`): See `plan_push`.
+        plan: Fields of `PushPlan` that the repository does not decide.
+
+    Raises:
+        UsageError: See `plan_push`.
+        AdaLAError: If the Hub refuses, fails or cannot be reached.
+    """
     remote: dict[str, RepoFile] = {}
     if compare:
-        with _hub_errors(repo_id, api):
+        with _hub_errors(plan["repo_id"], api):
             remote = _compare_with(api, plan)
     files = [_planned(path, source, remote.get(path)) for path, source in sources.items()]
-    stale = [entry for path, entry in remote.items() if _WEIGHTS.fullmatch(path) and path not in sources]
+    stale = [entry for path, entry in remote.items() if replaces(path) and path not in sources]
     files += [PlannedFile(entry.path, "deleted", entry.size) for entry in stale]
     left = [path for path in remote if path.startswith(f"{ONNX}/") and path.endswith(".onnx") and path not in sources]
     if left and any(file.change != "same" for file in files if _WEIGHTS.fullmatch(file.path)):
-        notes.append(f"{', '.join(left)} on the Hub is of earlier weights and stays; export again, pass --with-onnx")
+        note = f"{', '.join(left)} on the Hub is of earlier weights and stays; export again, pass --with-onnx"
+        plan["notes"].append(note)
     return PushPlan(files=files, exists=bool(remote.keys() - {".gitattributes"}), **plan)
 
 
@@ -173,17 +193,19 @@ def push(plan: PushPlan, api: HfApi | None = None) -> str:
     ]
     with _hub_errors(plan.repo_id, api):
         api.whoami()  # a missing or wrong token looks like a missing repository further on
-        repo_id, parent = plan.repo_id, plan.parent_commit
+        repo_id, parent, kind = plan.repo_id, plan.parent_commit, plan.repo_type
         if parent is None:
-            repo_id = api.create_repo(repo_id, private=plan.private).repo_id
-            parent = api.model_info(repo_id).sha
+            sdk = "gradio" if kind == "space" else None
+            repo_id = api.create_repo(repo_id, private=plan.private, repo_type=kind, space_sdk=sdk).repo_id
+            parent = api.repo_info(repo_id, repo_type=kind).sha
         if plan.new_branch:
-            api.create_branch(repo_id, branch=plan.revision, revision=parent, exist_ok=True)
+            api.create_branch(repo_id, branch=plan.revision, revision=parent, exist_ok=True, repo_type=kind)
         if not operations:
-            return without_login(f"{api.endpoint}/{repo_id}/tree/{plan.revision}")
+            place = f"spaces/{repo_id}" if kind == "space" else repo_id
+            return without_login(f"{api.endpoint}/{place}/tree/{plan.revision}")
         message = f"Upload with vit-adala {modeling_adala.__version__}"
         commit = api.create_commit(
-            repo_id, operations, commit_message=message, revision=plan.revision, parent_commit=parent
+            repo_id, operations, commit_message=message, revision=plan.revision, parent_commit=parent, repo_type=kind
         )
         return without_login(commit.commit_url)
 
@@ -280,9 +302,9 @@ def _as_json(values: dict[str, Any]) -> bytes:
 
 def _compare_with(api: HfApi, plan: dict[str, Any]) -> dict[str, RepoFile]:
     """Return the files of the branch (of `main` if it is new), and note in the plan what is there."""
-    repo_id, revision = plan["repo_id"], plan["revision"]
+    repo_id, revision, kind = plan["repo_id"], plan["revision"], plan.get("repo_type", "model")
     try:
-        refs = api.list_repo_refs(repo_id)
+        refs = api.list_repo_refs(repo_id, repo_type=kind)
     except RepositoryNotFoundError:
         plan["new_branch"] = revision != "main"
         return {}
@@ -291,13 +313,13 @@ def _compare_with(api: HfApi, plan: dict[str, Any]) -> dict[str, RepoFile]:
         raise UsageError(
             f"revision={revision!r} is a tag of {repo_id}, which a push does not move; pass the name of a branch."
         )
-    if plan["private"] and not api.model_info(repo_id).private:
+    if plan["private"] and not api.repo_info(repo_id, repo_type=kind).private:
         raise UsageError(
             f"private=True, but {repo_id} is public; change that in its settings on the Hub, or push without it."
         )
     plan["new_branch"] = revision not in branches
     plan["parent_commit"] = branches.get(revision, branches["main"])
-    entries = api.list_repo_tree(repo_id, revision=plan["parent_commit"], recursive=True)
+    entries = api.list_repo_tree(repo_id, revision=plan["parent_commit"], recursive=True, repo_type=kind)
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
@@ -374,4 +396,4 @@ def _explain(error: BaseException, repo_id: str, api: HfApi) -> str | None:
     return None
 
 
-__all__ = ["PlannedFile", "PushPlan", "plan_push", "push", "without_login"]
+__all__ = ["PlannedFile", "PushPlan", "plan_files", "plan_push", "push", "without_login"]

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on the loopback interface, in memory, for tests: model repositories and nothing else.
+"""A Hugging Face Hub on the loopback interface, in memory, for tests: models, and Spaces as far as files go.
 
 Speaks what `huggingface_hub` and `transformers` ask for: accounts, repositories, branches and tags, regular and LFS
 uploads, atomic commits, downloads with ranges. It forgets everything when it stops and is no mirror for real use;
@@ -161,6 +161,9 @@ ROUTES: list[tuple[str, re.Pattern[str], Route]] = []
 
 
 def route(method: str, pattern: str) -> Callable[[Route], Route]:
+    # a Space is the repository "spaces/{id}"
+    pattern = pattern.replace("/api/models/{id}", r"/api/(models|(?P<kind>spaces))/{id}")
+    pattern = re.sub(r"^/\{id\}", r"/((?P<kind>spaces)/)?{id}", pattern)
     pattern = pattern.replace("{id}", r"(?P<repo_id>[^/]+/[^/]+)").replace("{rev}", r"(?P<revision>[^/]+)")
 
     def register(function: Route) -> Route:
@@ -217,6 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
             match = pattern.fullmatch(path)
             if match and method == self.command.replace("HEAD", "GET"):
                 groups = {key: unquote(value) for key, value in match.groupdict(default="").items()}
+                if groups.pop("kind", ""):
+                    groups["repo_id"] = f"spaces/{groups['repo_id']}"
                 return function(self, self.server.hub, **groups)
         raise HttpError(404, f"no such endpoint: {self.command} {path}")
 
@@ -262,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
     def require_write(self, repo_id: str) -> None:
         if self.role is None:
             raise HttpError(401, "Invalid username or password.")
-        if self.role != "write" or repo_id.split("/")[0] not in (USER, ORGANIZATION):
+        if self.role != "write" or repo_id.removeprefix("spaces/").split("/")[0] not in (USER, ORGANIZATION):
             raise HttpError(403, f"You don't have the rights to write to {repo_id}")
 
 
@@ -278,12 +283,19 @@ def whoami(handler: _Handler, hub: HubServer) -> None:
     handler.send(200, account | {"auth": {"type": "access_token", "accessToken": token}})
 
 
+def _requested(request: dict[str, Any]) -> str:
+    kind = "spaces/" if request.get("type") == "space" else ""
+    return f"{kind}{request.get('organization') or USER}/{request['name']}"
+
+
 @route("POST", "/api/repos/create")
 def create_repository(handler: _Handler, hub: HubServer) -> None:
     request = handler.json()
-    repo_id = f"{request.get('organization') or USER}/{request['name']}"
+    repo_id = _requested(request)
     handler.require_write(repo_id)
-    answer = {"url": f"{hub.url}/{repo_id}", "name": repo_id}
+    answer = {"url": f"{hub.url}/{repo_id}", "name": repo_id.removeprefix("spaces/")}
+    if request.get("type") == "space" and not request.get("sdk"):
+        raise HttpError(400, "a Space needs an sdk")
     if repo_id in hub.repositories:
         return handler.send(409, answer | {"error": "You already created this model repo"})
     private = request.get("private", request.get("visibility") == "private")
@@ -295,7 +307,7 @@ def create_repository(handler: _Handler, hub: HubServer) -> None:
 @route("DELETE", "/api/repos/delete")
 def delete_repository(handler: _Handler, hub: HubServer) -> None:
     request = handler.json()
-    repo_id = f"{request.get('organization') or USER}/{request['name']}"
+    repo_id = _requested(request)
     handler.repository(repo_id, write=True)
     del hub.repositories[repo_id]
     handler.send(200)

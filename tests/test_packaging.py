@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import setuptools
+from huggingface_hub import metadata_load
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from hub_cards.push_space import FILES, SPACE
 from trainers.data.digits import DIGITS_TEACHER, find_teacher
 from vit_adala.recipes import find_recipe
 
@@ -61,6 +63,19 @@ def test_every_package_that_is_imported_is_declared(metadata):
 
 def test_benchmarks_and_rivals_are_not_shipped(metadata):
     assert {package.partition(".")[0] for package in metadata["packages"]} == set(PACKAGES)
+
+
+def test_a_space_gets_the_files_and_requirements_of_the_package(metadata):
+    patterns = {package: {name for name in found if name != "**/*.py"} for package, found in FILES.items()}
+    assert {package: found for package, found in patterns.items() if found} == {
+        package: set(found) for package, found in metadata["package_data"].items()
+    }
+    lines = (SPACE / "requirements.txt").read_text().splitlines()
+    extra = [Requirement(line) for line in metadata["extras_require"]["demo"]]
+    (gradio,) = [requirement for requirement in extra if requirement.name == "gradio"]
+    expected = [*map(Requirement, metadata["install_requires"]), *(x for x in extra if x is not gradio)]
+    assert [Requirement(line) for line in lines if not line.startswith("#")] == expected
+    assert metadata_load(SPACE / "README.md")["sdk_version"] in gradio.specifier
 
 
 # --- constraints.txt -------------------------------------------------------------------------------------------------

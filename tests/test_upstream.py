@@ -26,6 +26,7 @@ CHECKPOINTS = "trainers/base_trainer.py, to resume from whole checkpoints only"
 OLD_NAMES = "conversion/registration.py, without which teachers load with random attention"
 PUSH = "hub_cards/push.py, to tell what a push would change"
 EXPORT = "vit_adala/export, to trace models into graphs"
+COUNT = "vit_adala/demo/measure.py, to count the memory of tensors"
 NOTICE = "modeling_adala/linear_attention.py, to let PyTorch see each operation where it waits for them"
 # where it is and what it is called: who needs it
 NAMES = {
@@ -39,7 +40,9 @@ NAMES = {
     "torch._foreach_mul": "trainers/early_gradients.py, to scale all gradients at once",
     "torch.cpu._is_amx_tile_supported": "trainers/base_config.py, to choose bf16 where it pays",
     "torch.cpu._is_avx512_bf16_supported": "trainers/base_config.py, to choose bf16 where it pays",
+    "torch.utils._python_dispatch.TorchDispatchMode": COUNT,
     "torch.utils._python_dispatch.is_in_torch_dispatch_mode": NOTICE,
+    "torch.utils._pytree.tree_leaves": COUNT,
     "transformers.AttentionInterface._global_mapping": "modeling_adala/inspection/check_linear.py, to watch attention",
     "transformers.AutoModel._model_mapping": "vit_adala/doctor/probe.py, to know auto_map",
     "transformers.PreTrainedModel._can_set_attn_implementation": "inspection/check_linear.py, to say why",

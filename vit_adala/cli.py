@@ -24,6 +24,7 @@ COMMANDS = {
     "embed": "write the features of a dataset into a parquet file, resumable",
     "export": "write a model as an ONNX or OpenVINO graph, checked against PyTorch",
     "features": "draw patch features and attention maps, student beside teacher",
+    "demo": "show a student beside its teacher in a browser",
 }
 
 

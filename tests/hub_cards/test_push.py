@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -62,19 +61,6 @@ def trained(tmp_path_factory) -> Path:
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(b"\x80\x04 pickled or private")
     return directory
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A running Hub, which this process may talk to although the tests run offline."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's pauses between its attempts
-    with HubServer() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it would keep the endpoint of the first test
-        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-        yield server
 
 
 def api(hub: HubServer, token: str | bool = WRITE_TOKEN) -> HfApi:

@@ -232,7 +232,7 @@ def draw_attention(path: Path, image: Tensor, query: tuple[int, int], weights: d
     _frame(axes[0], image, query, next(iter(weights.values())))
     axes[0].set_title(f"patch {query[0]},{query[1]}", fontsize=10)
     for axis, (name, maps) in zip(axes[1:], weights.items(), strict=True):
-        _show_weights(axis, image, query, maps.mean(dim=0))
+        show_weights(axis, image, query, maps.mean(dim=0))
         outside = 1 - maps.sum(dim=(1, 2)).mean().item()
         axis.set_title(name + (f", {outside:.0%} not on patches" if outside > 0.005 else ""), fontsize=10)
     for strip, (name, maps) in zip(strips, weights.items(), strict=True):
@@ -240,12 +240,16 @@ def draw_attention(path: Path, image: Tensor, query: tuple[int, int], weights: d
         axes = strip.subplots(lines, per_row, squeeze=False).flat
         for index, axis in enumerate(axes):
             if index < len(maps):
-                _show_weights(axis, image, query, maps[index])
+                show_weights(axis, image, query, maps[index])
                 axis.set_title(f"head {index}", fontsize=8, pad=2)
     _save(figure, path)
 
 
-def _show_weights(axis: Any, image: Tensor, query: tuple[int, int], weights: Tensor) -> None:
+def show_weights(axis: Any, image: Tensor, query: tuple[int, int], weights: Tensor) -> None:
+    """Show attention weights `(rows, columns)` over an image, `(channels, height, width)` in 0..1, and frame a patch.
+
+    The weights are scaled to their own 99th percentile.
+    """
     height, width = image.shape[-2:]
     axis.imshow(0.6 * image.mean(dim=0).numpy(), cmap="gray", vmin=0, vmax=1)
     heat = (weights / weights.quantile(ATTENTION_RANGE).clamp(min=1e-12)).clamp(0, 1).numpy()

@@ -21,6 +21,7 @@ from modeling_adala.families import get_family, is_adala
 from modeling_adala.inspection.flops import linear_config
 from modeling_adala.inspection.towers import attention_modules, forward_features, patch_size, vision_tower
 from trainers.alignment_trainer import check_configs
+from trainers.data.digits import find_teacher
 
 from .cases import Settings, Size
 from .operators import relative_error
@@ -75,7 +76,7 @@ def known_teacher(config: PretrainedConfig) -> str | None:
         return None
     # config.json keeps the last part of a local path, the manifest of a run all of it
     noted = read_manifest(home).get("teacher")
-    for place in (noted, name, home.parent / name):
+    for place in (noted, find_teacher(name), home.parent / name):
         if place and (Path(place) / "config.json").is_file():
             return str(place)
     is_id = not os.path.isabs(name) and name.count("/") <= 1

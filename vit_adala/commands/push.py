@@ -1,8 +1,9 @@
-"""`vit-adala push`: upload a checkpoint folder to the Hub in one commit."""
+"""`vit-adala push`: upload a checkpoint folder to the Hub in one commit, and a Space that shows it."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from huggingface_hub import is_offline_mode
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hub_cards.push import PushPlan, plan_push, push
+from hub_cards.push_space import plan_space
 from modeling_adala.errors import UsageError
 
 from ..arguments import CommandParser, print_json
@@ -27,6 +29,10 @@ class PushArguments:
         metadata={"help": "Name or organization/name; created if it does not exist.", "positional": "REPO_ID"}
     )
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    space: str | None = field(
+        default=None,
+        metadata={"help": "Also upload the demo of this model as a Space, organization/name; created if need be."},
+    )
     revision: str = field(default="main", metadata={"help": "Branch; created from main if it does not exist."})
     with_onnx: list[str] = field(
         default_factory=list,
@@ -38,11 +44,11 @@ class PushArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run `vit-adala push DIR REPO_ID [--private] [--revision BRANCH] [--with-onnx O ...] [--dry-run] ...`.
+    """Run `vit-adala push DIR REPO_ID [--space ID] [--private] [--revision BRANCH] [--with-onnx O ...] ...`.
 
     Raises:
         UsageError: If an existing repository would change and no terminal is there to ask, or see `plan_push`.
-        AdaLAError: See `plan_push` and `push`.
+        AdaLAError: See `plan_push`, `plan_space` and `push`.
     """
     parser = CommandParser(
         "push",
@@ -53,25 +59,42 @@ def main(arguments: Sequence[str]) -> None:
     (args,) = parser.parse(arguments)
     compare = not (args.dry_run and is_offline_mode())
     target = {"revision": args.revision, "private": args.private}
-    plan = plan_push(args.directory, args.repo_id, **target, compare=compare, with_onnx=args.with_onnx)
-    if not compare:
-        plan.notes.append("offline: not compared with the Hub, everything counts as new")
-    result = {"repo_id": args.repo_id, "revision": args.revision, "notes": plan.notes, "url": None}
-    result["files"] = [{"path": file.path, "change": file.change, "size": file.size} for file in plan.files]
-    if not args.json:
-        _show(plan, card=args.dry_run)
-    if not args.dry_run and _agreed(plan, args.yes, may_ask=sys.stdin.isatty() and not args.json):
-        result["url"] = push(plan)
+    plans = [plan_push(args.directory, args.repo_id, **target, compare=compare, with_onnx=args.with_onnx)]
+    if args.space is not None:
+        plans.append(plan_space(args.space, args.repo_id, private=args.private, compare=compare))
+    for plan in plans:
+        if not compare:
+            plan.notes.append("offline: not compared with the Hub, everything counts as new")
         if not args.json:
-            print(f"pushed {result['url']}" if plan.changes else f"nothing has changed: {result['url']}")
+            _show(plan, card=args.dry_run)
+    urls: list[str | None] = [None] * len(plans)
+    may_ask = sys.stdin.isatty() and not args.json
+    if not args.dry_run and all(_agreed(plan, args.yes, may_ask) for plan in plans):
+        for index, plan in enumerate(plans):
+            urls[index] = push(plan)
+            if not args.json:
+                print(f"pushed {urls[index]}" if plan.changes else f"nothing has changed: {urls[index]}")
     if args.json:
-        print_json(result | ({"card": plan.card} if args.dry_run else {}))
+        model, *space = (_result(plan, url, args.dry_run) for plan, url in zip(plans, urls, strict=True))
+        print_json(model | ({"space": space[0]} if space else {}))
+
+
+def _result(plan: PushPlan, url: str | None, card: bool) -> dict[str, Any]:
+    files = [{"path": file.path, "change": file.change, "size": file.size} for file in plan.files]
+    result = {"repo_id": plan.repo_id, "revision": plan.revision, "notes": plan.notes, "url": url, "files": files}
+    return result | ({"card": plan.card} if card else {})
 
 
 def _show(plan: PushPlan, card: bool) -> None:
     table = Table("file", "size", "", title=escape(f"{plan.repo_id}, {plan.revision}"), title_justify="left")
-    for file in sorted(plan.files, key=lambda file: (file.change == "same", file.path)):
-        table.add_row(escape(file.path), decimal(file.size), f"[{STYLES[file.change]}]{file.change}[/]")
+    sizes: dict[tuple[bool, str, str], list[int]] = {}  # of the files of a folder together
+    for file in plan.files:
+        folder, slash, _ = file.path.rpartition("/")
+        name = f"{folder.partition('/')[0]}/" if slash else file.path
+        sizes.setdefault((file.change == "same", name, file.change), []).append(file.size)
+    for (_, name, change), found in sorted(sizes.items()):
+        name += f" ({len(found)} files)" if name.endswith("/") else ""
+        table.add_row(escape(name), decimal(sum(found)), f"[{STYLES[change]}]{change}[/]")
     console = Console(soft_wrap=True)
     console.print(table)
     upload = sum(file.size for file in plan.changes if file.source is not None)
