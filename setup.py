@@ -42,6 +42,7 @@ OPENVINO = ["openvino>=2026.3"]
 EXPORTERS = ["torch>=2.11"]  # which they refuse before
 
 EXTRAS = {
+    "digits": DIGITS,
     # Gradio is for `vit-adala demo` alone: 19 packages of 120 MB, and an older Pillow than constraints.txt pins.
     # So it is not in `dev`, and this extra is installed without the constraints.
     "demo": [*DIGITS, "gradio>=6.31,<7"],
@@ -51,6 +52,7 @@ EXTRAS = {
         *DIGITS,
         *ONNX,
         *OPENVINO,
+        "tensorboard>=2.19",
         "pytest>=8",
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",

