@@ -564,5 +564,5 @@ def test_digits_without_mlxtend(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     for name in [name for name in sys.modules if name.startswith("mlxtend")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(UsageError, match=r"pip install vit-adala\[demo\]"):
+    with pytest.raises(UsageError, match=r"pip install vit-adala\[digits\]"):
         load_digits("test")
