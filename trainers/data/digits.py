@@ -37,10 +37,10 @@ def _read_digits() -> tuple[list[bytes], np.ndarray]:
         ) from error
     except ImportError:
         pixels, labels = mnist_data()
-        return [_png(row) for row in pixels.astype(np.uint8)], labels
-    # mnist_data() parses this same file with genfromtxt, ten times slower than loadtxt.
-    table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
-    return [_png(row) for row in table[:, :-1]], table[:, -1].astype(np.int64)
+    else:  # mnist_data() parses this same file with genfromtxt, ten times slower than loadtxt
+        table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
+        pixels, labels = table[:, :-1], table[:, -1]
+    return [_png(row) for row in pixels.astype(np.uint8)], labels.astype(np.int64)
 
 
 def _png(pixels: np.ndarray) -> bytes:

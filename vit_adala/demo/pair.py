@@ -34,7 +34,7 @@ from ..benchmark.models import known_teacher
 QUICKSTART = "out/quickstart/3-supervised"
 # patches along a side of the smallest image, and of the largest that is chosen by itself
 SMALLEST, LARGEST = 8, 128
-# longest pass of the teacher that somebody who moves a slider waits for
+# longest forward pass of the teacher that keeps the slider responsive, in seconds
 MAX_SECONDS = 1.5
 
 
@@ -46,8 +46,8 @@ class Pair:
         models (`dict[str, PreTrainedModel]`): `"teacher"` and `"student"`, in eval mode.
         names (`dict[str, str]`): Names of both, to show.
         processor (`BaseImageProcessor`, *optional*): Image processor; without one, pixels are fed as 0..1.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Of the text tower; without one, there are no zero-shot
-            scores.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the text tower. Without one, zero-shot scores
+            are left out.
         max_size (`int`, *optional*): Largest side in pixels. Default: what this machine is quick at.
     """
 

@@ -83,7 +83,7 @@ def show(
 def attend(pair: Pair, path: str | None, side: float | None, layer: float | None, point: Point) -> Updates:
     """Show the attention of another patch, or in another layer."""
     if path is not None:
-        pixels, picture = prepare(pair, read_upload(path)[0], check_side(pair, side))
+        pixels, picture = _prepared(pair, path, side)
         pictures = attention_pictures(pair.models, pixels, picture, check_layer(pair, layer), point)
         yield {"point": point} | _by_role("attention", pictures)
 
@@ -92,7 +92,7 @@ def attend(pair: Pair, path: str | None, side: float | None, layer: float | None
 def score(pair: Pair, path: str | None, side: float | None, texts: str) -> Updates:
     """Show the scores of other captions."""
     if path is not None:
-        yield _scores(pair, prepare(pair, read_upload(path)[0], check_side(pair, side))[0], texts)
+        yield _scores(pair, _prepared(pair, path, side)[0], texts)
 
 
 @telling
@@ -116,6 +116,10 @@ def check_layer(pair: Pair, layer: float | None) -> int:
     """Return the nearest layer; the last one for none."""
     last = vision_config(pair.config).num_hidden_layers - 1
     return last if layer is None else min(max(round(layer), 0), last)
+
+
+def _prepared(pair: Pair, path: str, side: float | None) -> tuple[Tensor, Tensor]:
+    return prepare(pair, read_upload(path)[0], check_side(pair, side))
 
 
 def _scores(pair: Pair, pixels: Tensor, texts: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What the demo does when something is picked, clicked or moved, without a browser and without Gradio."""
+"""Behavior of the demo on picks, clicks and moved sliders, without a browser and without Gradio."""
 
 import re
 import zlib
