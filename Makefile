@@ -2,6 +2,7 @@
 #
 #     make quickstart   turn the embedded teacher into a linear-attention ViT, then reload the result
 #     make test         HF_HUB_OFFLINE=1 .venv/bin/python -m pytest
+#     make test-all     the same and what is long
 #     make style        format and fix
 #     make check        format, lint and types, without changing a file
 #     make test-newest  the tests with the newest packages that setup.py allows, in .venv-newest
@@ -35,7 +36,7 @@ PACKAGES := $(wildcard modeling_adala trainers hub_cards vit_adala benchmarks)
 LOCK := --quiet --extra dev --no-annotate setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-newest test-oldest style check docs lock clean has-python
+.PHONY: help quickstart test test-all test-newest test-oldest style check docs lock clean has-python
 
 help:
 	@sed -n 's/^#     //p' Makefile
@@ -80,18 +81,21 @@ quickstart: .venv/.installed
 test: .venv/.installed
 	HF_HUB_OFFLINE=1 $(PY) -m pytest $(TESTS)
 
+test-all: .venv/.installed
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -m "" $(TESTS)
+
 # What counts as newest changes by the day, so these two look every time.
 test-newest:
 	$(call venv,.venv-newest)
 	$(call install,.venv-newest,--upgrade --upgrade-strategy eager)
-	HF_HUB_OFFLINE=1 .venv-newest/bin/python -m pytest $(TESTS)
+	HF_HUB_OFFLINE=1 .venv-newest/bin/python -m pytest -m "" $(TESTS)
 
 test-oldest: .venv-tools/.installed
 	$(call venv,.venv-oldest)
 	@$(UV) pip compile $(LOCK) --resolution lowest-direct --upgrade --python .venv-oldest \
 	    -o .venv-oldest/constraints.txt
 	$(call install,.venv-oldest,-c .venv-oldest/constraints.txt)
-	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest $(TESTS)
+	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -m "" $(TESTS)
 
 style: .venv/.installed
 	$(PY) -m ruff format .

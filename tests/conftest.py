@@ -10,6 +10,8 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 # Read once, when the libraries are imported, hence before any import below.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -43,12 +45,18 @@ def frozen_libraries() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def short_speed_measurement() -> Iterator[None]:
-    """Reports measure the smallest image size alone, and not for 20 seconds."""
-    import trainers.report.report as report
+def short_reports() -> Iterator[None]:
+    """Reports measure the smallest image size alone, and not for 20 seconds; their pictures are coarse."""
+    from trainers.report import pictures, report
 
+    def save_coarse(figure: Any, path: Path, **kwargs: Any) -> None:
+        save_figure(figure, path, **kwargs | {"dpi": 30})
+
+    save_figure = pictures.save_figure
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "measure_speed", partial(report.measure_speed, budget=0.0))
+        for module in (pictures, report):
+            patch.setattr(module, "save_figure", save_coarse)
         yield
 
 

@@ -40,6 +40,8 @@ def smoke(dry_run) -> Path:
     return dry_run[0]
 
 
+@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_result_says_where_it_comes_from(smoke, name):
     result = json.loads((smoke / f"{name}.json").read_text())
@@ -51,6 +53,7 @@ def test_a_result_says_where_it_comes_from(smoke, name):
         assert 0 < row["lower_milliseconds"] <= row["milliseconds"] <= row["upper_milliseconds"]
 
 
+@pytest.mark.long
 def test_linear_rows_carry_their_error(smoke):
     for name in ("operator", "model", "scaling"):
         rows = common.load_json(smoke / f"{name}.json")["rows"]
@@ -58,6 +61,7 @@ def test_linear_rows_carry_their_error(smoke):
         assert linear and all(row["relative_error"] < 0.05 for row in linear)
 
 
+@pytest.mark.long
 def test_a_smoke_run_is_not_a_result(smoke):
     with pytest.raises(DataError, match="smoke run"):
         tables.load_results(smoke)
@@ -71,6 +75,7 @@ def test_a_smoke_run_leaves_the_results_alone(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "results" / "some.json").read_text())["subject"] == "it"
 
 
+@pytest.mark.long
 def test_tables_show_every_figure_of_their_rows(smoke):
     results = {name: common.load_json(smoke / f"{name}.json") for name in SCRIPTS}
     text = tables.render(results)
@@ -200,6 +205,7 @@ def test_a_part_that_hangs_is_killed_with_the_processes_that_it_started(some_par
 # --- what a dry run says ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_dry_run_runs_every_part_and_says_what_it_found(dry_run):
     folder, output = dry_run
     parts = common.load_json(folder / "gpu.json")
@@ -216,6 +222,7 @@ def test_a_dry_run_runs_every_part_and_says_what_it_found(dry_run):
     ]
 
 
+@pytest.mark.long
 def test_tables_of_a_gpu_run_show_asked_and_reached_first(dry_run):
     results = {f"{path.stem}-cuda": common.load_json(path) for path in dry_run[0].glob("*.json")}
     text = tables.render(results)

@@ -51,6 +51,8 @@ LAST_LINES = {
     ),
 }
 
+LONG = {"custom_dataset", "finetune_lora", "share"}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -150,7 +152,7 @@ def test_an_example_starts_with_its_own_command(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAST_LINES)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.long] * (x in LONG)) for x in LAST_LINES])
 def test_an_example_runs_in_under_three_minutes_on_one_core(name, runs):
     run = runs(name, "--smoke")
     assert re.fullmatch(LAST_LINES[name], run.last_line), run.output
@@ -158,7 +160,7 @@ def test_an_example_runs_in_under_three_minutes_on_one_core(name, runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["custom_dataset", "linearize", "segment"])
+@pytest.mark.parametrize("name", ["linearize", "segment"])
 def test_the_trainers_leave_a_card(name, runs):
     out = runs(name, "--smoke").folder / "out"
     (card,) = [path for path in out.glob("*/README.md") if path.parent.name in LAST_LINES[name]]
@@ -197,6 +199,7 @@ def test_a_checkpoint_of_one_example_opens_in_another(runs):
     assert re.fullmatch(r"AdaLAViTForImageClassification from out/classifier: \d+ of 10 correct", run.last_line)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_lora_saves_adapters_and_head_alone(runs):
     out = runs("finetune_lora", "--smoke").folder / "out" / "lora"
@@ -218,6 +221,7 @@ def test_the_segmentation_model_opens_and_is_better_than_before(runs):
     assert before < after
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_share_pushes_all_that_it_takes_to_open_the_model(runs):
     listed = re.findall(r"^new +[\d,]+ bytes  (\S+)$", runs("share", "--smoke").output, flags=re.MULTILINE)
@@ -226,10 +230,13 @@ def test_share_pushes_all_that_it_takes_to_open_the_model(runs):
     }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_model_of_ones_own_data_has_its_classes(runs):
     run = runs("custom_dataset", "--smoke")
-    model = AutoModelForImageClassification.from_pretrained(run.folder / "out" / "bits")
+    out = run.folder / "out" / "bits"
+    assert "linear-attention" in ModelCard.load(out / "README.md").data.tags
+    model = AutoModelForImageClassification.from_pretrained(out)
     assert type(model) is AdaLAViTForImageClassification
     assert model.config.id2label == {0: "zero", 1: "one"}
     before, after = map(float, re.search(r"accuracy (\S+)% -> (\S+)%", run.last_line).groups())

@@ -156,6 +156,7 @@ def test_built_in_names_give_way_to_local_ones(tmp_path, monkeypatch):
     assert find_recipe("quickstart") == "quickstart"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_wheel_runs_the_quickstart_from_another_folder(tmp_path):
     """Built without a compiler from a copy of the checkout, installed alone beside borrowed dependencies."""

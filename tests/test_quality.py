@@ -34,6 +34,7 @@ def cells(tmp_path_factory) -> dict[str, dict]:
     return {cell["method"] + "*" * (len(cell["rows"]) == 1): cell for cell in found}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_cell_has_a_row_for_each_stage_and_says_where_it_comes_from(cells):
     alone = cells.pop(f"{SMOKE[0]}*")

@@ -31,6 +31,9 @@ STRICT = {"dinov2_with_registers"}
 ONE_GRAPH = version.parse(torch.__version__) < version.parse("2.13")  # see above
 LOOPS_OVER_GRIDS = version.parse(transformers.__version__) < version.parse("5.24")  # SigLIP 2, see above
 SIZES = (RECTANGULAR, (48, 40), (16, 56))
+# one of each way to embed positions; `make test-all` compiles and exports the others, too
+TYPICAL = {"vit", "dinov2_with_registers", "dinov3_vit", "clip_vision_model", "siglip2_vision_model"}
+FAMILIES = [pytest.param(name, marks=[] if name in TYPICAL else pytest.mark.long) for name in MODELS]
 
 
 def tiny_model(name: str, head: str = "Model", layers: int = 1, **options):
@@ -56,25 +59,40 @@ def graphs_after_each_size(name: str, **options) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_dynamic_compiles_whole_and_once_for_all_sizes(name):
     counts = graphs_after_each_size(name, dynamic=True)
     assert counts[0] == counts[-1] <= 2  # the model, and the hook that tells it the patch grid
 
 
-@pytest.mark.parametrize("name", ["vit", "clip_vision_model", "dinov3_vit", "siglip2_vision_model"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit",
+        "siglip2_vision_model",
+        *(pytest.param(x, marks=pytest.mark.long) for x in ("clip_vision_model", "dinov3_vit")),
+    ],
+)
 @torch.no_grad()
 def test_compiles_whole_and_again_for_the_second_size_alone(name):
     counts = graphs_after_each_size(name)
     assert counts[0] == 1 and counts[1] == counts[2]
 
 
-@pytest.mark.parametrize(
-    ("name", "head"), [*((name, "Model") for name in MODELS), ("siglip2_vision_model", "Backbone")]
-)
+@pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_exports_with_dynamic_batch_and_size(name, head):
+def test_exports_with_dynamic_batch_and_size(name):
+    assert_exports(name, "Model")
+
+
+@pytest.mark.long
+@torch.no_grad()
+def test_backbone_of_any_grid_exports_with_dynamic_batch_and_size():
+    assert_exports("siglip2_vision_model", "Backbone")
+
+
+def assert_exports(name: str, head: str) -> None:
     model = tiny_model(name, head, **({"local_mixing": 0} if name in STRICT and ONE_GRAPH else {}))
     example = inputs_of(model, RECTANGULAR)
     fixed = is_vision_text(name) or ("siglip2" in name and LOOPS_OVER_GRIDS)

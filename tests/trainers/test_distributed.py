@@ -22,7 +22,7 @@ from trainers.runs.callbacks import read_metrics
 from trainers.runs.stages import STAGES
 from vit_adala.cli import main
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 FOLDERS = {stage.name: stage.directory for stage in STAGES.values()}
 # All three commands in one pair of processes: the imports take longer than the training. Each keeps its weights.

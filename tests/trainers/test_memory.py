@@ -37,6 +37,7 @@ def slope(values: list[int]) -> float:
     return float(np.polyfit(range(len(values)), values, deg=1)[0])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [ATTENTION, FEATURES])
 def test_500_steps_leave_nothing_behind(tmp_path, stage):

@@ -394,6 +394,7 @@ def test_every_family_opens_from_its_configuration(family, tmp_path):
         assert features.dtype == torch.bfloat16 and features.isfinite().all()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_compiled_passes_stand_beside_eager_ones(run, checkpoint):
     code, out, _ = run(checkpoint["config"], "--compile", "--json", "--dtype", "float32", "--sizes", "32")

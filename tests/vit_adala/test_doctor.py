@@ -191,6 +191,7 @@ def test_code_in_the_folder_is_not_run_unless_the_user_says_so(folder, monkeypat
     assert (found.status, "--trust-remote-code" in found.remedy) == ("WARN", True)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_fresh_processes_open_the_model_with_and_without_the_package(folder):
     subject = Subject(folder, trust_remote_code=True)

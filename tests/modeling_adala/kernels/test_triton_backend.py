@@ -19,6 +19,7 @@ MODES = ["interpreter", *(["gpu"] if torch.cuda.is_available() else [])]
 triton = pytest.importorskip("triton")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_kernels(mode):
