@@ -51,7 +51,7 @@ LAST_LINES = {
     ),
 }
 
-LONG = {"custom_dataset", "finetune_lora", "share"}
+LONG = {"custom_dataset", "finetune_lora", "segment", "share"}
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def test_an_example_runs_in_under_three_minutes_on_one_core(name, runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["linearize", "segment"])
+@pytest.mark.parametrize("name", ["linearize", pytest.param("segment", marks=pytest.mark.long)])
 def test_the_trainers_leave_a_card(name, runs):
     out = runs(name, "--smoke").folder / "out"
     (card,) = [path for path in out.glob("*/README.md") if path.parent.name in LAST_LINES[name]]
@@ -211,6 +211,7 @@ def test_lora_saves_adapters_and_head_alone(runs):
     assert all(".classifier." in name for name in names - adapters)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_segmentation_model_opens_and_is_better_than_before(runs):
     run = runs("segment", "--smoke")

@@ -50,7 +50,7 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
     trainer = AttentionAlignmentTrainer(
         model=student,
         teacher_model="facebook/dinov2-small",
-        args=AttentionAlignmentConfig(output_dir="out/1-attention-alignment"),
+        args=AttentionAlignmentConfig(output_dir="out/1-attention-alignment", max_steps=100),
         train_dataset=dataset,  # items with `pixel_values`
     )
     trainer.train()

@@ -83,6 +83,7 @@ runpy.run_path("app.py", run_name="__main__")
 """
 
 
+@pytest.mark.long
 def test_what_goes_up_runs_where_nothing_of_this_package_is_installed(hub, tmp_path):
     push(plan_space(SPACE, MODEL))
     write_files(hub.files(f"spaces/{SPACE}"), tmp_path)

@@ -32,7 +32,7 @@ ONE_GRAPH = version.parse(torch.__version__) < version.parse("2.13")  # see abov
 LOOPS_OVER_GRIDS = version.parse(transformers.__version__) < version.parse("5.24")  # SigLIP 2, see above
 SIZES = (RECTANGULAR, (48, 40), (16, 56))
 # one of each way to embed positions; `make test-all` compiles and exports the others, too
-TYPICAL = {"vit", "dinov2_with_registers", "dinov3_vit", "clip_vision_model", "siglip2_vision_model"}
+TYPICAL = ["vit", "dinov2_with_registers", "dinov3_vit", "clip_vision_model", "siglip2_vision_model"]
 FAMILIES = [pytest.param(name, marks=[] if name in TYPICAL else pytest.mark.long) for name in MODELS]
 
 
@@ -67,12 +67,7 @@ def test_dynamic_compiles_whole_and_once_for_all_sizes(name):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "vit",
-        "siglip2_vision_model",
-        *(pytest.param(x, marks=pytest.mark.long) for x in ("clip_vision_model", "dinov3_vit")),
-    ],
+    "name", ["vit", *(pytest.param(name, marks=pytest.mark.long) for name in TYPICAL if name != "vit")]
 )
 @torch.no_grad()
 def test_compiles_whole_and_again_for_the_second_size_alone(name):

@@ -178,15 +178,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
 
 @every_family
 @torch.no_grad()
-def test_it_is_saved_and_exported(name, tmp_path):
+def test_it_is_saved(name, tmp_path):
     model = mixing_model(name)
     model.save_pretrained(tmp_path)
     opened = type(model).from_pretrained(tmp_path).eval()
     inputs = inputs_of(model, RECTANGULAR)
-    expected = tensors(model(**inputs))[0]
-    assert torch.equal(tensors(opened(**inputs))[0], expected)
-    program = torch.export.export(model, args=(), kwargs=inputs, strict=False)
-    torch.testing.assert_close(tensors(program.module()(**inputs))[0], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(tensors(opened(**inputs))[0], tensors(model(**inputs))[0])
 
 
 @pytest.mark.parametrize("size", [-1, 2, 4, 17, 1])

@@ -316,6 +316,7 @@ def exports(monkeypatch):
     return put
 
 
+@pytest.mark.long
 def test_exports_are_timed_beside_pytorch_and_checked_like_it(run, checkpoint, exports):
     exports(torch.no_grad()(forward_features))
     code, out, _ = run(checkpoint["student"], "--runtime", "onnx", "openvino", "--json", "--sizes", "16")

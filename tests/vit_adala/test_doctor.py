@@ -313,6 +313,7 @@ def test_code_that_gives_other_outputs_than_the_package_fails(healthy, monkeypat
     assert (found.status, "different outputs" in found.message) == ("FAIL", True)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_process_that_fails_is_a_finding_of_one_line(folder):
     (folder / "config.json").write_text('{"model_type": "vit-of-tomorrow"}')

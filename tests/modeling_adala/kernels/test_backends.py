@@ -68,6 +68,7 @@ def test_unknown_backends_are_refused_by_name(monkeypatch):
         linear_attention(*torch.randn(3, 1, 2, 9, 16), "elu")
 
 
+@pytest.mark.long
 def test_without_triton_the_package_imports_and_pytorch_takes_over():
     program = """
 import sys
