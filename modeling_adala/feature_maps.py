@@ -23,7 +23,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
 
 def softmax_pair(x: Tensor) -> Tensor:
     """[softmax(x), softmax(-x)] over the features (Hedgehog, arXiv 2402.04347), twice as many."""
-    return torch.cat((torch.softmax(x, dim=-1), torch.softmax(-x, dim=-1)), dim=-1)
+    return torch.softmax(torch.stack((x, -x), dim=-2), dim=-1).flatten(-2)
 
 
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -201,12 +201,12 @@ def _kept_floats(config: PretrainedConfig, tokens: int) -> int:
 
     # as the projections write them
     query, key, value = (torch.ones(1, tokens, phi.num_heads, phi.head_dim, requires_grad=True) for _ in range(3))
-    weights = {parameter.data_ptr() for parameter in phi.parameters()}
+    weights, packed = {parameter.data_ptr() for parameter in phi.parameters()}, get_family(config.model_type).packed
+    mask = torch.ones(1, tokens, dtype=torch.bool) if packed else None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = linear_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), phi)
+        output = linear_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), phi, mask)
         if config.local_mixing:
             mixing, grid = LocalMixing(phi.num_heads * phi.head_dim, config.local_mixing), (4, tokens // 4)
-            packed = get_family(config.model_type).packed
             output = output + mixing(value.transpose(1, 2), torch.tensor([grid]) if packed else grid).transpose(1, 2)
             weights.add(mixing.weight.data_ptr())
     assert output is not None  # it holds the graph
