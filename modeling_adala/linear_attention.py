@@ -139,10 +139,7 @@ def _in_pytorch(
 def _features(
     query: Tensor, key: Tensor, feature_map: FeatureMap, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | int]:
-    """Return the features of queries and keys, those of padding zero, and the number of real tokens per image.
-
-    It is one number without a mask, else `(batch, 1, 1, 1)`; at least 1.
-    """
+    """Return the features of queries and keys, those of padding zero, and the count of real tokens, at least 1."""
     phi_q, phi_k = feature_map(query, key, key_mask)
     check_mapped(feature_map, (query, key), (phi_q, phi_k))
     if key_mask is None:

@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hub_cards import write_card
 from modeling_adala.configuration_adala import vision_config
+from modeling_adala.conversion.folding import fold_feature_maps
 from modeling_adala.errors import UsageError
 
 from ..attention_alignment_config import AttentionAlignmentConfig
@@ -152,4 +153,7 @@ def _finished_student(trainer: AdaLATrainer, stage: Stage) -> PreTrainedModel:
     student.requires_grad_(True)
     if is_student(student):
         vision_config(student.config).adala_stage = stage.name
+        # stage 2 has learning rates for learned maps and for projections; after it they may become one
+        if stage.number > 1 and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            fold_feature_maps(student)
     return student
