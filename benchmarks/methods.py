@@ -52,7 +52,7 @@ class Method:
 
 # stage 2 as it was before its learning rates were measured
 SLOW = {"learning_rate": 5e-5, "new_learning_rate": 5e-5}
-PLAIN, MIX = {"local_mixing": 0}, {"local_mixing": 3}
+PLAIN, MIX, DYNAMIC = {"local_mixing": 0}, {"local_mixing": 3}, {"local_mixing": 3, "dynamic_mixing": True}
 
 
 def rival(about: str, counterpart: str, kind: str = BLOCK) -> Method:
@@ -88,6 +88,9 @@ METHODS = {
     "relu + mixing": Method("relu, local mixing 3x3", {"feature_map": "relu", **MIX}),
     "t2r + mixing": Method("t2r, local mixing 3x3", {"feature_map": "t2r", **MIX}),
     "hedgehog + mixing": Method("hedgehog, local mixing 3x3", {"feature_map": "hedgehog", **MIX}),
+    "relu + dynamic": Method("relu, local mixing 3x3, dynamic", {"feature_map": "relu", **DYNAMIC}),
+    "t2r + dynamic": Method("t2r, local mixing 3x3, dynamic", {"feature_map": "t2r", **DYNAMIC}),
+    "hedgehog + dynamic": Method("hedgehog, local mixing 3x3, dynamic", {"feature_map": "hedgehog", **DYNAMIC}),
     "hedgehog + mixing 5x5": Method("hedgehog, local mixing 5x5", {"feature_map": "hedgehog", "local_mixing": 5}),
     "hedgehog, auto:1": Method("hedgehog, one softmax layer", {"feature_map": "hedgehog", **PLAIN}, auto=1),
     "t2r + mixing, auto:1": Method("t2r, local mixing, one softmax layer", {"feature_map": "t2r", **MIX}, auto=1),

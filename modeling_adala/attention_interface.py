@@ -30,15 +30,24 @@ def is_new_parameter(name: str) -> bool:
 class LocalMixing(nn.Module):
     """Depthwise convolution of the values over the patch grid, zero at first, which is added to what attention gives.
 
-    Linear attention loses locality first. After JetViT (arXiv 2605.26636), whose kernels depend on the image.
+    Linear attention loses locality first. With `dynamic`, two small layers add a kernel of the image's own, made of
+    the mean of its patches, as in JetViT (arXiv 2605.26636, eq. 3 and 4).
     """
 
-    def __init__(self, channels: int, kernel_size: int):
+    def __init__(self, channels: int, kernel_size: int, dynamic: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(channels, 1, kernel_size, kernel_size))
+        self.dynamic = dynamic
+        if dynamic:
+            self.squeeze = nn.Parameter(torch.empty(channels // 4, channels))
+            self.expand = nn.Parameter(torch.empty(kernel_size**2 * channels, channels // 4))
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         init.zeros_(self.weight)
+        if self.dynamic:
+            init.normal_(self.squeeze, std=self.squeeze.shape[1] ** -0.5)
+            init.zeros_(self.expand)
 
     def forward(self, value: Tensor, grid: tuple[int, int] | Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Return `(batch, tokens, heads, dim)` for values `(batch, heads, tokens, dim)`, 0 before the patches.
@@ -48,26 +57,51 @@ class LocalMixing(nn.Module):
         if key_mask is not None:
             value = value.masked_fill(~key_mask[:, None, :, None], 0)
         if isinstance(grid, Tensor):
-            return self._of_packed(value, grid)
+            return self._of_packed(value, grid.to(value.device))
         (batch, heads, tokens, dim), (rows, columns) = value.shape, grid
         # channels last, as the projection wrote them: no copy, and half the time of channels first on a CPU
-        image = value.transpose(1, 2)[:, tokens - rows * columns :].flatten(2).unflatten(1, grid).permute(0, 3, 1, 2)
-        mixed = nn.functional.conv2d(image, self.weight, padding=self.weight.shape[-1] // 2, groups=heads * dim)
-        mixed = mixed.permute(0, 2, 3, 1).reshape(batch, rows * columns, heads, dim)
+        image = value.transpose(1, 2)[:, tokens - rows * columns :].flatten(2).unflatten(1, grid)
+        if self.dynamic:
+            count = rows * columns if key_mask is None else key_mask[:, tokens - rows * columns :].sum(1)[:, None]
+            mixed = self._shifted(image, self._kernel(image.sum(dim=(1, 2)) / count))
+        else:
+            reach = self.weight.shape[-1] // 2
+            mixed = nn.functional.conv2d(image.permute(0, 3, 1, 2), self.weight, padding=reach, groups=heads * dim)
+            mixed = mixed.permute(0, 2, 3, 1)
+        mixed = mixed.reshape(batch, rows * columns, heads, dim)
         return nn.functional.pad(mixed, (0, 0, 0, 0, tokens - rows * columns, 0))
+
+    def _kernel(self, mean: Tensor | None) -> Tensor:
+        """Return `(places, images or 1, channels)`, for the mean patch `(images, channels)` if kernels are dynamic."""
+        kernel = self.weight.flatten(1).t()[:, None]
+        if not self.dynamic or mean is None:
+            return kernel
+        own = nn.functional.linear(nn.functional.silu(nn.functional.linear(mean, self.squeeze)), self.expand)
+        return kernel + own.unflatten(1, (len(kernel), -1)).transpose(0, 1)
+
+    @staticmethod
+    def _shifted(image: Tensor, kernel: Tensor) -> Tensor:
+        """Convolve `(batch, rows, columns, channels)` with one kernel per image, which `conv2d` does not take."""
+        (_, rows, columns, _), side = image.shape, round(len(kernel) ** 0.5)
+        padded, mixed = nn.functional.pad(image, (0, 0, *[side // 2] * 4)), torch.zeros_like(image)
+        for place, weight in enumerate(kernel.to(image.dtype)):
+            row, column = divmod(place, side)
+            mixed = torch.addcmul(mixed, padded[:, row : row + rows, column : column + columns], weight[:, None, None])
+        return mixed
 
     def _of_packed(self, value: Tensor, grids: Tensor) -> Tensor:
         _, heads, tokens, dim = value.shape
-        index, (rows, columns) = torch.arange(tokens, device=value.device), grids.to(value.device)[..., None].unbind(1)
+        index, (rows, columns) = torch.arange(tokens, device=value.device), grids[..., None].unbind(1)
         row, column = index // columns, index % columns
         reach, output = self.weight.shape[-1] // 2, torch.zeros_like(value)
-        kernel = self.weight.view(heads, 1, dim, -1).to(value.dtype)
-        for place in range(self.weight.shape[-1] ** 2):
+        real = value.transpose(1, 2).flatten(2) * (row < rows)[..., None]
+        kernel = self._kernel(real.sum(dim=1) / grids.prod(dim=1)[:, None]).unflatten(2, (heads, 1, dim))
+        for place, weight in enumerate(kernel.to(value.dtype)):
             up, left = (offset - reach for offset in divmod(place, self.weight.shape[-1]))
             inside = (row < rows) & (row + up >= 0) & (row + up < rows)
             inside = inside & (column + left >= 0) & (column + left < columns)
             neighbor = (index + up * columns + left).clamp(0, tokens - 1)[:, None, :, None].expand_as(value)
-            output = output + kernel[..., place] * value.gather(2, neighbor) * inside[:, None, :, None]
+            output = output + weight * value.gather(2, neighbor) * inside[:, None, :, None]
         return output.transpose(1, 2)
 
 

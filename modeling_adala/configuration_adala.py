@@ -52,6 +52,7 @@ class LinearAttentionConfig:
             from the end. Default: none, all layers are linear.
         local_mixing (`int`, *optional*, defaults to 3): Side of the depthwise convolution of the values over the patch
             grid in linear layers, an odd number; 0 for none. It starts at zero.
+        dynamic_mixing (`bool`, *optional*, defaults to `False`): Add a kernel of each image's own to it.
 
     Example:
 
@@ -65,6 +66,7 @@ class LinearAttentionConfig:
     feature_map_kwargs: dict[str, Any] = field(default_factory=dict)
     softmax_layers: list[int] = field(default_factory=list)
     local_mixing: int = 3
+    dynamic_mixing: bool = False
 
     def __post_init__(self, **kwargs):
         inherited = getattr(super(), "__post_init__", None)  # a configuration's, or a recipe's

@@ -46,7 +46,7 @@ class AdaLAMixin:
                     options.feature_map, heads, head_dim, **options.feature_map_kwargs
                 )
                 if options.local_mixing:
-                    module.local_mixing = LocalMixing(heads * head_dim, options.local_mixing)
+                    module.local_mixing = LocalMixing(heads * head_dim, options.local_mixing, options.dynamic_mixing)
         for module in self.modules():
             is_tower = hasattr(module, "embeddings") and getattr(module.config, "local_mixing", 0) > 0
             if is_tower and give_patch_grid not in module._forward_pre_hooks.values():

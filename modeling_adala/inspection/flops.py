@@ -206,7 +206,10 @@ def _kept_floats(config: PretrainedConfig, tokens: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = linear_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), phi, mask)
         if config.local_mixing:
-            mixing, grid = LocalMixing(phi.num_heads * phi.head_dim, config.local_mixing), (4, tokens // 4)
+            mixing, grid = (
+                LocalMixing(phi.num_heads * phi.head_dim, config.local_mixing, config.dynamic_mixing),
+                (4, tokens // 4),
+            )
             output = output + mixing(value.transpose(1, 2), torch.tensor([grid]) if packed else grid).transpose(1, 2)
             weights.add(mixing.weight.data_ptr())
     assert output is not None  # it holds the graph
