@@ -59,13 +59,15 @@ def render(results: dict[str, dict[str, Any]]) -> str:
 
 
 def model_rows(result: dict[str, Any]) -> list[list[str]]:
-    lines = [["image", "batch", "", "ms", "quartiles", "images/s", "share of the floor", "speed, softmax = 1"]]
-    for row in sorted(result["rows"], key=lambda row: (row["batch"], row["side"])):
+    lines = [
+        ["model", "image", "batch", "", "ms", "quartiles", "images/s", "share of the floor", "speed, softmax = 1"]
+    ]
+    for row in sorted(result["rows"], key=lambda row: (row["model"], row["batch"], row["side"])):
         variant = row["name"].partition(",")
         baseline = f"softmax{variant[1]}{variant[2]}"  # compiled beside compiled, a CUDA graph beside a CUDA graph
         rate, share = three_digits(row["images_per_second"]), f"{row['floor_share']:.0%}"
-        cells = [f"{row['side']:,} px", str(row["batch"]), row["name"], *_times(row), rate, share]
-        lines.append([*cells, _speedup(row, result["rows"], baseline, ("batch", "side"))])
+        cells = [row["model"], f"{row['side']:,} px", str(row["batch"]), row["name"], *_times(row), rate, share]
+        lines.append([*cells, _speedup(row, result["rows"], baseline, ("model", "batch", "side"))])
     return lines
 
 

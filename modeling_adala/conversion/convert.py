@@ -105,6 +105,9 @@ def convert(
     head = head or _head_of(model)
     own_config = student_config(model.config, linear)
     student = models_of(own_config)[head](own_config)
+    pooler = get_family(own_config.model_type).pooler
+    if getattr(model, pooler, student) is None:  # `ViTModel(add_pooling_layer=False)`
+        setattr(student, pooler, None)
     _copy_weights(model, student)
     student.eval()
     if check_parity:

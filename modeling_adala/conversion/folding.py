@@ -1,5 +1,7 @@
 """Learned feature maps folded into the projections of queries and keys, once a student is trained."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -31,7 +33,7 @@ def fold_feature_maps(model: PreTrainedModel) -> bool:
     assert student.config.feature_map == "relu"
     ```
     """
-    modules = [module for module in attention_modules(model) if module.feature_map is not None]
+    modules: list[Any] = [module for module in attention_modules(model) if module.feature_map is not None]
     if hasattr(vision_tower(model), "rope_embeddings") or not modules or not all(map(_folds, modules)):
         return False
     for module in modules:
@@ -44,7 +46,7 @@ def fold_feature_maps(model: PreTrainedModel) -> bool:
     return True
 
 
-def _folds(module: nn.Module) -> bool:
+def _folds(module: Any) -> bool:
     phi, biases = module.feature_map, (module.q_proj.bias, module.k_proj.bias)
     square = isinstance(phi, T2RFeatureMap) and phi.feature_dim == phi.head_dim
     return square and not phi.center_keys and all(bias is not None for bias in biases)

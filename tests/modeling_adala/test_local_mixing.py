@@ -30,8 +30,18 @@ def mixing_model(name: str, head: str = "Model", value: float = 0.3, **options):
     config_class = MODELS[name]["Model"].config_class
     model = randomize(MODELS[name][head](tiny_config(config_class, local_mixing=3, **options)))
     for module in attention_modules(model):
-        torch.nn.init.normal_(module.local_mixing.weight, std=value)
+        for parameter in module.local_mixing.parameters():
+            torch.nn.init.normal_(parameter, std=value)
     return model
+
+
+def kernel_of(mixing: LocalMixing, patches: torch.Tensor) -> torch.Tensor:
+    """The kernel of one image `(heads, patches, dim)`, as `conv2d` takes it."""
+    if not mixing.dynamic:
+        return mixing.weight
+    hidden = mixing.squeeze @ patches.mean(dim=1).flatten()
+    own = mixing.expand @ (hidden * hidden.sigmoid())
+    return mixing.weight + own.view(*mixing.weight.shape[-2:], -1).permute(2, 0, 1)[:, None]
 
 
 def naive(weight: torch.Tensor, value: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -49,31 +59,41 @@ def naive(weight: torch.Tensor, value: torch.Tensor, rows: int, columns: int) ->
     return output
 
 
+def random_mixing(kernel_size: int, dynamic: bool) -> LocalMixing:
+    mixing = LocalMixing(6, kernel_size, dynamic).double()
+    for parameter in mixing.parameters():
+        torch.nn.init.normal_(parameter)
+    return mixing
+
+
 @pytest.mark.parametrize("kernel_size", [3, 5])
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(("rows", "columns", "special"), [(4, 4, 1), (3, 6, 5), (1, 7, 0)])
-def test_values_and_gradients_are_those_of_the_definition(rows, columns, special, kernel_size):
-    mixing = LocalMixing(6, kernel_size).double()
-    torch.nn.init.normal_(mixing.weight)
+def test_values_and_gradients_are_those_of_the_definition(rows, columns, special, dynamic, kernel_size):
+    mixing = random_mixing(kernel_size, dynamic)
+    parameters = list(mixing.parameters())
     value = torch.randn(2, 3, special + rows * columns, 2, dtype=torch.float64, requires_grad=True)
-    expected = torch.stack([naive(mixing.weight, image, rows, columns) for image in value]).transpose(1, 2)
+    kernels = [kernel_of(mixing, image[:, special:]) for image in value]
+    expected = torch.stack([naive(*pair, rows, columns) for pair in zip(kernels, value)]).transpose(1, 2)
     grids = torch.tensor([[rows, columns]] * 2)
     for grid in [(rows, columns)] + ([grids] if special == 0 else []):
         output = mixing(value, grid)
         torch.testing.assert_close(output, expected)
         assert not output[:, :special].any()
         seed = torch.randn_like(output)
-        ours = torch.autograd.grad(output, (value, mixing.weight), seed, retain_graph=True)
-        theirs = torch.autograd.grad(expected, (value, mixing.weight), seed, retain_graph=True)
+        ours = torch.autograd.grad(output, (value, *parameters), seed, retain_graph=True)
+        theirs = torch.autograd.grad(expected, (value, *parameters), seed, retain_graph=True)
         for actual, gradient in zip(ours, theirs, strict=True):
             torch.testing.assert_close(actual, gradient)
 
 
-def test_padded_images_of_different_grids_are_mixed_on_their_own():
-    mixing, value = LocalMixing(6, 3).double(), torch.randn(2, 3, 12, 2, dtype=torch.float64)
-    torch.nn.init.normal_(mixing.weight)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_padded_images_of_different_grids_are_mixed_on_their_own(dynamic):
+    mixing, value = random_mixing(3, dynamic), torch.randn(2, 3, 12, 2, dtype=torch.float64)
     output = mixing(value, torch.tensor([[3, 4], [2, 5]]))
     for image, (rows, columns) in enumerate([(3, 4), (2, 5)]):
-        alone = naive(mixing.weight, value[image, :, : rows * columns], rows, columns).transpose(0, 1)
+        real = value[image, :, : rows * columns]
+        alone = naive(kernel_of(mixing, real), real, rows, columns).transpose(0, 1)
         torch.testing.assert_close(output[image, : rows * columns], alone)
     assert not output[1, 10:].any()
 
@@ -124,9 +144,10 @@ def test_it_adds_the_convolution_of_the_values_before_the_output_projection(name
 
 
 @every_family
+@pytest.mark.parametrize("dynamic", [False, True])
 @torch.no_grad()
-def test_padding_takes_no_part(name):
-    model = mixing_model(name)
+def test_padding_takes_no_part(name, dynamic):
+    model = mixing_model(name, dynamic_mixing=dynamic)
     inputs = padded_inputs(model)
     if inputs is None or "input_ids" in inputs:
         pytest.skip("takes no mask of the patches, or gives no features of them")

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from family_helpers import stock_model
+from family_helpers import stock_model, tiny_config
 from transformers import (
     BertConfig,
     BertModel,
@@ -43,6 +43,7 @@ from modeling_adala.families import get_family
 from modeling_adala.inspection.towers import attention_modules, forward_features, token_groups, vision_tower
 from modeling_adala.mixins import image_inputs
 from modeling_adala.modeling_adala import MODELS
+from modeling_adala.modeling_adala import stock_class as stock_of
 
 SHARED = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
 VIT = SHARED | {"intermediate_size": 96, "image_size": 32, "patch_size": 4, "encoder_stride": 4, "num_labels": 5}
@@ -421,3 +422,12 @@ def test_forward_features_are_those_after_the_last_layer_norm_at_any_size(stock_
     base = model.base_model
     hidden = base(**inputs, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(features, base.layernorm(hidden), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "ijepa"])
+def test_a_teacher_without_a_pooler_gives_a_student_without_one(name):
+    student_class = MODELS[name]["Model"]
+    teacher_class = stock_of(student_class)
+    teacher = teacher_class(tiny_config(teacher_class.config_class), add_pooling_layer=False)
+    student = convert(teacher)
+    assert type(student) is student_class and student.pooler is None
