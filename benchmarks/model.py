@@ -44,9 +44,13 @@ from .common import (
 )
 
 SOFTMAX, FREE = "softmax", "attention for free"
-PAPER, DEFAULT = "linear (elu)", "linear (the default)"
-# options of the linear models: the operator of the paper, and the default
-LINEAR: dict[str, dict[str, Any]] = {PAPER: {"feature_map": "elu", "local_mixing": 0}, DEFAULT: {}}
+PAPER, DEFAULT, FAST = "linear (elu)", "linear (hedgehog, mixing)", "linear (t2r, dynamic mixing)"
+# options of the linear models: the operator of the paper, the default, and what keeps as much of the teacher faster
+LINEAR: dict[str, dict[str, Any]] = {
+    PAPER: {"feature_map": "elu", "local_mixing": 0},
+    DEFAULT: {},
+    FAST: {"feature_map": "t2r", "dynamic_mixing": True},
+}
 # what is compiled
 COMPARED = (SOFTMAX, DEFAULT)
 COMPILED_SUFFIX, GRAPH_SUFFIX = ", compiled", ", CUDA graph"

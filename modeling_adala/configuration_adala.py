@@ -52,7 +52,8 @@ class LinearAttentionConfig:
             from the end. Default: none, all layers are linear.
         local_mixing (`int`, *optional*, defaults to 3): Side of the depthwise convolution of the values over the patch
             grid in linear layers, an odd number; 0 for none. It starts at zero.
-        dynamic_mixing (`bool`, *optional*, defaults to `False`): Add a kernel of each image's own to it.
+        dynamic_mixing (`bool`, *optional*, defaults to `False`): Add a kernel of each image's own, made of its mean
+            patch by two layers of `2.5 hidden_size^2` parameters.
 
     Example:
 
@@ -75,6 +76,8 @@ class LinearAttentionConfig:
         check_feature_map(self.feature_map, self.feature_map_kwargs)
         if self.local_mixing != 0 and (self.local_mixing % 2 == 0 or not 3 <= self.local_mixing <= 15):
             raise UsageError(f"local_mixing={self.local_mixing}: pass an odd number from 3 to 15, or 0 for none.")
+        if self.dynamic_mixing and not self.local_mixing:
+            raise UsageError("dynamic_mixing=True with local_mixing=0: pass the side of the kernels, such as 3.")
 
 
 @dataclass(kw_only=True)

@@ -57,6 +57,7 @@ LINEAR_ATTENTION = {
     "feature_map_kwargs": "Options of the feature map, such as '{scale: 0.5}'.",
     "softmax_layers": "Layers that keep softmax, from 0 or, negative, from the end; auto:K measures which.",
     "local_mixing": "Side of a convolution of the values over the patch grid, such as 3; 0 for none.",
+    "dynamic_mixing": "Add a kernel to that convolution which two small layers make of the image.",
 }
 
 

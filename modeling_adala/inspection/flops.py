@@ -106,6 +106,8 @@ def image_cost(config: PretrainedConfig, image_size: tuple[int, int], attention:
     layers, linear = config.num_hidden_layers, len(config.linear_layers) if attention == "linear" else 0
     tokens, width, inner = count_tokens(config, image_size), config.hidden_size, attention_width(config)
     attention_flops = linear * _linear_flops(config, tokens) + (layers - linear) * _softmax_flops(config, tokens)
+    if config.dynamic_mixing:  # two layers on the mean patch, and kernels in the place of what the counter counts
+        attention_flops += 2 * linear * (inner // 4) * inner * (1 + config.local_mixing**2)
     softmax = "sdpa" if attention == "linear" else attention
     kept = linear * _kept_by_linear(config, tokens) + (layers - linear) * _kept_by_softmax(config, tokens, softmax)
 
@@ -186,7 +188,7 @@ def _kept_by_softmax(config: PretrainedConfig, tokens: int, implementation: str)
 
 def _kept_by_linear(config: PretrainedConfig, tokens: int) -> int:
     """Return the floats of one layer, from two short runs of the operator: they grow linearly with the tokens."""
-    few, many = 16, 32
+    few, many = 8**2, 16**2
     at_few, at_many = (_kept_floats(config, count) for count in (few, many))
     output = tokens * attention_width(config)
     return at_few + (at_many - at_few) // (many - few) * (tokens - few) + output
@@ -208,10 +210,10 @@ def _kept_floats(config: PretrainedConfig, tokens: int) -> int:
         if config.local_mixing:
             mixing, grid = (
                 LocalMixing(phi.num_heads * phi.head_dim, config.local_mixing, config.dynamic_mixing),
-                (4, tokens // 4),
+                (math.isqrt(tokens), math.isqrt(tokens)),
             )
             output = output + mixing(value.transpose(1, 2), torch.tensor([grid]) if packed else grid).transpose(1, 2)
-            weights.add(mixing.weight.data_ptr())
+            weights |= {parameter.data_ptr() for parameter in mixing.parameters()}
     assert output is not None  # it holds the graph
     return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in weights) // _FLOAT32
 

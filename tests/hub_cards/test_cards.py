@@ -259,6 +259,8 @@ def test_softmax_layers_are_named(tmp_path):
 def test_local_mixing_is_named_where_there_is_some(tmp_path):
     text = body(build_card(write(tmp_path, {}, local_mixing=5)))
     assert "\n| Local mixing | 5x5 depthwise convolution of the values |\n| Size |" in text
+    text = body(build_card(write(tmp_path, {}, dynamic_mixing=True)))
+    assert "3x3 depthwise convolution of the values, with a kernel of each image's own |\n" in text
     assert "Local mixing" not in body(build_card(write(tmp_path, {}, local_mixing=0)))
 
 

@@ -81,14 +81,21 @@ def test_exports_with_dynamic_batch_and_size(name):
     assert_exports(name, "Model")
 
 
+@pytest.mark.parametrize("name", ["vit", pytest.param("siglip2_vision_model", marks=pytest.mark.long)])
+@torch.no_grad()
+def test_dynamic_mixing_exports_with_dynamic_batch_and_size(name):
+    assert_exports(name, "Model", dynamic_mixing=True)
+
+
 @pytest.mark.long
 @torch.no_grad()
 def test_backbone_of_any_grid_exports_with_dynamic_batch_and_size():
     assert_exports("siglip2_vision_model", "Backbone")
 
 
-def assert_exports(name: str, head: str) -> None:
-    model = tiny_model(name, head, **({"local_mixing": 0} if name in STRICT and ONE_GRAPH else {}))
+def assert_exports(name: str, head: str, **options) -> None:
+    options |= {"local_mixing": 0} if name in STRICT and ONE_GRAPH else {}
+    model = tiny_model(name, head, **options)
     example = inputs_of(model, RECTANGULAR)
     fixed = is_vision_text(name) or ("siglip2" in name and LOOPS_OVER_GRIDS)
     batch = {} if fixed else {0: Dim.AUTO}

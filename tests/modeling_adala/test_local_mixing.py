@@ -207,6 +207,28 @@ def test_it_is_saved(name, tmp_path):
     assert torch.equal(tensors(opened(**inputs))[0], tensors(model(**inputs))[0])
 
 
+def test_dynamic_kernels_need_a_size():
+    with pytest.raises(UsageError, match="dynamic_mixing=True with local_mixing=0: pass the side"):
+        MODELS["vit"]["Model"].config_class(dynamic_mixing=True, local_mixing=0)
+
+
+@every_family
+def test_dynamic_kernels_start_neutral_reach_all_parameters_and_are_saved(name, tmp_path):
+    teacher = stock_model(name)
+    plain, dynamic = convert(teacher), convert(teacher, dynamic_mixing=True)
+    inputs = inputs_of(plain, RECTANGULAR)
+    with torch.no_grad():
+        torch.testing.assert_close(tensors(dynamic(**inputs))[0], tensors(plain(**inputs))[0])
+    model = mixing_model(name, dynamic_mixing=True)
+    sum(x.sum() for x in tensors(model(**inputs)) if x.requires_grad).backward()
+    new = {key: x.grad for key, x in model.named_parameters() if ".local_mixing." in key}
+    assert len(new) == 3 * len(attention_modules(model)) and all(x.abs().sum() > 0 for x in new.values())
+    model.save_pretrained(tmp_path)
+    opened = type(model).from_pretrained(tmp_path)
+    states = opened.state_dict(), model.state_dict()
+    assert all(torch.equal(states[0][key], x) for key, x in states[1].items())
+
+
 @pytest.mark.parametrize("size", [-1, 2, 4, 17, 1])
 def test_sizes_that_cannot_be_are_refused(size):
     with pytest.raises(UsageError, match=f"local_mixing={size}: pass an odd number"):

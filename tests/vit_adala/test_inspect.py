@@ -59,6 +59,7 @@ VARIANTS = {
     **{name: (name, {}) for name in TOWERS},
     **{f"vit, {name}": ("vit", {"feature_map": name}) for name in ("elu", "relu", "t2r")},
     **{f"{name}, local mixing": (name, {"local_mixing": 3}) for name in ("vit", "siglip_vision_model")},
+    **{f"{name}, dynamic mixing": (name, {"dynamic_mixing": True}) for name in ("vit", "siglip2_vision_model")},
     "fewer features": ("vit", {"feature_map_kwargs": {"feature_dim": 8}}),
     "hybrid": ("dinov2", {"softmax_layers": [-1]}),
     "SwiGLU": ("dinov2", {"use_swiglu_ffn": True}),

@@ -232,7 +232,8 @@ def options_added(student: PreTrainedModel, config: RecipeConfig) -> list[str]:
     lines = [f"feature map {config.feature_map}: {added['.feature_map.']}"]
     if config.local_mixing:
         side = config.local_mixing
-        lines.append(f"local mixing {side}x{side}: {added['.local_mixing.']}")
+        dynamic = ", dynamic" if config.dynamic_mixing else ""
+        lines.append(f"local mixing {side}x{side}{dynamic}: {added['.local_mixing.']}")
     kept = vision_config(student.config).softmax_layers
     if kept:
         chosen = "auto_softmax_layers" in config.attention_alignment

@@ -88,7 +88,8 @@ class Pair:
             size = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, patch {self.step}"
             return f"softmax attention · {size} · {model.num_parameters() / 1e6:.1f} M parameters"
         linear = sum(feature_map_of(module) is not None for module in attention_modules(model))
-        mixing = f" · {config.local_mixing}x{config.local_mixing} mixing" if config.local_mixing else ""
+        dynamic = " dynamic" if config.dynamic_mixing else ""
+        mixing = f" · {config.local_mixing}x{config.local_mixing}{dynamic} mixing" if config.local_mixing else ""
         stage = getattr(config, "adala_stage", None) or "converted"
         state = "not trained" if stage == "converted" else f"after {stage}"
         return f"linear attention in {linear} layers · {config.feature_map}{mixing} · {state}"
