@@ -44,7 +44,7 @@ from .common import (
 )
 
 SOFTMAX, FREE = "softmax", "attention for free"
-PAPER, DEFAULT, FAST = "linear (elu)", "linear (hedgehog, mixing)", "linear (t2r, dynamic mixing)"
+PAPER, DEFAULT, FAST = "linear (elu)", "linear (hedgehog and mixing)", "linear (t2r and dynamic mixing)"
 # options of the linear models: the operator of the paper, the default, and what keeps as much of the teacher faster
 LINEAR: dict[str, dict[str, Any]] = {
     PAPER: {"feature_map": "elu", "local_mixing": 0},
