@@ -188,7 +188,7 @@ def _kept_by_softmax(config: PretrainedConfig, tokens: int, implementation: str)
 
 def _kept_by_linear(config: PretrainedConfig, tokens: int) -> int:
     """Return the floats of one layer, from two short runs of the operator: they grow linearly with the tokens."""
-    few, many = 8**2, 16**2
+    few, many = 6**2, 12**2
     at_few, at_many = (_kept_floats(config, count) for count in (few, many))
     output = tokens * attention_width(config)
     return at_few + (at_many - at_few) // (many - few) * (tokens - few) + output

@@ -32,7 +32,7 @@ ONE_GRAPH = version.parse(torch.__version__) < version.parse("2.13")  # see abov
 LOOPS_OVER_GRIDS = version.parse(transformers.__version__) < version.parse("5.24")  # SigLIP 2, see above
 SIZES = (RECTANGULAR, (48, 40), (16, 56))
 # one of each way to embed positions; `make test-all` compiles and exports the others, too
-TYPICAL = ["vit", "dinov2_with_registers", "dinov3_vit", "clip_vision_model", "siglip2_vision_model"]
+TYPICAL = ["vit", "dinov2_with_registers", "dinov3_vit", "siglip2_vision_model"]
 FAMILIES = [pytest.param(name, marks=[] if name in TYPICAL else pytest.mark.long) for name in MODELS]
 
 
@@ -81,7 +81,8 @@ def test_exports_with_dynamic_batch_and_size(name):
     assert_exports(name, "Model")
 
 
-@pytest.mark.parametrize("name", ["vit", pytest.param("siglip2_vision_model", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["vit", "siglip2_vision_model"])
 @torch.no_grad()
 def test_dynamic_mixing_exports_with_dynamic_batch_and_size(name):
     assert_exports(name, "Model", dynamic_mixing=True)

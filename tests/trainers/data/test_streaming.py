@@ -202,7 +202,11 @@ def run(stage: str, places: dict[str, str], out: Path, *callbacks, workers: int 
     return run_stage(STAGES[stage], model, args, **kwargs)
 
 
-@pytest.mark.parametrize(("stage", "workers"), list(zip(STAGES, (0, 2, 0), strict=True)))
+@pytest.mark.parametrize(
+    ("stage", "workers"),
+    # in `make test` the stage that has both teacher and workers
+    [pytest.param(s, n, marks=[] if n else pytest.mark.long) for s, n in zip(STAGES, (0, 2, 0), strict=True)],
+)
 def test_killed_run_on_a_stream_ends_with_the_weights_of_an_uninterrupted_one(places, tmp_path, stage, workers):
     """Killed in the first pass, and resumed into the second: 8 steps of 32 are more than the 160 images."""
     expected = run(stage, places, tmp_path / "whole", workers=workers)

@@ -322,7 +322,9 @@ def test_data_that_changed_in_place_are_refused(places, tmp_path, capsys):
     refused(capsys, arguments("align", out, places, dataset=data), "data_fingerprint=")
 
 
-@pytest.mark.parametrize("command", STAGE_COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=[] if name == "distill" else pytest.mark.long) for name in STAGE_COMMANDS]
+)
 def test_stage_goes_on_with_other_settings_that_do_not_matter(command, places, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "cut"
     assert main(arguments(command, whole, places)) == 0
