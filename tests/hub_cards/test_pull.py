@@ -29,6 +29,7 @@ from modeling_adala import (
 )
 from trainers.data.digits import DIGITS_TEACHER
 
+pytestmark = pytest.mark.long
 REPOSITORY = Path(__file__).parents[2]
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
 LABELS = ["cat", "dog", "bird"]
@@ -327,14 +328,12 @@ def test_without_package_and_without_trust_the_message_names_the_way_out(without
         assert "trust_remote_code=True" in message
 
 
-@pytest.mark.long
 def test_torch_and_transformers_are_enough(bare, folder):
     check_opened(bare, folder)
     assert {"torch", "transformers"} <= set(bare["installed"])
     assert not {"pillow", "accelerate", "datasets", "vit-adala"} & set(bare["installed"])
 
 
-@pytest.mark.long
 def test_offline_from_the_cache(offline, hub, folder):
     check_opened(offline, folder, skip="AutoBackbone")
     assert hub.requests == []

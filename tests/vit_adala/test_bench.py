@@ -247,6 +247,7 @@ def test_a_difference_within_the_spread_is_called_that(time, within):
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_json_and_picture_of_a_run(run, checkpoint, tmp_path):
     code, out, _ = run(checkpoint["config"], "--dtype", "float32", "--batch", "3", "--json")
     assert code == 0

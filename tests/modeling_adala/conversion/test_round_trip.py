@@ -154,6 +154,7 @@ def fresh_process(tmp_path_factory) -> tuple[dict, dict]:
     return expected, torch.load(folder / "results.pt")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fresh_process_opens_each_head_and_gives_identical_outputs(name, fresh_process):
     expected, actual = (results[name] for results in fresh_process)
@@ -166,6 +167,7 @@ def test_a_fresh_process_opens_each_head_and_gives_identical_outputs(name, fresh
         assert e.abs().max() > 0.1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fresh_process_finds_the_image_processor(name, fresh_process):
     expected, actual = (results[name] for results in fresh_process)
@@ -174,6 +176,7 @@ def test_a_fresh_process_finds_the_image_processor(name, fresh_process):
         assert torch.equal(actual["processed"], expected["processed"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["AdaLAViTModel", "AdaLADinov2Model"])
 def test_feature_extraction_pipeline_gives_the_features(name, fresh_process):
     expected, actual = (results[name] for results in fresh_process)
@@ -182,6 +185,7 @@ def test_feature_extraction_pipeline_gives_the_features(name, fresh_process):
     assert torch.equal(actual["pipeline"], expected["pipeline"].last_hidden_state)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["AdaLAViTForImageClassification", "AdaLADinov2ForImageClassification"])
 def test_classification_pipeline_gives_the_probabilities(name, fresh_process):
     expected, actual = (results[name] for results in fresh_process)
@@ -193,6 +197,7 @@ def test_classification_pipeline_gives_the_probabilities(name, fresh_process):
         assert abs(entry["score"] - probabilities[int(entry["label"][-1])]) < 1e-6
 
 
+@pytest.mark.long
 def test_a_fresh_process_opens_a_lora_adapter_and_gives_identical_outputs(fresh_process):
     expected, actual = (results["adapter"] for results in fresh_process)
     assert torch.equal(actual, expected)

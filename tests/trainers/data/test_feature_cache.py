@@ -205,6 +205,7 @@ def test_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     assert len(folders(tmp_path / "c")) == 1
 
 
+@pytest.mark.long
 def test_killed_build_starts_again_and_is_never_used(tmp_path):
     script = f"""
 import os, signal, torch
