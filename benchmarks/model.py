@@ -11,10 +11,9 @@ returns the values as they are: no attention makes the model faster than that.
 """
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -115,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = evaluation_dtype() or torch.float32
     floor = measure_floor(dtype, where, 0.05 if args.smoke else 1.0)
     seconds = 0.05 if args.smoke else SECONDS[where]
-    built = functools.lru_cache(maxsize=1)(partial(build, device=where, dtype=dtype))
+    built = lru_cache(maxsize=1)(partial(build, device=where, dtype=dtype))
     measure_all(
         "model",
         cases,

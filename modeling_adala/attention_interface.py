@@ -72,17 +72,16 @@ class LocalMixing(nn.Module):
         return nn.functional.pad(mixed, (0, 0, 0, 0, tokens - rows * columns, 0))
 
     def _kernel(self, mean: Tensor | None) -> Tensor:
-        """Return `(places, images or 1, channels)`, for the mean patch `(images, channels)` if kernels are dynamic."""
+        """Return `(places, images or 1, channels)`; dynamic kernels need the mean patch, `(images, channels)`."""
         kernel = self.weight.flatten(1).t()[:, None]
-        if not self.dynamic or mean is None:
+        if mean is None:
             return kernel
         own = nn.functional.linear(nn.functional.silu(nn.functional.linear(mean, self.squeeze)), self.expand)
         return kernel + own.unflatten(1, (len(kernel), -1)).transpose(0, 1)
 
-    @staticmethod
-    def _shifted(image: Tensor, kernel: Tensor) -> Tensor:
+    def _shifted(self, image: Tensor, kernel: Tensor) -> Tensor:
         """Convolve `(batch, rows, columns, channels)` with one kernel per image, which `conv2d` does not take."""
-        (_, rows, columns, _), side = image.shape, round(len(kernel) ** 0.5)
+        (_, rows, columns, _), side = image.shape, self.weight.shape[-1]
         padded, mixed = nn.functional.pad(image, (0, 0, *[side // 2] * 4)), torch.zeros_like(image)
         for place, weight in enumerate(kernel.to(image.dtype)):
             row, column = divmod(place, side)
@@ -94,8 +93,11 @@ class LocalMixing(nn.Module):
         index, (rows, columns) = torch.arange(tokens, device=value.device), grids[..., None].unbind(1)
         row, column = index // columns, index % columns
         reach, output = self.weight.shape[-1] // 2, torch.zeros_like(value)
-        real = value.transpose(1, 2).flatten(2) * (row < rows)[..., None]
-        kernel = self._kernel(real.sum(dim=1) / grids.prod(dim=1)[:, None]).unflatten(2, (heads, 1, dim))
+        mean = None
+        if self.dynamic:
+            real = value.transpose(1, 2).flatten(2) * (row < rows)[..., None]
+            mean = real.sum(dim=1) / grids.prod(dim=1)[:, None]
+        kernel = self._kernel(mean).unflatten(2, (heads, 1, dim))
         for place, weight in enumerate(kernel.to(value.dtype)):
             up, left = (offset - reach for offset in divmod(place, self.weight.shape[-1]))
             inside = (row < rows) & (row + up >= 0) & (row + up < rows)

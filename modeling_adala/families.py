@@ -24,6 +24,7 @@ class Family:
         output_projection (`str`): Name of the projection after the heads.
         pooler (`str`): Module of the base model that a backbone leaves out.
         passes_kwargs (`bool`): Attention modules hand their keyword arguments on to the attention interface.
+        rotary (`bool`): Rotates queries and keys between their projections and attention.
     """
 
     stock: str
@@ -39,6 +40,7 @@ class Family:
     output_projection: str = "o_proj"
     pooler: str = "pooler"
     passes_kwargs: bool = True
+    rotary: bool = False
 
 
 _CLIP: dict[str, Any] = {
@@ -62,7 +64,7 @@ ROWS: tuple[Family, ...] = (
     Family("dinov2", "adala_dinov2", "BitImageProcessor", any_size=True),
     Family("dinov2_with_registers", "adala_dinov2_with_registers", "BitImageProcessor", any_size=True),
     # its own image processor exists for torchvision only; that of ViT does the same
-    Family("dinov3_vit", "adala_dinov3_vit", "ViTImageProcessor", any_size=True, last_norm="norm"),
+    Family("dinov3_vit", "adala_dinov3_vit", "ViTImageProcessor", any_size=True, last_norm="norm", rotary=True),
     Family("clip_vision_model", "adala_clip_vision_model", **_CLIP, normalizes_last=False),
     Family("clip", "adala_clip", **_CLIP, vision="clip_vision_model"),
     Family("siglip_vision_model", "adala_siglip_vision_model", **_SIGLIP1),

@@ -71,8 +71,7 @@ def linear_attention(
     ```
     """
     if kernels is not None:
-        kernels.check_tensors(query=query, key=key, value=value)
-        feature_map, key_mask, eps = kernels.checked(query, key, feature_map, key_mask, eps)
+        feature_map, key_mask, eps = kernels.checked(feature_map, key_mask, eps, query=query, key=key, value=value)
         cu_seqlens = kernels.checked_bounds(cu_seqlens, query, key)
     eps = feature_map.eps if eps is None else eps
     name = (backend or "torch") if kernels is None else kernels.choose_backend(query.device.type, backend).name
@@ -104,8 +103,7 @@ def attention_weights(
 ) -> Tensor:
     """Return the weights that linear attention applies, `(batch, heads, query_tokens, tokens)`."""
     if kernels is not None:
-        kernels.check_tensors(query=query, key=key)
-        feature_map, key_mask, eps = kernels.checked(query, key, feature_map, key_mask, eps)
+        feature_map, key_mask, eps = kernels.checked(feature_map, key_mask, eps, query=query, key=key)
     eps = feature_map.eps if eps is None else eps
     with _no_autocast(query):
         return _weights(query, key, feature_map, key_mask, eps)

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..configuration_adala import vision_config
+from ..families import get_family
 from ..feature_maps import ReluFeatureMap, T2RFeatureMap
-from ..inspection.towers import attention_modules, vision_tower
+from ..inspection.towers import attention_modules
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def fold_feature_maps(model: PreTrainedModel) -> bool:
     ```
     """
     modules: list[Any] = [module for module in attention_modules(model) if module.feature_map is not None]
-    if hasattr(vision_tower(model), "rope_embeddings") or not modules or not all(map(_folds, modules)):
+    if get_family(model.config.model_type).rotary or not modules or not all(map(_folds, modules)):
         return False
     for module in modules:
         phi = module.feature_map

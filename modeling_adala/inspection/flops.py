@@ -106,7 +106,7 @@ def image_cost(config: PretrainedConfig, image_size: tuple[int, int], attention:
     layers, linear = config.num_hidden_layers, len(config.linear_layers) if attention == "linear" else 0
     tokens, width, inner = count_tokens(config, image_size), config.hidden_size, attention_width(config)
     attention_flops = linear * _linear_flops(config, tokens) + (layers - linear) * _softmax_flops(config, tokens)
-    if config.dynamic_mixing:  # two layers on the mean patch, and kernels in the place of what the counter counts
+    if config.dynamic_mixing:  # two layers on the mean patch
         attention_flops += 2 * linear * (inner // 4) * inner * (1 + config.local_mixing**2)
     softmax = "sdpa" if attention == "linear" else attention
     kept = linear * _kept_by_linear(config, tokens) + (layers - linear) * _kept_by_softmax(config, tokens, softmax)

@@ -17,7 +17,16 @@ from ..upstream import is_in_torch_dispatch_mode, is_transformed
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensors(**tensors: Tensor) -> None:
+def checked(
+    feature_map: FeatureMap | str, key_mask: Tensor | None, eps: float | None, **tensors: Tensor
+) -> tuple[FeatureMap, Tensor | None, float]:
+    """Return the feature map as a module, the mask as bool, and eps; `tensors` are query, key and perhaps value."""
+    _check_tensors(**tensors)
+    feature_map = _checked_feature_map(feature_map, tensors["query"])
+    return feature_map, _checked_mask(key_mask, tensors["key"]), _checked_eps(eps, feature_map)
+
+
+def _check_tensors(**tensors: Tensor) -> None:
     """Refuse query, key and value that do not fit each other."""
     query, key = tensors["query"], tensors["key"]
     for name, x in tensors.items():
@@ -49,14 +58,6 @@ def check_tensors(**tensors: Tensor) -> None:
             f"value of shape {tuple(tensors['value'].shape)} has another number of tokens than key of shape"
             f" {tuple(key.shape)}; pass one value per key."
         )
-
-
-def checked(
-    query: Tensor, key: Tensor, feature_map: FeatureMap | str, key_mask: Tensor | None, eps: float | None
-) -> tuple[FeatureMap, Tensor | None, float]:
-    """Return the feature map as a module, the mask as bool, and eps, for query and key that were checked."""
-    feature_map = _checked_feature_map(feature_map, query)
-    return feature_map, _checked_mask(key_mask, key), _checked_eps(eps, feature_map)
 
 
 def _checked_feature_map(feature_map: FeatureMap | str, query: Tensor) -> FeatureMap:
