@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modeling_adala import load_teacher
+from modeling_adala.conversion.folding import fold_feature_maps
 from modeling_adala.inspection.towers import forward_features, patch_size
 from trainers.base_config import evaluation_autocast, has_fast_bf16
 from trainers.runs.timing import time_in_turns
@@ -49,6 +50,7 @@ def measure(teacher: PreTrainedModel, side: int, smoke: bool) -> list[dict[str, 
     for name, method in METHODS.items():
         if timed_as(name) == name:
             models[name] = method.student(teacher, (side, side), softmax_layers=list(SOFTMAX_LAYERS[: method.auto]))
+            fold_feature_maps(models[name])  # as stage 2 does
 
     def run(model: PreTrainedModel) -> Tensor:
         with evaluation_autocast("cpu"):

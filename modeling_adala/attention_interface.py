@@ -39,8 +39,9 @@ class LocalMixing(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels, 1, kernel_size, kernel_size))
         self.dynamic = dynamic
         if dynamic:
-            self.squeeze = nn.Parameter(torch.empty(channels // 4, channels))
-            self.expand = nn.Parameter(torch.empty(kernel_size**2 * channels, channels // 4))
+            hidden = max(channels // 16, 1)
+            self.squeeze = nn.Parameter(torch.empty(hidden, channels))
+            self.expand = nn.Parameter(torch.empty(channels * kernel_size**2, hidden))
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -59,34 +60,21 @@ class LocalMixing(nn.Module):
         if isinstance(grid, Tensor):
             return self._of_packed(value, grid.to(value.device))
         (batch, heads, tokens, dim), (rows, columns) = value.shape, grid
-        # channels last, as the projection wrote them: no copy, and half the time of channels first on a CPU
-        image = value.transpose(1, 2)[:, tokens - rows * columns :].flatten(2).unflatten(1, grid)
+        image, mean = value.transpose(1, 2)[:, tokens - rows * columns :].flatten(2).unflatten(1, grid), None
         if self.dynamic:
             count = rows * columns if key_mask is None else key_mask[:, tokens - rows * columns :].sum(1)[:, None]
-            mixed = self._shifted(image, self._kernel(image.sum(dim=(1, 2)) / count))
-        else:
-            reach = self.weight.shape[-1] // 2
-            mixed = nn.functional.conv2d(image.permute(0, 3, 1, 2), self.weight, padding=reach, groups=heads * dim)
-            mixed = mixed.permute(0, 2, 3, 1)
-        mixed = mixed.reshape(batch, rows * columns, heads, dim)
+            mean = image.sum(dim=(1, 2)) / count
+        convolve = _shifted if self.dynamic and torch.compiler.is_exporting() else _grouped
+        mixed = convolve(image, self._kernel(mean)).reshape(batch, rows * columns, heads, dim)
         return nn.functional.pad(mixed, (0, 0, 0, 0, tokens - rows * columns, 0))
 
     def _kernel(self, mean: Tensor | None) -> Tensor:
-        """Return `(places, images or 1, channels)`; dynamic kernels need the mean patch, `(images, channels)`."""
-        kernel = self.weight.flatten(1).t()[:, None]
+        """Return `(images or 1, channels, 1, side, side)`; dynamic kernels need the mean patch, `(images, channels)`."""
+        kernel = self.weight[None]
         if mean is None:
             return kernel
         own = nn.functional.linear(nn.functional.silu(nn.functional.linear(mean, self.squeeze)), self.expand)
-        return kernel + own.unflatten(1, (len(kernel), -1)).transpose(0, 1)
-
-    def _shifted(self, image: Tensor, kernel: Tensor) -> Tensor:
-        """Convolve `(batch, rows, columns, channels)` with one kernel per image, which `conv2d` does not take."""
-        (_, rows, columns, _), side = image.shape, self.weight.shape[-1]
-        padded, mixed = nn.functional.pad(image, (0, 0, *[side // 2] * 4)), torch.zeros_like(image)
-        for place, weight in enumerate(kernel.to(image.dtype)):
-            row, column = divmod(place, side)
-            mixed = torch.addcmul(mixed, padded[:, row : row + rows, column : column + columns], weight[:, None, None])
-        return mixed
+        return kernel + own.unflatten(1, self.weight.shape)
 
     def _of_packed(self, value: Tensor, grids: Tensor) -> Tensor:
         _, heads, tokens, dim = value.shape
@@ -97,14 +85,41 @@ class LocalMixing(nn.Module):
         if self.dynamic:
             real = value.transpose(1, 2).flatten(2) * (row < rows)[..., None]
             mean = real.sum(dim=1) / grids.prod(dim=1)[:, None]
-        kernel = self._kernel(mean).unflatten(2, (heads, 1, dim))
-        for place, weight in enumerate(kernel.to(value.dtype)):
+        for place, weight in enumerate(_places(self._kernel(mean), value.dtype)):
             up, left = (offset - reach for offset in divmod(place, self.weight.shape[-1]))
             inside = (row < rows) & (row + up >= 0) & (row + up < rows)
             inside = inside & (column + left >= 0) & (column + left < columns)
             neighbor = (index + up * columns + left).clamp(0, tokens - 1)[:, None, :, None].expand_as(value)
+            weight = weight.unflatten(1, (heads, 1, dim))
             output = output + weight * value.gather(2, neighbor) * inside[:, None, :, None]
         return output.transpose(1, 2)
+
+
+def _grouped(image: Tensor, kernel: Tensor) -> Tensor:
+    """Convolve `(batch, rows, columns, channels)`: images with kernels of their own are channels of one image.
+
+    Channels come last, as the projection wrote them: half the time of channels first on a CPU.
+    """
+    image = batch = image.permute(0, 3, 1, 2)
+    if kernel.shape[0] > 1:
+        image = batch.flatten(0, 1)[None]
+    mixed = nn.functional.conv2d(image, kernel.flatten(0, 1), padding=kernel.shape[-1] // 2, groups=image.shape[1])
+    return mixed.view(batch.shape).permute(0, 2, 3, 1)
+
+
+def _shifted(image: Tensor, kernel: Tensor) -> Tensor:
+    """Convolve likewise by products with shifted images: exported graphs have a fixed number of groups."""
+    (_, rows, columns, _), side = image.shape, kernel.shape[-1]
+    padded, mixed = nn.functional.pad(image, (0, 0, *[side // 2] * 4)), torch.zeros_like(image)
+    for place, weight in enumerate(_places(kernel, image.dtype)):
+        row, column = divmod(place, side)
+        mixed = torch.addcmul(mixed, padded[:, row : row + rows, column : column + columns], weight[:, None, None])
+    return mixed
+
+
+def _places(kernel: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return kernels as `(side^2, images or 1, channels)`."""
+    return kernel.flatten(2).permute(2, 0, 1).to(dtype)
 
 
 def patch_grid(config: Any, pixel_values: Tensor) -> tuple[int, int]:

@@ -28,7 +28,13 @@ BACKENDS = ("torch", "triton", "reference")
 DEFAULT_FEATURE_MAP = "hedgehog"
 
 _PLAIN, _PROJECTED = ("scale", "center_keys"), ("scale", "center_keys", "feature_dim")
-FEATURE_MAP_OPTIONS = {"elu": _PLAIN, "relu": _PLAIN, "hedgehog": _PROJECTED, "t2r": _PROJECTED}
+FEATURE_MAP_OPTIONS = {
+    "elu": _PLAIN,
+    "relu": _PLAIN,
+    "softmax_pair": _PLAIN,
+    "hedgehog": _PROJECTED,
+    "t2r": _PROJECTED,
+}
 """Names of the feature maps, and the options of each."""
 
 # in words, and as a test
@@ -53,7 +59,7 @@ class LinearAttentionConfig:
         local_mixing (`int`, *optional*, defaults to 3): Side of the depthwise convolution of the values over the patch
             grid in linear layers, an odd number; 0 for none. It starts at zero.
         dynamic_mixing (`bool`, *optional*, defaults to `False`): Add a kernel of each image's own, made of its mean
-            patch by two layers of `2.5 hidden_size^2` parameters.
+            patch by two layers of together `0.6 hidden_size^2` parameters.
 
     Example:
 

@@ -97,6 +97,12 @@ class ReluFeatureMap(FeatureMap):
     nonlinearity = "relu"
 
 
+class SoftmaxPairFeatureMap(FeatureMap):
+    """phi(x) = [softmax(x), softmax(-x)] over the features, twice as many: `hedgehog` without its projection."""
+
+    nonlinearity = "softmax_pair"
+
+
 class _ProjectedFeatureMap(FeatureMap):
     """Learned projection per head, separate for queries and keys, that starts at the identity."""
 
@@ -145,6 +151,7 @@ class T2RFeatureMap(_ProjectedFeatureMap):
 FEATURE_MAPS: dict[str, type[FeatureMap]] = {
     "elu": EluFeatureMap,
     "relu": ReluFeatureMap,
+    "softmax_pair": SoftmaxPairFeatureMap,
     "hedgehog": HedgehogFeatureMap,
     "t2r": T2RFeatureMap,
 }

@@ -134,6 +134,7 @@ PHI = {
     "elu": lambda x, d: np.array([e + 1 if e > 0 else np.exp(e) for e in x]),
     "relu": lambda x, d: np.maximum(x, 0),
     "hedgehog": lambda x, d: np.concatenate([softmax(x), softmax(-x)]),
+    "softmax_pair": lambda x, d: np.concatenate([softmax(x), softmax(-x)]),
     "t2r": lambda x, d: np.maximum(x, 0),
 }
 
@@ -462,7 +463,7 @@ def test_attention_weights_sum_to_one_and_reproduce_the_output(name, masked):
 
 
 def test_unknown_feature_map_names_the_choices():
-    with pytest.raises(UsageError, match=r"feature_map='gelu' is unknown.*elu, hedgehog, relu, t2r"):
+    with pytest.raises(UsageError, match=r"feature_map='gelu' is unknown.*elu, hedgehog, relu, softmax_pair, t2r"):
         build_feature_map("gelu", 2, 16)
 
 

@@ -41,7 +41,7 @@ def kernel_of(mixing: LocalMixing, patches: torch.Tensor) -> torch.Tensor:
         return mixing.weight
     hidden = mixing.squeeze @ patches.mean(dim=1).flatten()
     own = mixing.expand @ (hidden * hidden.sigmoid())
-    return mixing.weight + own.view(*mixing.weight.shape[-2:], -1).permute(2, 0, 1)[:, None]
+    return mixing.weight + own.view(mixing.weight.shape)
 
 
 def naive(weight: torch.Tensor, value: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
