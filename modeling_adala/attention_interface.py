@@ -39,7 +39,7 @@ class LocalMixing(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels, 1, kernel_size, kernel_size))
         self.dynamic = dynamic
         if dynamic:
-            hidden = max(channels // 16, 1)
+            hidden = mixing_width(channels)
             self.squeeze = nn.Parameter(torch.empty(hidden, channels))
             self.expand = nn.Parameter(torch.empty(channels * kernel_size**2, hidden))
             self.reset_parameters()
@@ -93,6 +93,11 @@ class LocalMixing(nn.Module):
             weight = weight.unflatten(1, (heads, 1, dim))
             output = output + weight * value.gather(2, neighbor) * inside[:, None, :, None]
         return output.transpose(1, 2)
+
+
+def mixing_width(channels: int) -> int:
+    """Return the hidden width of the layers that make dynamic kernels."""
+    return max(channels // 16, 1)
 
 
 def _grouped(image: Tensor, kernel: Tensor) -> Tensor:

@@ -30,10 +30,11 @@ DEFAULT_FEATURE_MAP = "hedgehog"
 _PLAIN, _PROJECTED = ("scale", "center_keys"), ("scale", "center_keys", "feature_dim")
 FEATURE_MAP_OPTIONS = {
     "elu": _PLAIN,
-    "relu": _PLAIN,
+    "relu": (*_PLAIN, "power"),
     "softmax_pair": _PLAIN,
     "hedgehog": _PROJECTED,
     "t2r": _PROJECTED,
+    "power": (*_PROJECTED, "power"),
 }
 """Names of the feature maps, and the options of each."""
 
@@ -41,6 +42,7 @@ FEATURE_MAP_OPTIONS = {
 _OPTION_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "scale": ("a finite number above 0", lambda x: x is None or (type(x) in (int, float) and 0 < x < float("inf"))),
     "center_keys": ("true or false", lambda x: isinstance(x, bool)),
+    "power": ("1, 2, 3 or 4", lambda x: type(x) is int and 1 <= x <= 4),
     "feature_dim": ("an integer from 1 to 4096", lambda x: x is None or (type(x) is int and 1 <= x <= 4096)),
 }
 

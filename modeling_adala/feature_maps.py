@@ -29,6 +29,9 @@ def softmax_pair(x: Tensor) -> Tensor:
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": elu_plus_one,
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "relu3": lambda x: F.relu(x).pow(3),
+    "relu4": lambda x: F.relu(x).square().square(),  # pow(4) would take logarithms
     "softmax_pair": softmax_pair,
     "identity": lambda x: x,
 }
@@ -92,9 +95,11 @@ class EluFeatureMap(FeatureMap):
 
 
 class ReluFeatureMap(FeatureMap):
-    """phi(x) = max(x, 0) (EfficientViT, arXiv 2205.14756). A query that is all negative attends to nothing."""
+    """phi(x) = max(x, 0)^power (EfficientViT, arXiv 2205.14756). A query that is all negative attends to nothing."""
 
-    nonlinearity = "relu"
+    def __init__(self, num_heads: int, head_dim: int, power: int = 1, **kwargs):
+        super().__init__(num_heads, head_dim, **kwargs)
+        self.nonlinearity = _relu_to_the(power)
 
 
 class SoftmaxPairFeatureMap(FeatureMap):
@@ -148,12 +153,25 @@ class T2RFeatureMap(_ProjectedFeatureMap):
     use_bias = True
 
 
+class PowerFeatureMap(T2RFeatureMap):
+    """phi(x) = relu(Wx + b)^power. A high power sharpens the weights as softmax does, at half of hedgehog's features.
+
+    The power of FLatten (arXiv 2308.00442, eq. 6), without its norms: those of queries cancel, those of keys are kept.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, power: int = 4, **kwargs):
+        super().__init__(num_heads, head_dim, **kwargs)
+        self.power = power
+        self.nonlinearity = _relu_to_the(power)
+
+
 FEATURE_MAPS: dict[str, type[FeatureMap]] = {
     "elu": EluFeatureMap,
     "relu": ReluFeatureMap,
     "softmax_pair": SoftmaxPairFeatureMap,
     "hedgehog": HedgehogFeatureMap,
     "t2r": T2RFeatureMap,
+    "power": PowerFeatureMap,
 }
 
 
@@ -188,6 +206,10 @@ def check_mapped(feature_map: nn.Module, inputs: tuple[Tensor, Tensor], mapped: 
             f"feature_map {type(feature_map).__name__} turns query and key of {before[0]} and {before[1]} into"
             f" {after[0]} and {after[1]}; it may change the last size alone, and of both alike."
         )
+
+
+def _relu_to_the(power: int) -> str:
+    return "relu" if power == 1 else f"relu{power}"
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 
 from ..configuration_adala import vision_config
 from ..families import get_family
-from ..feature_maps import FEATURE_MAPS
+from ..feature_maps import FEATURE_MAPS, PowerFeatureMap
 from ..inspection.towers import attention_modules
 
-FOLDED = {"hedgehog": "softmax_pair", "t2r": "relu"}
+FOLDED = {"hedgehog": "softmax_pair", "power": "relu", "t2r": "relu"}
 """Maps that begin with a projection, and what they are without it."""
 
 
@@ -33,13 +33,13 @@ def fold_feature_maps(model: PreTrainedModel) -> bool:
     Example:
 
     ```python
-    student = convert("facebook/dinov2-small", feature_map="hedgehog")
+    student = convert("facebook/dinov2-small", feature_map="t2r")
     fold_feature_maps(student)
-    assert student.config.feature_map == "softmax_pair"
+    assert student.config.feature_map == "relu"
     ```
     """
     config = vision_config(model.config)
-    folded = FOLDED.get(config.feature_map)
+    folded, kept = FOLDED.get(config.feature_map), {}
     modules: list[Any] = [module for module in attention_modules(model) if module.feature_map is not None]
     if folded is None or get_family(model.config.model_type).rotary or not modules or not all(map(_folds, modules)):
         return False
@@ -47,9 +47,10 @@ def fold_feature_maps(model: PreTrainedModel) -> bool:
         phi = module.feature_map
         _fold(module.q_proj, phi.weight_q * phi.scale, phi.bias_q)
         _fold(module.k_proj, phi.weight_k * phi.scale, phi.bias_k)
-        module.feature_map = FEATURE_MAPS[folded](phi.num_heads, phi.head_dim)
+        kept = {"power": phi.power} if isinstance(phi, PowerFeatureMap) else {}
+        module.feature_map = FEATURE_MAPS[folded](phi.num_heads, phi.head_dim, **kept)
     for config in (config, *(module.config for module in modules)):
-        config.feature_map, config.feature_map_kwargs = folded, {}
+        config.feature_map, config.feature_map_kwargs = folded, dict(kept)
     return True
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..attention_interface import LocalMixing
+from ..attention_interface import LocalMixing, mixing_width
 from ..configuration_adala import pair, vision_config
 from ..conversion.convert import student_config
 from ..errors import UsageError
@@ -107,7 +107,7 @@ def image_cost(config: PretrainedConfig, image_size: tuple[int, int], attention:
     tokens, width, inner = count_tokens(config, image_size), config.hidden_size, attention_width(config)
     attention_flops = linear * _linear_flops(config, tokens) + (layers - linear) * _softmax_flops(config, tokens)
     if config.dynamic_mixing:  # two layers on the mean patch
-        attention_flops += 2 * linear * (inner // 4) * inner * (1 + config.local_mixing**2)
+        attention_flops += 2 * linear * mixing_width(inner) * inner * (1 + config.local_mixing**2)
     softmax = "sdpa" if attention == "linear" else attention
     kept = linear * _kept_by_linear(config, tokens) + (layers - linear) * _kept_by_softmax(config, tokens, softmax)
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PHI = ("elu", "relu", "identity")
+PHI = ("elu", "relu", "relu2", "relu3", "relu4", "identity")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 WAVES = 2

@@ -46,8 +46,14 @@ def _phi(x, PHI: tl.constexpr):
     # where, and not maximum, because that would hide a NaN
     if PHI == "elu":
         x = tl.where(x > 0, x + 1, tl.exp(x))
-    elif PHI == "relu":
+    elif PHI != "identity":
         x = tl.where(x <= 0, 0.0, x)
+    if PHI == "relu3":
+        x = x * x * x
+    if PHI == "relu2" or PHI == "relu4":
+        x = x * x
+    if PHI == "relu4":
+        x = x * x
     return x
 
 
@@ -56,8 +62,14 @@ def _through_phi(gradient, x, phi, PHI: tl.constexpr):
     """Return the gradient of x from that of phi(x)."""
     if PHI == "elu":
         gradient = tl.where(x > 0, gradient, gradient * phi)
-    elif PHI == "relu":
+    elif PHI != "identity":
         gradient = tl.where(x > 0, gradient, 0.0)
+    if PHI == "relu2":
+        gradient *= 2 * x
+    elif PHI == "relu3":
+        gradient *= 3 * x * x
+    elif PHI == "relu4":
+        gradient *= 4 * x * x * x
     return gradient
 
 

@@ -33,7 +33,7 @@ def test_outputs_stay_the_same_and_the_map_has_no_weights_any_more(name, feature
     before, size = copy.deepcopy(model), model.num_parameters()
     assert fold_feature_maps(model)
     heads, width = (attention_modules(before)[0].feature_map.weight_q.shape)[:2]
-    weights = width**2 + (width if feature_map == "t2r" else 0)
+    weights = width**2 + (0 if feature_map == "hedgehog" else width)
     assert size - model.num_parameters() == 2 * 2 * heads * weights  # two of three layers, q and k
     for shape in (NATIVE, RECTANGULAR):
         inputs = double(inputs_of(model, shape))
@@ -42,8 +42,10 @@ def test_outputs_stay_the_same_and_the_map_has_no_weights_any_more(name, feature
     for ours, theirs in zip(attention_modules(model), attention_modules(before), strict=True):
         assert torch.equal(ours.v_proj.weight, theirs.v_proj.weight)
         assert torch.equal(ours.q_proj.weight, theirs.q_proj.weight) == (theirs.feature_map is None)
-    assert vision_config(model.config).feature_map == FOLDED[feature_map]
-    assert vision_config(model.config).softmax_layers == [1]
+    config = vision_config(model.config)
+    assert config.feature_map == FOLDED[feature_map]
+    assert config.feature_map_kwargs == ({"power": 4} if feature_map == "power" else {})
+    assert config.softmax_layers == [1]
     model.save_pretrained(tmp_path)
     opened = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
     for ours, theirs in zip(tensors(opened(**inputs)), tensors(model(**inputs)), strict=True):

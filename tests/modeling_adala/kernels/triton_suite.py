@@ -41,6 +41,8 @@ class IdentityFeatureMap(FeatureMap):
 def feature_map_of(phi: str, heads: int, dim: int, scale: float = 1.0) -> FeatureMap:
     if phi == "identity":
         return IdentityFeatureMap(heads, dim, scale=scale)
+    if phi.startswith("relu"):
+        return build_feature_map("relu", heads, dim, scale=scale, power=int(phi[4:] or 1))
     return build_feature_map(phi, heads, dim, scale=scale)
 
 
