@@ -27,7 +27,7 @@ from .protocols import PROTOCOLS, Protocol
 from .quality import SMOKE_BUDGET, SMOKE_IMAGES, budget_of, stages_of
 from .training import random_teacher
 
-METHOD = "hedgehog + mixing"
+METHOD = "power + mixing"
 # of the time for training; stage 2 is the one that the result depends on
 STAGE_1_SHARE = 0.4
 # steps of the short runs: the first compiles

@@ -74,31 +74,29 @@ METHODS = {
         {"feature_map": "hedgehog", **PLAIN},
         kind=MAP,
     ),
+    "power": Method("relu of a learned projection, to the power of 4", {"feature_map": "power", **PLAIN}, kind=MAP),
     "hedgehog, 5e-5": Method("the default of 0.1.0", {"feature_map": "hedgehog", **PLAIN}, stage_2=SLOW, kind=MAP),
-    "hedgehog, centered keys": Method(
-        "keys without their mean",
-        {"feature_map": "hedgehog", "feature_map_kwargs": {"center_keys": True}, **PLAIN},
-        kind=MAP,
-    ),
     "exp": rival("element-wise exponential (2402.04347)", "exp", MAP),
     "performer": rival("FAVOR+, positive orthogonal random features (2009.14794)", "performer", MAP),
     "cosformer": rival("relu with a cosine of the distance (2202.08791)", "cosformer", MAP),
     "efficient attention": rival("two softmaxes, no normalizer (1812.01243)", "efficient", MAP),
-    "elu + mixing": Method("elu + 1, local mixing 3x3", {"feature_map": "elu", **MIX}),
     "relu + mixing": Method("relu, local mixing 3x3", {"feature_map": "relu", **MIX}),
     "t2r + mixing": Method("t2r, local mixing 3x3", {"feature_map": "t2r", **MIX}),
+    "power + mixing": Method("power, local mixing 3x3", {"feature_map": "power", **MIX}),
     "hedgehog + mixing": Method("hedgehog, local mixing 3x3", {"feature_map": "hedgehog", **MIX}),
-    "relu + dynamic": Method("relu, local mixing 3x3, dynamic", {"feature_map": "relu", **DYNAMIC}),
     "t2r + dynamic": Method("t2r, local mixing 3x3, dynamic", {"feature_map": "t2r", **DYNAMIC}),
+    "power + dynamic": Method("power, local mixing 3x3, dynamic", {"feature_map": "power", **DYNAMIC}),
     "hedgehog + dynamic": Method("hedgehog, local mixing 3x3, dynamic", {"feature_map": "hedgehog", **DYNAMIC}),
-    "hedgehog + mixing 5x5": Method("hedgehog, local mixing 5x5", {"feature_map": "hedgehog", "local_mixing": 5}),
     "hedgehog, auto:1": Method("hedgehog, one softmax layer", {"feature_map": "hedgehog", **PLAIN}, auto=1),
     "t2r + mixing, auto:1": Method("t2r, local mixing, one softmax layer", {"feature_map": "t2r", **MIX}, auto=1),
+    "power + mixing, auto:1": Method(
+        "power, local mixing, one softmax layer", {"feature_map": "power", **MIX}, auto=1
+    ),
+    "power + mixing, auto:2": Method(
+        "power, local mixing, two softmax layers", {"feature_map": "power", **MIX}, auto=2
+    ),
     "hedgehog + mixing, auto:1": Method(
         "hedgehog, local mixing, one softmax layer", {"feature_map": "hedgehog", **MIX}, auto=1
-    ),
-    "hedgehog + mixing, auto:2": Method(
-        "hedgehog, local mixing, two softmax layers", {"feature_map": "hedgehog", **MIX}, auto=2
     ),
     "focused": rival("FLatten: focused features, convolution (2308.00442)", "focused"),
     "polaformer": rival("signs apart, convolution, gate (2501.15061)", "polaformer"),

@@ -43,12 +43,12 @@ from .common import (
 )
 
 SOFTMAX, FREE = "softmax", "attention for free"
-PAPER, DEFAULT, FAST = "linear (elu)", "linear (hedgehog and mixing)", "linear (t2r and dynamic mixing)"
-# options of the linear models: the operator of the paper, the default, and what keeps as much of the teacher faster
+PAPER, DEFAULT, DYNAMIC = "linear (elu)", "linear (default)", "linear (dynamic mixing)"
+# options of the linear models: the operator of the paper, the default, and kernels of each image
 LINEAR: dict[str, dict[str, Any]] = {
     PAPER: {"feature_map": "elu", "local_mixing": 0},
     DEFAULT: {},
-    FAST: {"feature_map": "t2r", "dynamic_mixing": True},
+    DYNAMIC: {"dynamic_mixing": True},
 }
 # what is compiled
 COMPARED = (SOFTMAX, DEFAULT)

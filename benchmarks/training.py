@@ -31,7 +31,7 @@ from .training_steps import HOOKS, STAGE_1, STAGE_2, STUDENT, TEACHER, Setting, 
 
 MODEL = ROOT.parent / "shared" / "models" / "dinov2-small-saliency"
 # the default map, and the paper's operator
-FEATURE_MAPS = ("hedgehog", "elu")
+FEATURE_MAPS = ("power", "elu")
 NAMES = (TEACHER, STUDENT, STAGE_1, STAGE_2, HOOKS)
 SECONDS = {"cpu": 20.0, "cuda": 2.0}
 

@@ -69,7 +69,7 @@ class LocalMixing(nn.Module):
         return nn.functional.pad(mixed, (0, 0, 0, 0, tokens - rows * columns, 0))
 
     def _kernel(self, mean: Tensor | None) -> Tensor:
-        """Return `(images or 1, channels, 1, side, side)`; dynamic kernels need the mean patch, `(images, channels)`."""
+        """Return `(images or 1, channels, 1, side, side)`; dynamic ones need the mean patch, `(images, channels)`."""
         kernel = self.weight[None]
         if mean is None:
             return kernel

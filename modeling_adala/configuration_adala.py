@@ -25,7 +25,7 @@ ADALA_VERSION = "0.1.0"
 BACKENDS = ("torch", "triton", "reference")
 """Code that runs linear attention: PyTorch anywhere, kernels on a GPU, or the explicit N x N weights."""
 
-DEFAULT_FEATURE_MAP = "hedgehog"
+DEFAULT_FEATURE_MAP = "power"
 
 _PLAIN, _PROJECTED = ("scale", "center_keys"), ("scale", "center_keys", "feature_dim")
 FEATURE_MAP_OPTIONS = {
@@ -54,7 +54,7 @@ class LinearAttentionConfig:
     """Options of linear attention: the argument of `convert`, and fields of every AdaLA configuration.
 
     Args:
-        feature_map (`str`, *optional*, defaults to `"hedgehog"`): phi, one of `FEATURE_MAP_OPTIONS`.
+        feature_map (`str`, *optional*, defaults to `"power"`): phi, one of `FEATURE_MAP_OPTIONS`.
         feature_map_kwargs (`dict`, *optional*): Options of the feature map, such as `scale` or `center_keys`.
         softmax_layers (`list[int]`, *optional*): Layers that keep softmax attention, from 0; negative numbers count
             from the end. Default: none, all layers are linear.

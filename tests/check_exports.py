@@ -36,7 +36,7 @@ BOUND = 1e-4
 SIZES, BATCHES = ((24, 48), (32, 32), (48, 40)), (1, 3)
 SQUARES = ((16, 16), (32, 32), (48, 48))  # for heads that take one size, a square
 OPENVINO = ("vit", "dinov2", "clip_vision_model", "clip", "siglip_vision_model", "siglip")
-MAPS = ("elu", "relu", "t2r")
+MAPS = ("elu", "relu", "hedgehog")
 
 
 def model_of(name: str, head: str, feature_map: str) -> Any:
@@ -55,12 +55,12 @@ def model_of(name: str, head: str, feature_map: str) -> Any:
 def cases() -> Iterator[tuple[str, str, str, str]]:
     """Yield format, family, head and feature map."""
     for name, head in CASES:
-        yield "onnx", name, head, "hedgehog"
+        yield "onnx", name, head, "power"
     for feature_map in MAPS:
         yield "onnx", "vit", "Model", feature_map
     for name, head in CASES:
         if name in OPENVINO:
-            yield "openvino", name, head, "hedgehog"
+            yield "openvino", name, head, "power"
 
 
 def run(form: str, name: str, head: str, feature_map: str) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """Return a Markdown table: families in rows, heads in columns of ONNX, then OpenVINO."""
     lines = ["| family | head | ONNX Runtime | OpenVINO |", "|---|---|---|---|"]
     for name, head in CASES:
-        found = [results.get(f"{form} {name} {head} hedgehog") for form in ("onnx", "openvino")]
+        found = [results.get(f"{form} {name} {head} power") for form in ("onnx", "openvino")]
         cells = ["" if row is None else row.get("error") or f"{row['difference']:.1e}" for row in found]
         lines.append(f"| `{name}` | {head} | {' | '.join(cells)} |")
     others = [f"{key.split()[-1]} {row['difference']:.1e}" for key, row in results.items() if key.split()[-1] in MAPS]

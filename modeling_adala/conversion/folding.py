@@ -17,7 +17,7 @@ FOLDED = {"hedgehog": "softmax_pair", "power": "relu", "t2r": "relu"}
 
 @torch.no_grad()
 def fold_feature_maps(model: PreTrainedModel) -> bool:
-    """Turn the learned maps of a student into those of `FOLDED`, in place, and return whether there was one that folds.
+    """Turn the learned maps of a student into those of `FOLDED`, in place, and return whether one folds.
 
     Their products become part of the projections of queries and keys, so that the outputs are the same up to rounding
     and take two products less per layer; softmax in its place ("sdpa") no longer is the teacher's. Stages 2 and 3 end
@@ -38,8 +38,8 @@ def fold_feature_maps(model: PreTrainedModel) -> bool:
     assert student.config.feature_map == "relu"
     ```
     """
-    config = vision_config(model.config)
-    folded, kept = FOLDED.get(config.feature_map), {}
+    folded = FOLDED.get(vision_config(model.config).feature_map)
+    kept: dict[str, Any] = {}
     modules: list[Any] = [module for module in attention_modules(model) if module.feature_map is not None]
     if folded is None or get_family(model.config.model_type).rotary or not modules or not all(map(_folds, modules)):
         return False
@@ -49,7 +49,7 @@ def fold_feature_maps(model: PreTrainedModel) -> bool:
         _fold(module.k_proj, phi.weight_k * phi.scale, phi.bias_k)
         kept = {"power": phi.power} if isinstance(phi, PowerFeatureMap) else {}
         module.feature_map = FEATURE_MAPS[folded](phi.num_heads, phi.head_dim, **kept)
-    for config in (config, *(module.config for module in modules)):
+    for config in (vision_config(model.config), *(module.config for module in modules)):
         config.feature_map, config.feature_map_kwargs = folded, dict(kept)
     return True
 

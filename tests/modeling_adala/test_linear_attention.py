@@ -180,7 +180,9 @@ def test_learned_maps_keep_queries_keys_and_heads_apart(name):
         feature_map.weight_k[1].mul_(3)
     changed = linear_attention(query, key, value, feature_map)
     assert torch.equal(changed[:, 0], neutral[:, 0])
-    assert name in ("power", "t2r") or (changed[:, 1] - neutral[:, 1]).abs().max() > 1e-3  # relu does not see a positive factor
+    assert (
+        name in ("power", "t2r") or (changed[:, 1] - neutral[:, 1]).abs().max() > 1e-3
+    )  # relu does not see a positive factor
     with torch.no_grad():
         feature_map.weight_q[0].copy_(feature_map_of(name, 2, 16).weight_q[0])
     assert (linear_attention(query, key, value, feature_map)[:, 0] - neutral[:, 0]).abs().max() > 1e-3
@@ -464,7 +466,9 @@ def test_attention_weights_sum_to_one_and_reproduce_the_output(name, masked):
 
 
 def test_unknown_feature_map_names_the_choices():
-    with pytest.raises(UsageError, match=r"feature_map='gelu' is unknown.*elu, hedgehog, power, relu, softmax_pair, t2r"):
+    with pytest.raises(
+        UsageError, match=r"feature_map='gelu' is unknown.*elu, hedgehog, power, relu, softmax_pair, t2r"
+    ):
         build_feature_map("gelu", 2, 16)
 
 
