@@ -74,7 +74,7 @@ METHODS = {
         {"feature_map": "hedgehog", **PLAIN},
         kind=MAP,
     ),
-    "power": Method("relu of a learned projection, to the power of 4", {"feature_map": "power", **PLAIN}, kind=MAP),
+    "power": Method("relu of a learned projection, to the power of 3", {"feature_map": "power", **PLAIN}, kind=MAP),
     "hedgehog, 5e-5": Method("the default of 0.1.0", {"feature_map": "hedgehog", **PLAIN}, stage_2=SLOW, kind=MAP),
     "exp": rival("element-wise exponential (2402.04347)", "exp", MAP),
     "performer": rival("FAVOR+, positive orthogonal random features (2009.14794)", "performer", MAP),

@@ -99,7 +99,7 @@ class ReluFeatureMap(FeatureMap):
 
     def __init__(self, num_heads: int, head_dim: int, power: int = 1, **kwargs):
         super().__init__(num_heads, head_dim, **kwargs)
-        self.nonlinearity = _relu_to_the(power)
+        self.nonlinearity, self.eps = _relu_to_the(power)
 
 
 class SoftmaxPairFeatureMap(FeatureMap):
@@ -154,15 +154,15 @@ class T2RFeatureMap(_ProjectedFeatureMap):
 
 
 class PowerFeatureMap(T2RFeatureMap):
-    """phi(x) = relu(Wx + b)^power. A high power sharpens the weights as softmax does, at half of hedgehog's features.
+    """phi(x) = relu(Wx + b)^power. The power sharpens the weights as softmax does, with half of hedgehog's features.
 
     The power of FLatten (arXiv 2308.00442, eq. 6), without its norms: those of queries cancel, those of keys are kept.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, power: int = 4, **kwargs):
+    def __init__(self, num_heads: int, head_dim: int, power: int = 3, **kwargs):
         super().__init__(num_heads, head_dim, **kwargs)
         self.power = power
-        self.nonlinearity = _relu_to_the(power)
+        self.nonlinearity, self.eps = _relu_to_the(power)
 
 
 FEATURE_MAPS: dict[str, type[FeatureMap]] = {
@@ -208,8 +208,9 @@ def check_mapped(feature_map: nn.Module, inputs: tuple[Tensor, Tensor], mapped: 
         )
 
 
-def _relu_to_the(power: int) -> str:
-    return "relu" if power == 1 else f"relu{power}"
+def _relu_to_the(power: int) -> tuple[str, float]:
+    """Return the nonlinearity, and an eps that acts on queries and keys of the same size, for every power."""
+    return "relu" if power == 1 else f"relu{power}", FeatureMap.eps**power
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -44,7 +44,7 @@ def test_outputs_stay_the_same_and_the_map_has_no_weights_any_more(name, feature
         assert torch.equal(ours.q_proj.weight, theirs.q_proj.weight) == (theirs.feature_map is None)
     config = vision_config(model.config)
     assert config.feature_map == FOLDED[feature_map]
-    assert config.feature_map_kwargs == ({"power": 4} if feature_map == "power" else {})
+    assert config.feature_map_kwargs == ({"power": 3} if feature_map == "power" else {})
     assert config.softmax_layers == [1]
     model.save_pretrained(tmp_path)
     opened = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
