@@ -61,7 +61,7 @@ def test_second_call_changes_nothing_and_other_options_are_refused(teacher, tmp_
     assert "already done" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert main([*command, "--feature-map", "elu"]) == 2
-    assert "feature_map='hedgehog', not 'elu'" in capsys.readouterr().err
+    assert "feature_map='power', not 'elu'" in capsys.readouterr().err
     (out / "notes.txt").write_text("mine")
     assert main(command) == 2
     assert "'notes.txt'" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_helpers import CASES, NATIVE, tiny_config
+from family_helpers import CASES, NATIVE, randomize, tiny_config
 from huggingface_hub import ModelCard, ModelCardData, constants
 from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
@@ -209,7 +209,8 @@ def families(tmp_path_factory) -> dict[tuple[str, str], Path]:
     for name, head in CASES:
         folders[name, head] = tmp_path_factory.mktemp("families") / f"{name}-{head}"
         torch.manual_seed(0)
-        MODELS[name][head](tiny_config(MODELS[name]["Model"].config_class)).save_pretrained(folders[name, head])
+        model = MODELS[name][head](tiny_config(MODELS[name]["Model"].config_class))
+        randomize(model).save_pretrained(folders[name, head])
     return folders
 
 

@@ -111,7 +111,8 @@ def test_every_stage_folder_opens_as_a_student_that_knows_its_stage(finished):
         assert student(images).logits.shape == (2, 10)
         assert (finished / stage.directory / "preprocessor_config.json").is_file()
     weights = list(weights_of(finished).values())
-    assert moved(weights[0], weights[1]) and moved(weights[1], weights[2])
+    aligned = {name: weight for name, weight in weights[0].items() if ".feature_map." not in name}  # folded
+    assert moved(aligned, weights[1]) and moved(weights[1], weights[2])
 
 
 def test_metrics_hold_every_step_and_every_evaluation_once(finished):
