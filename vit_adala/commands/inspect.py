@@ -140,7 +140,7 @@ def _show(facts: dict[str, Any]) -> None:
     if met is not None:
         console.print(
             f"\nbreak-even in FLOPs: {met['tokens']:,} tokens ({_pixels((met['image_size'],) * 2)}). In time, it is"
-            " higher: expect no gain below about a thousand tokens."
+            " higher: expect no gain below some hundred tokens."
         )
     rounded = [size for size in facts["sizes"] if size["requested"] != size["image_size"]]
     if rounded:
