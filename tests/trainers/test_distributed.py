@@ -171,6 +171,7 @@ def test_the_best_model_was_not_the_last(runs):
 def test_each_stage_moved_the_weights(runs):
     folders = [runs[1] / FOLDERS[stage] / "model.safetensors" for stage in STAGES]
     aligned, distilled, finetuned = (load_file(path) for path in folders)
+    aligned = {name: weight for name, weight in aligned.items() if ".feature_map." not in name}  # folded
     assert moved(aligned, distilled) and moved(distilled, finetuned)
 
 
