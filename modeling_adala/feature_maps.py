@@ -53,6 +53,7 @@ class FeatureMap(nn.Module):
     nonlinearity: str
     learned = False
     eps = 1e-6
+    power = 1
 
     def __init__(self, num_heads: int, head_dim: int, scale: float | None = None, center_keys: bool = False):
         super().__init__()
@@ -83,6 +84,11 @@ class FeatureMap(nn.Module):
         mean = (wide * weight).sum(dim=2, keepdim=True) / weight.sum(dim=2, keepdim=True).clamp(min=1)
         return (wide - mean).to(key.dtype)
 
+    def raise_to(self, power: int) -> None:
+        """Take a power of relu, and an eps that acts on queries and keys of the same size as without it."""
+        self.power, self.eps = power, FeatureMap.eps**power
+        self.nonlinearity = "relu" if power == 1 else f"relu{power}"
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set learned parameters to their neutral value."""
@@ -99,7 +105,7 @@ class ReluFeatureMap(FeatureMap):
 
     def __init__(self, num_heads: int, head_dim: int, power: int = 1, **kwargs):
         super().__init__(num_heads, head_dim, **kwargs)
-        self.nonlinearity, self.eps = _relu_to_the(power)
+        self.raise_to(power)
 
 
 class SoftmaxPairFeatureMap(FeatureMap):
@@ -161,8 +167,7 @@ class PowerFeatureMap(T2RFeatureMap):
 
     def __init__(self, num_heads: int, head_dim: int, power: int = 3, **kwargs):
         super().__init__(num_heads, head_dim, **kwargs)
-        self.power = power
-        self.nonlinearity, self.eps = _relu_to_the(power)
+        self.raise_to(power)
 
 
 FEATURE_MAPS: dict[str, type[FeatureMap]] = {
@@ -206,11 +211,6 @@ def check_mapped(feature_map: nn.Module, inputs: tuple[Tensor, Tensor], mapped: 
             f"feature_map {type(feature_map).__name__} turns query and key of {before[0]} and {before[1]} into"
             f" {after[0]} and {after[1]}; it may change the last size alone, and of both alike."
         )
-
-
-def _relu_to_the(power: int) -> tuple[str, float]:
-    """Return the nonlinearity, and an eps that acts on queries and keys of the same size, for every power."""
-    return "relu" if power == 1 else f"relu{power}", FeatureMap.eps**power
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

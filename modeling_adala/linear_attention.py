@@ -50,7 +50,7 @@ def linear_attention(
         feature_map (`FeatureMap` or `str`): phi, or the name of one in `FEATURE_MAPS` that has no parameters.
         key_mask (`Tensor`, *optional*): `(batch, tokens)`, True (or 1, in any integer or float dtype) for real tokens.
             An image without any gets zeros. Values other than 0 and 1 are refused, except while a compiler traces.
-        eps (`float`, *optional*): Added to the normalizer. Default: the feature map's, 1e-6, or 1e-18 for `power`.
+        eps (`float`, *optional*): Added to the normalizer. Default: the feature map's, 1e-6 to its power.
         cu_seqlens (`Tensor`, *optional*): `(sequences + 1,)`, integers, for images of different sizes packed into a
             batch of one: where each begins, and the number of tokens at the end. Tokens attend within their own image.
         backend (`str`, *optional*): One of `BACKENDS`. Default: see `choose_backend`.

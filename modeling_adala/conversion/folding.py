@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..configuration_adala import vision_config
 from ..families import get_family
-from ..feature_maps import FEATURE_MAPS, PowerFeatureMap
+from ..feature_maps import FEATURE_MAPS
 from ..inspection.towers import attention_modules
 
 FOLDED = {"hedgehog": "softmax_pair", "power": "relu", "t2r": "relu"}
@@ -39,15 +39,15 @@ def fold_feature_maps(model: PreTrainedModel) -> bool:
     ```
     """
     folded = FOLDED.get(vision_config(model.config).feature_map)
-    kept: dict[str, Any] = {}
     modules: list[Any] = [module for module in attention_modules(model) if module.feature_map is not None]
     if folded is None or get_family(model.config.model_type).rotary or not modules or not all(map(_folds, modules)):
         return False
+    power = modules[0].feature_map.power
+    kept = {} if power == 1 else {"power": power}
     for module in modules:
         phi = module.feature_map
         _fold(module.q_proj, phi.weight_q * phi.scale, phi.bias_q)
         _fold(module.k_proj, phi.weight_k * phi.scale, phi.bias_k)
-        kept = {"power": phi.power} if isinstance(phi, PowerFeatureMap) else {}
         module.feature_map = FEATURE_MAPS[folded](phi.num_heads, phi.head_dim, **kept)
     for config in (vision_config(model.config), *(module.config for module in modules)):
         config.feature_map, config.feature_map_kwargs = folded, dict(kept)
