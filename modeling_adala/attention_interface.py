@@ -51,7 +51,7 @@ class LocalMixing(nn.Module):
             init.zeros_(self.expand)
 
     def forward(self, value: Tensor, grid: tuple[int, int] | Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Return `(batch, tokens, heads, dim)` for values `(batch, heads, tokens, dim)`, 0 before the patches.
+        """Return `(batch, patches, heads, dim)` for values `(batch, heads, tokens, dim)`, whose last are the patches.
 
         `grid` are their rows and columns, of images that were padded to one length a tensor `(batch, 2)`.
         """
@@ -64,9 +64,8 @@ class LocalMixing(nn.Module):
         if self.dynamic:
             count = rows * columns if key_mask is None else key_mask[:, tokens - rows * columns :].sum(1)[:, None]
             mean = image.sum(dim=(1, 2)) / count
-        convolve = _shifted if self.dynamic and torch.compiler.is_exporting() else _grouped
-        mixed = convolve(image, self._kernel(mean)).reshape(batch, rows * columns, heads, dim)
-        return nn.functional.pad(mixed, (0, 0, 0, 0, tokens - rows * columns, 0))
+        convolve = _shifted if self.dynamic and torch.compiler.is_exporting() else convolve_depthwise
+        return convolve(image, self._kernel(mean)).reshape(batch, rows * columns, heads, dim)
 
     def _kernel(self, mean: Tensor | None) -> Tensor:
         """Return `(images or 1, channels, 1, side, side)`; dynamic ones need the mean patch, `(images, channels)`."""
@@ -100,10 +99,11 @@ def mixing_width(channels: int) -> int:
     return max(channels // 16, 1)
 
 
-def _grouped(image: Tensor, kernel: Tensor) -> Tensor:
-    """Convolve `(batch, rows, columns, channels)`: images with kernels of their own are channels of one image.
+def convolve_depthwise(image: Tensor, kernel: Tensor) -> Tensor:
+    """Return the convolution of `(batch, rows, columns, channels)` with `(batch or 1, channels, 1, side, side)`.
 
-    Channels come last, as the projection wrote them: half the time of channels first on a CPU.
+    Images with kernels of their own are channels of one image. Channels come last, as the projection wrote them: half
+    the time of channels first on a CPU.
     """
     image = batch = image.permute(0, 3, 1, 2)
     if kernel.shape[0] > 1:
@@ -194,7 +194,8 @@ def adala_attention_forward(
         grid = kwargs.get("patch_grid", getattr(module, "patch_grid_noted", None))
         if grid is None:
             raise UsageError(f"{type(module).__name__} mixes over patches; pass it patch_grid=(rows, columns).")
-        output = output + mixing(value, grid, key_mask)
+        mixed = mixing(value, grid, key_mask)
+        output[:, output.shape[1] - mixed.shape[1] :] += mixed
     return output, attention_weights(query, key, feature_map, key_mask).to(query.dtype) if want_weights else None
 
 

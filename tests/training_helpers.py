@@ -114,6 +114,11 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+def unfolded(names: Iterable[str]) -> set[str]:
+    """Names of the tensors that are left when stage 2 or 3 has folded the feature maps into the projections."""
+    return {name for name in names if ".feature_map." not in name}
+
+
 def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 0.0) -> None:
     """Same names and, within `atol` (default: bit for bit), same values."""
     assert actual.keys() == expected.keys()

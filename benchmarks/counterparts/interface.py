@@ -9,6 +9,7 @@ The tokens before the patches (class token, registers) attend and are attended t
 otherwise; convolutions leave them out.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from modeling_adala.attention_interface import adala_attention_forward, adala_attention_mask, give_patch_grid
+from modeling_adala.attention_interface import (
+    adala_attention_forward,
+    adala_attention_mask,
+    convolve_depthwise,
+    give_patch_grid,
+)
 from modeling_adala.errors import UsageError
 from modeling_adala.families import get_family
 from modeling_adala.feature_maps import FeatureMap, accumulation_dtype
@@ -86,13 +92,10 @@ def convolve(x: Tensor, kernel: Tensor, grid: Grid) -> Tensor:
 
     `kernel` is `(batch or 1, heads or 1, dim, side, side)`: one for all images, or one each.
     """
-    (batch, heads, tokens, dim), (rows, columns), side = x.shape, grid, kernel.shape[-1]
-    special, images = tokens - rows * columns, kernel.shape[0]
-    kernel = kernel.expand(-1, heads, -1, -1, -1).reshape(-1, 1, side, side)
-    # images with a kernel each are groups of one large image
-    image = x[:, :, special:].transpose(2, 3).reshape(batch // images, -1, rows, columns)
-    mixed = F.conv2d(image, kernel, padding=side // 2, groups=kernel.shape[0])
-    return F.pad(mixed.reshape(batch, heads, dim, -1).transpose(2, 3), (0, 0, special, 0))
+    (_, heads, _, dim), special = x.shape, x.shape[2] - math.prod(grid)
+    image = x.transpose(1, 2)[:, special:].flatten(2).unflatten(1, grid)
+    mixed = convolve_depthwise(image, kernel.expand(-1, heads, -1, -1, -1).flatten(1, 2)[:, :, None])
+    return F.pad(mixed.flatten(1, 2).unflatten(2, (heads, dim)).transpose(1, 2), (0, 0, special, 0))
 
 
 class Gate(nn.Linear):

@@ -206,15 +206,15 @@ def _kept_floats(config: PretrainedConfig, tokens: int) -> int:
     weights, packed = {parameter.data_ptr() for parameter in phi.parameters()}, get_family(config.model_type).packed
     mask = torch.ones(1, tokens, dtype=torch.bool) if packed else None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = linear_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), phi, mask)
+        graph = [linear_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), phi, mask)]
         if config.local_mixing:
             mixing, grid = (
                 LocalMixing(phi.num_heads * phi.head_dim, config.local_mixing, config.dynamic_mixing),
                 (math.isqrt(tokens), math.isqrt(tokens)),
             )
-            output = output + mixing(value.transpose(1, 2), torch.tensor([grid]) if packed else grid).transpose(1, 2)
+            graph.append(mixing(value.transpose(1, 2), torch.tensor([grid]) if packed else grid))
             weights |= {parameter.data_ptr() for parameter in mixing.parameters()}
-    assert output is not None  # it holds the graph
+    assert graph  # it holds what autograd keeps
     return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in weights) // _FLOAT32
 
 

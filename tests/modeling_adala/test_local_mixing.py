@@ -75,11 +75,11 @@ def test_values_and_gradients_are_those_of_the_definition(rows, columns, special
     value = torch.randn(2, 3, special + rows * columns, 2, dtype=torch.float64, requires_grad=True)
     kernels = [kernel_of(mixing, image[:, special:]) for image in value]
     expected = torch.stack([naive(*pair, rows, columns) for pair in zip(kernels, value)]).transpose(1, 2)
+    expected = expected[:, special:]
     grids = torch.tensor([[rows, columns]] * 2)
     for grid in [(rows, columns)] + ([grids] if special == 0 else []):
         output = mixing(value, grid)
         torch.testing.assert_close(output, expected)
-        assert not output[:, :special].any()
         seed = torch.randn_like(output)
         ours = torch.autograd.grad(output, (value, *parameters), seed, retain_graph=True)
         theirs = torch.autograd.grad(expected, (value, *parameters), seed, retain_graph=True)
