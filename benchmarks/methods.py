@@ -107,6 +107,7 @@ METHODS = {
     "lolcats": rival("hedgehog outside of a softmax window (2410.10254)", "lolcats"),
     "nystromformer": rival("softmax through landmarks (2102.03902)", "nystromformer", APPROXIMATION),
     "monarch": rival("softmax as a Monarch matrix (2505.18698)", "monarch", APPROXIMATION),
+    "windowed softmax": rival("softmax in windows of 8x8 patches (2004.05150)", "windowed", APPROXIMATION),
     "random mixing": rival("frozen random weights (2005.00743)", "random", BOUND),
     "softmax, trained": rival("the teacher's own attention, trained alike", "softmax", BOUND),
 }

@@ -179,9 +179,29 @@ def monarch(rival, q, k, v, grid):
     return (weights @ v)[:, :, filled:]
 
 
+def window_of(query: int, grid: Grid, special: int) -> list[int]:
+    """The tokens that a query sees: all, or those around its block of 4x4 and the tokens before the patches."""
+    rows, columns = grid
+    if query < special:
+        return list(range(special + rows * columns))
+    row, column = ((x // 4) * 4 for x in divmod(query - special, columns))
+    return list(range(special)) + [
+        special + y * columns + z
+        for y in range(max(row - 2, 0), min(row + 6, rows))
+        for z in range(max(column - 2, 0), min(column + 6, columns))
+    ]
+
+
+@twin("windowed")
+def windowed(rival, q, k, v, grid):
+    seen = torch.zeros(q.shape[2], q.shape[2], dtype=torch.bool)
+    for query in range(q.shape[2]):
+        seen[query, window_of(query, grid, rival.sizes.special)] = True
+    return (q @ k.mT / DIM**0.5).masked_fill(~seen, -torch.inf).softmax(dim=3) @ v
+
+
 @twin("lolcats")
 def lolcats(rival, q, k, v, grid):
-    (rows, columns), special = grid, rival.sizes.special
     phi_q, phi_k = (
         torch.cat(((x @ w).softmax(dim=3), (-x @ w).softmax(dim=3)), dim=3)
         for x, w in ((q, rival.map.weight_q), (k, rival.map.weight_k))
@@ -189,14 +209,7 @@ def lolcats(rival, q, k, v, grid):
     linear, scores, factor = phi_q @ phi_k.mT, q @ k.mT / DIM**0.5, 1 / (1 + torch.exp(-rival.factor[:, 0, 0]))
     outputs = []
     for query in range(q.shape[2]):
-        window = list(range(q.shape[2]))
-        if query >= special:
-            row, column = ((x // 4) * 4 for x in divmod(query - special, columns))
-            window = list(range(special)) + [
-                special + y * columns + z
-                for y in range(max(row - 2, 0), min(row + 6, rows))
-                for z in range(max(column - 2, 0), min(column + 6, columns))
-            ]
+        window = window_of(query, grid, rival.sizes.special)
         rest = [token for token in range(q.shape[2]) if token not in window]
         near = scores[:, :, query, window]
         near = factor * (near - near.max(dim=2, keepdim=True)[0]).exp()

@@ -18,6 +18,7 @@ from .nystromformer import Nystromformer
 from .performer import Performer
 from .polaformer import PolaFormer
 from .t5 import T5
+from .windowed import Windowed
 
 COUNTERPARTS: dict[str, type[Counterpart]] = {
     "exp": Exponential,
@@ -33,6 +34,7 @@ COUNTERPARTS: dict[str, type[Counterpart]] = {
     "lolcats": LoLCATs,
     "t5": T5,
     "jetvit": JetViT,
+    "windowed": Windowed,
     "random": RandomMixing,
     "softmax": Softmax,
 }

@@ -5,21 +5,19 @@
 with scores s = q k / dim^1/2, m_i the largest in the window W of query i, g = sigmoid(w) learned per head and 0.1 at
 first, and phi Hedgehog's learned map from the identity.
 
-Its window is the 64 tokens before a query, of text. Here blocks of 4x4 queries see the 8x8 patches around them, of
-which those beyond the border are missing, and class token and registers are in all windows: patches see them with
-softmax, and they see all tokens with softmax (global tokens, O(N) each). Nothing is tied to a grid. Left out: its
-causal masks, and factors on the linear part (off in its code).
+Its window is the 64 tokens before a query, of text. Here it is that of windowed.py, 8x8 patches, with class token and
+registers as global tokens. Nothing is tied to a grid. Left out: its causal masks, and factors on the linear part (off
+in its code).
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from modeling_adala.feature_maps import HedgehogFeatureMap
 
-from .interface import Counterpart, Grid, Sizes
-
-BLOCK, REACH = 4, 2
+from .interface import Counterpart, Sizes
+from .windowed import REACH, in_order, windows
 
 
 class LoLCATs(Counterpart):
@@ -46,15 +44,4 @@ class LoLCATs(Counterpart):
         output = weights @ values + phi_queries @ state[:, :, None]
         output = output / (weights.sum(dim=4, keepdim=True) + phi_queries @ total[:, :, None])
         of_special = F.scaled_dot_product_attention(query[:, :, :special], key, value)
-        in_order = is_own.flatten().nonzero()[:, 0][own[is_own].argsort()]
-        return torch.cat((of_special, output.flatten(2, 3)[:, :, in_order]), dim=2)
-
-
-def windows(grid: Grid, reach: int, special: int) -> tuple[Tensor, Tensor]:
-    """Return the tokens in the window of each block, `(blocks, places)`, and which of these places are inside."""
-    rows, columns = (torch.arange(0, size, BLOCK)[:, None] + torch.arange(-reach, BLOCK + reach) for size in grid)
-    rows, columns = rows[:, None, :, None], columns[None, :, None, :]
-    inside = ((rows >= 0) & (rows < grid[0]) & (columns >= 0) & (columns < grid[1])).flatten(2).flatten(0, 1)
-    tokens = (special + rows * grid[1] + columns).flatten(2).flatten(0, 1).where(inside, 0)
-    before = torch.arange(special).expand(len(tokens), -1)
-    return torch.cat((tokens, before), dim=1), torch.cat((inside, torch.ones_like(before, dtype=torch.bool)), dim=1)
+        return torch.cat((of_special, in_order(output, own, is_own)), dim=2)
