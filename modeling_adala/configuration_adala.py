@@ -88,6 +88,15 @@ class LinearAttentionConfig:
             raise UsageError("dynamic_mixing=True with local_mixing=0: pass the side of the kernels, such as 3.")
 
 
+def in_words(options: LinearAttentionConfig) -> tuple[str, str]:
+    """Return feature map and local mixing for a reader, such as `relu, power 3` and `local mixing 3x3, dynamic`."""
+    feature_map = ", ".join((options.feature_map, *(f"{k} {v}" for k, v in options.feature_map_kwargs.items())))
+    if not options.local_mixing:
+        return feature_map, "no local mixing"
+    side = options.local_mixing
+    return feature_map, f"local mixing {side}x{side}{', dynamic' if options.dynamic_mixing else ''}"
+
+
 @dataclass(kw_only=True)
 class AdaLAConfigMixin(LinearAttentionConfig):
     """Fields that every AdaLA configuration adds to its family's stock configuration, beside those of its base.

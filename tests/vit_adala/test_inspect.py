@@ -237,7 +237,7 @@ def test_what_stays_softmax_is_named(capsys, folders, name, parts):
 def test_table_fits_and_says_what_was_rounded(capsys, folders):
     assert main(["inspect", folders["dinov2"]]) == 0
     text = capsys.readouterr().out
-    assert "attention of all 24 layers (power, 64 features per head)" in text
+    assert "attention of all 24 layers (power, 64 features per head, local mixing 3x3)" in text
     assert "512x512 -> 518x518" in text
     assert "break-even in FLOPs: 133 tokens (168x168)" in text
     assert "1 multiply-add = 2 FLOPs" in text

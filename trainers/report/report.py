@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hub_cards.card import code, plain
 from hub_cards.records import EVALUATIONS as ROWS
 from hub_cards.records import FIGURES, IMAGES, read_json, read_metrics, write_json, write_text
-from modeling_adala.configuration_adala import vision_config
+from modeling_adala.configuration_adala import in_words, vision_config
 from modeling_adala.conversion.convert import convert
 from modeling_adala.conversion.loading import load_student
 from modeling_adala.inspection.flops import count_tokens
@@ -229,11 +229,8 @@ def options_added(student: PreTrainedModel, config: RecipeConfig) -> list[str]:
             numbers[part] += parameter.numel() if part in name else 0
     total = student.num_parameters()
     added = {part: f"{count:,} parameters ({count / total:.1%})" for part, count in numbers.items()}
-    lines = [f"feature map {config.feature_map}: {added['.feature_map.']}"]
-    if config.local_mixing:
-        side = config.local_mixing
-        dynamic = ", dynamic" if config.dynamic_mixing else ""
-        lines.append(f"local mixing {side}x{side}{dynamic}: {added['.local_mixing.']}")
+    feature_map, mixing = in_words(config)
+    lines = [f"feature map {feature_map}: {added['.feature_map.']}", f"{mixing}: {added['.local_mixing.']}"]
     kept = vision_config(student.config).softmax_layers
     if kept:
         chosen = "auto_softmax_layers" in config.attention_alignment

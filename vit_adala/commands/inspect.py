@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PretrainedConfig
 
-from modeling_adala.configuration_adala import pair
+from modeling_adala.configuration_adala import LinearAttentionConfig, in_words, pair
 from modeling_adala.conversion.loading import load_config
 from modeling_adala.families import is_adala
 from modeling_adala.inspection.flops import (
@@ -37,6 +37,7 @@ CONVENTION = (
     " weights, sdpa (PyTorch's fused softmax, the default) does not."
 )
 TOKENS = {"cls": "class token", "registers": "registers"}
+OPTIONS = ("feature_map", "feature_map_kwargs", "local_mixing", "dynamic_mixing")  # of linear attention
 
 
 @dataclass
@@ -98,7 +99,7 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
             name: group.stop - group.start for name, group in groups.items() if group.stop is not None
         },
         "native_size": native_size(config),
-        "feature_map": linear.feature_map,
+        **{name: getattr(linear, name) for name in OPTIONS},
         "features_per_head": num_features(linear),
         "linear_layers": linear.linear_layers,
         "stays_softmax": softmax,
@@ -155,7 +156,8 @@ def _converted_layers(facts: dict[str, Any]) -> str:
         return "nothing"
     all_of_them = len(layers) == facts["num_hidden_layers"]
     which = f"all {len(layers)} layers" if all_of_them else f"layers {', '.join(map(str, layers))}"
-    return f"attention of {which} ({facts['feature_map']}, {facts['features_per_head']} features per head)"
+    feature_map, mixing = in_words(LinearAttentionConfig(**{name: facts[name] for name in OPTIONS}))
+    return f"attention of {which} ({feature_map}, {facts['features_per_head']} features per head, {mixing})"
 
 
 def _print_tables(sizes: list[dict[str, Any]]) -> None:

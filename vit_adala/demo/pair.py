@@ -12,7 +12,7 @@ from accelerate import PartialState
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from modeling_adala.attention_interface import feature_map_of
-from modeling_adala.configuration_adala import vision_config
+from modeling_adala.configuration_adala import in_words, vision_config
 from modeling_adala.conversion.convert import convert
 from modeling_adala.conversion.loading import (
     load_config,
@@ -88,11 +88,9 @@ class Pair:
             size = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, patch {self.step}"
             return f"softmax attention · {size} · {model.num_parameters() / 1e6:.1f} M parameters"
         linear = sum(feature_map_of(module) is not None for module in attention_modules(model))
-        dynamic = " dynamic" if config.dynamic_mixing else ""
-        mixing = f" · {config.local_mixing}x{config.local_mixing}{dynamic} mixing" if config.local_mixing else ""
         stage = getattr(config, "adala_stage", None) or "converted"
         state = "not trained" if stage == "converted" else f"after {stage}"
-        return f"linear attention in {linear} layers · {config.feature_map}{mixing} · {state}"
+        return " · ".join((f"linear attention in {linear} layers", *in_words(config), state))
 
 
 def check_models(

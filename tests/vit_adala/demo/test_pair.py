@@ -39,7 +39,7 @@ def test_a_softmax_model_is_shown_beside_itself_made_linear(monkeypatch):
     assert not is_adala(pair.models["teacher"].config) and is_adala(pair.models["student"].config)
     assert pair.names == {"teacher": "vit-digits", "student": "vit-digits"}
     assert "6 layers, 128 wide, patch 2" in pair.describe("teacher")
-    assert pair.describe("student") == "linear attention in 6 layers · power · 3x3 mixing · not trained"
+    assert pair.describe("student") == "linear attention in 6 layers · power · local mixing 3x3 · not trained"
     assert pair.processor is not None and pair.tokenizer is None
     assert not any(model.training for model in pair.models.values())
 
