@@ -1,13 +1,13 @@
-"""What a GPU is asked to reach, and what the results say of it: one line per promise, from the JSON files alone."""
+"""What the models are asked to reach, and what the results say: one line per promise, from the JSON files alone."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vit_adala.benchmark.cases import LINEAR
-from vit_adala.benchmark.operators import SDPA
+from vit_adala.benchmark.operators import PLAIN, SDPA
 
 from .common import Row
-from .model import COMPILED_SUFFIX, DEFAULT, FREE, GRAPH_SUFFIX, SOFTMAX
+from .model import COMPILED_SUFFIX, DEFAULT, FREE, GRAPH_SUFFIX, SOFTMAX, VIT_B, VIT_L_2, VIT_S
 from .operator import BACKWARD, FORWARD, GRAPH, PEER, PEER_BARE
 
 TOKENS, BATCH, HEAD_DIM = 16384, 8, 64
@@ -37,7 +37,7 @@ class Asked:
 
 def ratios(rows: list[Row], ours: str, theirs: str) -> Iterator[tuple[float, Row]]:
     """Yield how much faster `ours` is than `theirs`, wherever both were measured alike, with the row of ours."""
-    keys = ("batch", "tokens", "side", "head_dim", "pass", "dtype", "feature_map")
+    keys = ("model", "batch", "tokens", "side", "head_dim", "pass", "dtype", "feature_map")
     of = {
         name: {tuple(row.get(key) for key in keys): row for row in rows if row["name"] == name}
         for name in (ours, theirs)
@@ -88,8 +88,66 @@ def model_at(side: int, *suffixes: str) -> Callable[[list[Row]], Iterator[tuple[
     return reached
 
 
+def over_softmax(batch: int) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
+    """Yield the speed-up of every whole model from 196 tokens."""
+
+    def reached(rows: list[Row]) -> Iterator[tuple[float, str]]:
+        for ratio, row in ratios(rows, DEFAULT, SOFTMAX):
+            if row["batch"] == batch and row["tokens"] >= 196:
+                yield ratio, f"{row['model']}, {row['tokens']:,} tokens"
+
+    return reached
+
+
+def model_of(name: str, side: int, theirs: str = SOFTMAX) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
+    """Yield the speed-up of one model at batch 1 over another with its weights."""
+
+    def reached(rows: list[Row]) -> Iterator[tuple[float, str]]:
+        for ratio, row in ratios(rows, DEFAULT, theirs):
+            if (row["model"], row["batch"], row["side"]) == (name, 1, side):
+                yield ratio, f"{row['tokens']:,} tokens, {row['milliseconds']:,.0f} ms"
+
+    return reached
+
+
+def over_plain(passes: str) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
+    def reached(rows: list[Row]) -> Iterator[tuple[float, str]]:
+        for ratio, row in ratios(rows, LINEAR, PLAIN):
+            if row["pass"] == passes:
+                yield ratio, f"{row['feature_map']}, {row['tokens']:,} tokens, batch {row['batch']}, {row['dtype']}"
+
+    return reached
+
+
+CPU = (
+    *(
+        Asked(
+            f"Whole models from 196 tokens, batch {batch}, slowest: speed over SDPA", "model", 1.0, over_softmax(batch)
+        )
+        for batch in (1, 8)
+    ),
+    *(
+        Asked(f"{name}, {side:,} px, batch 1: speed over SDPA", "model", least, model_of(name, side))
+        for name, side, least in ((VIT_S, 518, 1.4), (VIT_B, 512, 1.3), (VIT_L_2, 512, 1.3), (VIT_S, 1036, 2.7))
+    ),
+    *(
+        Asked(
+            f"{name}, {side:,} px, batch 1: speed over attention for free",
+            "model",
+            0.95,
+            model_of(name, side, FREE),
+            percent=True,
+        )
+        for name, side in ((VIT_S, 518), (VIT_B, 512), (VIT_S, 1036))
+    ),
+    *(
+        Asked(f"Operator, slowest shape, {passes}: speed over plain PyTorch", "operator", 1.0, over_plain(passes))
+        for passes in (FORWARD, BACKWARD)
+    ),
+)
+
 _SHAPE = f"{TOKENS:,} tokens, batch {BATCH}, heads of {HEAD_DIM}"
-ASKED = (
+GPU = (
     Asked(f"Operator, {_SHAPE}: speed over the peer", "operator", 1.5, over_peer(PEER)),
     Asked(f"Operator, {_SHAPE}: the same, features given to the peer", "operator", 1.5, over_peer(PEER_BARE)),
     Asked(f"Operator, {_SHAPE}: share of the copy bandwidth", "operator", 0.6, copy_share, percent=True),
@@ -122,10 +180,10 @@ ASKED = (
 )
 
 
-def judge(rows: dict[str, list[Row]]) -> list[list[str]]:
+def judge(rows: dict[str, list[Row]], promises: tuple[Asked, ...]) -> list[list[str]]:
     """Return the table of what was asked for and what was reached, with its heading, from the rows by script."""
     lines = [["", "asked, at least", "reached", "", "where, or how"]]
-    for asked in ASKED:
+    for asked in promises:
         value, where = min(asked.reached(rows.get(asked.script, [])), default=(None, ""))
         reached, verdict = (
             ("not measured", "") if value is None else (asked.text(value), "yes" if value >= asked.least else "no")

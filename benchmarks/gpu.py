@@ -70,7 +70,7 @@ def main() -> None:
     # only now: they import the packages that the checks are about
     from hub_cards.card import table
 
-    from .acceptance import judge
+    from .acceptance import GPU, judge
     from .common import load_json, write_result
 
     suffix = "" if args.dry_run else "-cuda"
@@ -85,7 +85,7 @@ def main() -> None:
         outcome = run_part(part.module, arguments, seconds, args.dry_run)
         rows.append({"part": name, "outcome": outcome, "seconds": time.monotonic() - begin, "most": seconds})
     found = {name: load_json(path)["rows"] for name, path in files.items() if path.is_file()}
-    verdict = judge(found)
+    verdict = judge(found, GPU)
     path = args.output / f"gpu{suffix}.json"
     device = "cpu" if args.dry_run else "cuda"
     write_result("gpu", rows, smoke=args.dry_run, output=path, device=device, subject="GPU acceptance", asked=verdict)

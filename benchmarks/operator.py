@@ -17,6 +17,7 @@ from torch import Tensor
 
 from modeling_adala import build_feature_map
 from modeling_adala.feature_maps import FeatureMap
+from trainers.base_config import has_fast_bf16
 from trainers.runs.timing import time_in_turns
 from vit_adala.benchmark.cases import LINEAR, graph_of, timing_columns
 from vit_adala.benchmark.floor import DEFINITION, Floor, measure_floor, operator_work
@@ -45,12 +46,9 @@ from .common import (
     run_script,
 )
 
-COMPILED, GRAPH = "linear, compiled", ", CUDA graph"
+GRAPH = ", CUDA graph"
 # the peer with the work of ours, and with features that were computed before; its kernels want them contiguous
 PEER, PEER_BARE = "flash_bla", "flash_bla, features given"
-# quadratic in the tokens: on a CPU, more would take most of the time of the run
-SDPA_TOKENS = {("forward", torch.bfloat16): 16385}
-FEWER_SDPA_TOKENS = 4097
 FORWARD, BACKWARD = "forward", "forward and backward"
 GRAPH_CALLS = 10
 # of 144 of each kernel, which it would compile and time anew for each number of tokens, for minutes
@@ -77,18 +75,14 @@ class Shape:
 
 
 def cpu_shapes() -> list[Shape]:
-    everything = (LINEAR, PLAIN, SDPA)
-    shapes = [
-        Shape(1, 12, tokens, 64, dtype, (*everything, *names), passes=passes)
-        for dtype in (torch.bfloat16, torch.float32)
-        for passes, names in ((FORWARD, (COMPILED,)), (BACKWARD, ()))
-        for tokens in (197, 1025, 4097, 16385)
-    ]
-    return shapes + [
-        Shape(1, 12, tokens, 64, torch.bfloat16, everything, name, passes)
-        for name in ("power", "hedgehog")
+    """Return the default map, what it is when it is folded into the projections, and the map of the paper."""
+    dtypes = (torch.bfloat16, torch.float32) if has_fast_bf16() else (torch.float32,)
+    return [
+        Shape(batch, 12, tokens, 64, dtype, (LINEAR, PLAIN, SDPA), name, passes)
+        for dtype in dtypes
+        for name in ("power", "relu", "elu")
         for passes in (FORWARD, BACKWARD)
-        for tokens in (197, 1025, 4097)
+        for batch, tokens in ((1, 197), (1, 1025), (1, 4097), (8, 197))
     ]
 
 
@@ -148,13 +142,10 @@ def measure(shape: Shape, device: str, floor: Floor, peer: Operator | None, seco
         shape.batch, shape.heads, shape.tokens, shape.head_dim, shape.dtype, device, requires_grad=backward
     )
     chosen = _operators(shape, phi, peer)
-    limit = SDPA_TOKENS.get((shape.passes, shape.dtype), FEWER_SDPA_TOKENS)
-    if device == "cpu" and shape.tokens > limit:
-        chosen.pop(SDPA, None)
     errors: dict[str, float] = {}
 
     def prepare(name: str) -> Run:
-        if name in (LINEAR, COMPILED):
+        if name == LINEAR:
             errors[name] = check_operator(chosen[name], inputs, phi, backward)
         run = pass_of(chosen[name], inputs, backward)
         if device == "cuda":
@@ -223,8 +214,6 @@ def fewer_tiles(kernel: Any) -> int:
 
 def _operators(shape: Shape, phi: FeatureMap, peer: Operator | None) -> dict[str, Operator]:
     chosen = {name: operator for name, operator in operators(phi).items() if name in shape.names}
-    if COMPILED in shape.names:
-        chosen[COMPILED] = torch.compile(chosen[LINEAR], fullgraph=True, dynamic=True)
     if peer is not None and PEER in shape.names:
 
         def with_peer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -13,44 +13,45 @@ from collections.abc import Sequence
 import torch
 
 from modeling_adala import build_feature_map
+from trainers.base_config import evaluation_dtype
 from trainers.runs.timing import time_in_turns
 from vit_adala.benchmark.cases import LINEAR, Settings, timing_columns
 from vit_adala.benchmark.operators import check_operator, operator_inputs, operators, pass_of, prepare_operator
 
-from .common import Row, device, measure_all, parser, peak_bytes, run_script
+from .common import Row, device, dtype_name, measure_all, parser, peak_bytes, run_script
 
-HEADS, HEAD_DIM, DTYPE, FEATURE_MAP = 12, 64, torch.bfloat16, "elu"
+HEADS, HEAD_DIM, FEATURE_MAP = 12, 64, "power"
 TOKENS = tuple(2**power for power in range(12, 21))
 SMOKE_TOKENS = (256, 512, 1024)
 SECONDS = {"cpu": 2.0, "cuda": 0.2}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parser(__doc__).parse_args(argv)
+    args, dtype = parser(__doc__).parse_args(argv), evaluation_dtype() or torch.float32
     measure_all(
         "scaling",
         SMOKE_TOKENS if args.smoke else TOKENS,
-        lambda tokens: [measure(tokens, device(), args.smoke)],
+        lambda tokens: [measure(tokens, device(), dtype, args.smoke)],
         args,
         summary=lambda rows: {
             "time_exponent": exponent(rows, "milliseconds"),
             "memory_exponent": exponent(rows, "peak_bytes"),
         },
-        subject=f"Operator, batch 1, {HEADS} heads of {HEAD_DIM}, bfloat16, {FEATURE_MAP}",
+        subject=f"Operator, batch 1, {HEADS} heads of {HEAD_DIM}, {dtype_name(dtype)}, {FEATURE_MAP}",
     )
 
 
-def measure(tokens: int, device: str, smoke: bool) -> Row:
+def measure(tokens: int, device: str, dtype: torch.dtype, smoke: bool) -> Row:
     """Return the row of a number of tokens. The operator is checked first."""
     phi = build_feature_map(FEATURE_MAP, HEADS, HEAD_DIM).to(device)
-    inputs = operator_inputs(1, HEADS, tokens, HEAD_DIM, DTYPE, device)
+    inputs = operator_inputs(1, HEADS, tokens, HEAD_DIM, dtype, device)
     operator = operators(phi)[LINEAR]
     error = check_operator(operator, inputs, phi)
     seconds = 0.05 if smoke else SECONDS[device]
     timing = time_in_turns({LINEAR: pass_of(operator, inputs)}, device, seconds)[LINEAR]
     input_bytes = sum(x.numel() * x.element_size() for x in inputs)
     del inputs
-    shape, settings = (1, HEADS, tokens, HEAD_DIM), Settings(DTYPE, device)
+    shape, settings = (1, HEADS, tokens, HEAD_DIM), Settings(dtype, device)
     return {
         "name": LINEAR,
         "tokens": tokens,

@@ -11,7 +11,7 @@ from hub_cards.card import code, plain, table
 from hub_cards.records import write_text
 from vit_adala.benchmark.output import three_digits
 
-from .acceptance import judge
+from .acceptance import CPU, GPU, judge
 from .common import RESULTS, ROOT, Row, load_result, replace_between
 from .operator import GRAPH
 
@@ -50,9 +50,14 @@ def render(results: dict[str, dict[str, Any]]) -> str:
             without.append(name.removesuffix(CUDA))
         else:
             parts += [f"### {title}", f"Not measured: `python -m benchmarks.{name}`."]
-    rows = {name.removesuffix(CUDA): result["rows"] for name, result in results.items() if name.endswith(CUDA)}
-    if rows:
-        parts[:0] = ["### GPU: asked and reached", "From the GPU results below.", table(judge(rows))]
+    on_cpu: dict[str, list[Row]] = {}
+    on_gpu: dict[str, list[Row]] = {}
+    for name, result in results.items():
+        (on_gpu if name.endswith(CUDA) else on_cpu)[name.removesuffix(CUDA)] = result["rows"]
+    for rows, device, promises in ((on_cpu, "CPU", CPU), (on_gpu, "GPU", GPU)):
+        if rows:
+            heading = f"### {device}: asked and reached", f"From the {device} results below."
+            parts[:0] = [*heading, table(judge(rows, promises))]
     if without:
         parts += ["### Not measured on a GPU", f"`python -m benchmarks.gpu` measures {', '.join(without)}."]
     return "\n\n".join(parts) + "\n"

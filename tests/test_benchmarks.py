@@ -82,7 +82,8 @@ def test_tables_show_every_figure_of_their_rows(smoke):
     rows = [row for result in results.values() for row in result["rows"]]
     assert all(f"| {tables.three_digits(row['milliseconds'])} |" in text for row in rows)
     shown = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(shown) == len(rows) + 2 * len(SCRIPTS)  # a heading and a rule each
+    asked = len(acceptance.CPU)
+    assert len(shown) == asked + len(rows) + 2 * (1 + len(SCRIPTS))  # a heading and a rule each
     softmax = [line for line in shown if "| softmax |" in line or "| SDPA |" in line]
     assert len(softmax) == 6 and all(line.endswith("| 1.00x |") for line in softmax)
 
@@ -288,8 +289,8 @@ def test_asked_and_reached_are_ratios_of_rows_that_were_measured_alike():
             *(model_row(f"{name}, CUDA graph", ms, 1024) for name, ms in (("softmax", 8.0), (default, 3.9))),
         ],
     }
-    found = {line[0]: line[1:] for line in acceptance.judge(rows)[1:]}
-    assert len(found) == len(acceptance.ASKED)
+    found = {line[0]: line[1:] for line in acceptance.judge(rows, acceptance.GPU)[1:]}
+    assert len(found) == len(acceptance.GPU)
     shape = "Operator, 16,384 tokens, batch 8, heads of 64: "
     assert found[f"{shape}speed over the peer"] == ["1.50x", "2.00x", "yes", "forward"]
     assert found[f"{shape}the same, features given to the peer"][1:3] == ["1.25x", "no"]
@@ -300,8 +301,32 @@ def test_asked_and_reached_are_ratios_of_rows_that_were_measured_alike():
     assert found[f"{slowest}the same with backward"][1:] == ["not measured", "", ""]
     assert found["ViT-L, 1,024 px, batch 1: speed over SDPA"] == ["2.00x", "2.05x", "yes", "CUDA graph"]
     del rows["model"][3:]
-    eager = {line[0]: line[1:] for line in acceptance.judge(rows)[1:]}["ViT-L, 1,024 px, batch 1: speed over SDPA"]
+    eager = {line[0]: line[1:] for line in acceptance.judge(rows, acceptance.GPU)[1:]}[
+        "ViT-L, 1,024 px, batch 1: speed over SDPA"
+    ]
     assert eager == ["2.00x", "1.50x", "no", "eager; attention for free: 1.80x"]
+
+
+def test_the_slowest_model_decides_what_a_cpu_has_reached():
+    default = model.DEFAULT
+    rows = {
+        "model": [
+            *(model_row(name, ms, 196) | {"model": model.VIT_S} for name, ms in (("softmax", 9.0), (default, 10.0))),
+            *(model_row(name, ms, 518) | {"model": model.VIT_S} for name, ms in (("softmax", 15.0), (default, 10.0))),
+            model_row(model.FREE, 9.0, 518) | {"model": model.VIT_S},
+            model_row("softmax", 1.0, 518) | {"model": model.VIT_B},  # nothing of ours beside it
+            *(model_row(name, ms, 112) | {"model": model.VIT_S} for name, ms in (("softmax", 1.0), (default, 5.0))),
+        ],
+        "operator": [operator_row("linear", 2.0), operator_row("plain PyTorch", 3.0)],
+    }
+    found = {line[0]: line[1:] for line in acceptance.judge(rows, acceptance.CPU)[1:]}
+    assert len(found) == len(acceptance.CPU)
+    slowest = "Whole models from 196 tokens, batch 1, slowest: speed over SDPA"
+    assert found[slowest] == ["1.00x", "0.90x", "no", "DINOv2-S/14, 196 tokens"]
+    assert found["DINOv2-S/14, 518 px, batch 1: speed over SDPA"] == ["1.40x", "1.50x", "yes", "518 tokens, 10 ms"]
+    assert found["DINOv2-S/14, 518 px, batch 1: speed over attention for free"][:3] == ["95%", "90%", "no"]
+    assert found["ViT-B/16, 512 px, batch 1: speed over SDPA"][1:3] == ["not measured", ""]
+    assert found["Operator, slowest shape, forward: speed over plain PyTorch"][1:3] == ["1.50x", "yes"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no CUDA graphs")
