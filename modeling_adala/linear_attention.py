@@ -121,9 +121,8 @@ def _in_pytorch(
     query, key, value = (_cast(x, dtype) for x in (query, key, value))
     phi_q, phi_k, count = _features(query, key, feature_map, key_mask)
     # sums in the place of means, and eps times the count: the same quotient in fewer passes
-    state = torch.cat((_matmul(phi_k.transpose(2, 3), value), phi_k.sum(dim=2)[..., None]), dim=-1)
-    output = _matmul(phi_q, state)  # numerator and normalizer in one product
-    output = output[..., :-1] / (output[..., -1:] + eps * count)
+    normalizer = (phi_q * phi_k.sum(dim=2, keepdim=True)).sum(dim=-1, keepdim=True) + eps * count
+    output = _matmul(phi_q, _matmul(phi_k.transpose(2, 3), value)) / normalizer
     output = output.transpose(1, 2).to(output_dtype, memory_format=torch.contiguous_format)
     return output.contiguous().transpose(1, 2)  # `to` alone leaves a tensor that has the dtype already as it is
 
