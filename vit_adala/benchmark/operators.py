@@ -46,10 +46,14 @@ def operator_inputs(
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, feature_map: FeatureMap) -> Tensor:
-    """Compute linear attention as a user would write it: no care for strides, masks or overflow."""
+    """Compute linear attention as a user would write it, no care for strides, masks or overflow.
+
+    Like the others, it leaves the output as a projection reads it, `(batch, tokens, heads, head_dim)` in memory.
+    """
     query, key = feature_map(query.float(), key.float())
     state, normalizer = key.transpose(2, 3) @ value.float(), key.sum(dim=2)[..., None]
-    return ((query @ state) / (query @ normalizer + PLAIN_EPS)).to(value.dtype)
+    output = ((query @ state) / (query @ normalizer + PLAIN_EPS)).to(value.dtype)
+    return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def operators(feature_map: FeatureMap) -> dict[str, Operator]:
