@@ -1,4 +1,4 @@
-"""What the models are asked to reach, and what the results say: one line per promise, from the JSON files alone."""
+"""Performance targets on CPU and GPU and what the recorded results reach, one line per target."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,12 +47,61 @@ def ratios(rows: list[Row], ours: str, theirs: str) -> Iterator[tuple[float, Row
             yield of[theirs][place]["milliseconds"] / row["milliseconds"], row
 
 
-def over_peer(peer: str) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
+def over(
+    ours: str, theirs: str, where: Callable[[Row], str], chosen: Callable[[Row], bool] = lambda row: True
+) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
+    """Yield the speed-up of `ours` over `theirs` in the rows that are `chosen`, and where it was measured."""
+
     def reached(rows: list[Row]) -> Iterator[tuple[float, str]]:
-        for ratio, row in ratios(rows, LINEAR, peer):
-            yield ratio, row["pass"]
+        for ratio, row in ratios(rows, ours, theirs):
+            if chosen(row):
+                yield ratio, where(row)
 
     return reached
+
+
+def over_peer(peer: str) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
+    return over(LINEAR, peer, lambda row: row["pass"])
+
+
+def over_sdpa(passes: str, suffix: str) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
+    return over(
+        LINEAR + suffix,
+        SDPA + suffix,
+        lambda row: (
+            f"{row['tokens']:,} tokens, batch {row['batch']}, heads of {row['head_dim']}, {row['feature_map']}"
+        ),
+        lambda row: row["pass"] == passes and row["tokens"] >= 1024,
+    )
+
+
+def over_plain(passes: str) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
+    return over(
+        LINEAR,
+        PLAIN,
+        lambda row: f"{row['feature_map']}, {row['tokens']:,} tokens, batch {row['batch']}, {row['dtype']}",
+        lambda row: row["pass"] == passes,
+    )
+
+
+def over_softmax(batch: int) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
+    """Yield the speed-up of every whole model from 196 tokens."""
+    return over(
+        DEFAULT,
+        SOFTMAX,
+        lambda row: f"{row['model']}, {row['tokens']:,} tokens",
+        lambda row: row["batch"] == batch and row["tokens"] >= 196,
+    )
+
+
+def model_of(name: str, side: int, theirs: str = SOFTMAX) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
+    """Yield the speed-up of one model at batch 1 over another with its weights."""
+    return over(
+        DEFAULT,
+        theirs,
+        lambda row: f"{row['tokens']:,} tokens, {row['milliseconds']:,.0f} ms",
+        lambda row: (row["model"], row["batch"], row["side"]) == (name, 1, side),
+    )
 
 
 def copy_share(rows: list[Row]) -> Iterator[tuple[float, str]]:
@@ -61,16 +110,6 @@ def copy_share(rows: list[Row]) -> Iterator[tuple[float, str]]:
         place = (row["tokens"], row["batch"], row["head_dim"], row["pass"], row["feature_map"])
         if place == (TOKENS, BATCH, HEAD_DIM, FORWARD, "elu") and row["name"] == LINEAR + GRAPH:
             yield row["floor_share"], f"{row['milliseconds']:.3f} ms"
-
-
-def over_sdpa(passes: str, suffix: str) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
-    def reached(rows: list[Row]) -> Iterator[tuple[float, str]]:
-        for ratio, row in ratios(rows, LINEAR + suffix, SDPA + suffix):
-            if row["pass"] == passes and row["tokens"] >= 1024:
-                where = f"{row['tokens']:,} tokens, batch {row['batch']}, heads of {row['head_dim']}"
-                yield ratio, f"{where}, {row['feature_map']}"
-
-    return reached
 
 
 def model_at(side: int, *suffixes: str) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
@@ -84,37 +123,6 @@ def model_at(side: int, *suffixes: str) -> Callable[[list[Row]], Iterator[tuple[
             best = max(found, key=found.__getitem__)
             limit = f"; attention for free: {bound[best]:.2f}x" if best in bound else ""
             yield found[best], (best.removeprefix(", ") or "eager") + limit
-
-    return reached
-
-
-def over_softmax(batch: int) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
-    """Yield the speed-up of every whole model from 196 tokens."""
-
-    def reached(rows: list[Row]) -> Iterator[tuple[float, str]]:
-        for ratio, row in ratios(rows, DEFAULT, SOFTMAX):
-            if row["batch"] == batch and row["tokens"] >= 196:
-                yield ratio, f"{row['model']}, {row['tokens']:,} tokens"
-
-    return reached
-
-
-def model_of(name: str, side: int, theirs: str = SOFTMAX) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
-    """Yield the speed-up of one model at batch 1 over another with its weights."""
-
-    def reached(rows: list[Row]) -> Iterator[tuple[float, str]]:
-        for ratio, row in ratios(rows, DEFAULT, theirs):
-            if (row["model"], row["batch"], row["side"]) == (name, 1, side):
-                yield ratio, f"{row['tokens']:,} tokens, {row['milliseconds']:,.0f} ms"
-
-    return reached
-
-
-def over_plain(passes: str) -> Callable[[list[Row]], Iterator[tuple[float, str]]]:
-    def reached(rows: list[Row]) -> Iterator[tuple[float, str]]:
-        for ratio, row in ratios(rows, LINEAR, PLAIN):
-            if row["pass"] == passes:
-                yield ratio, f"{row['feature_map']}, {row['tokens']:,} tokens, batch {row['batch']}, {row['dtype']}"
 
     return reached
 

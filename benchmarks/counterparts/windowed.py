@@ -2,9 +2,9 @@
 
     out_i = softmax over j in W(i) of (q_i k_j / dim^1/2) v_j
 
-Blocks of 4x4 queries see the 8x8 patches around them, of which those beyond the border are missing. Class token and
-registers are global: in all windows, and they see all tokens. O(N) with 64 keys per query; nothing is tied to a grid,
-nothing is learned.
+Each block of 4x4 queries attends to the 8x8 patches around it, fewer at the border. Class token and registers are
+global: every query attends to them, and they attend to all tokens. O(N) with 64 keys per query; nothing is tied to a
+grid, nothing is learned.
 """
 
 import torch

@@ -24,7 +24,7 @@ def feature_map_of(name: str, heads: int, dim: int, randomize: bool = True, **kw
 
 
 def in_one_piece(query, key, value, feature_map, key_mask):
-    """What compilers and devices without a backend of their own get."""
+    """The PyTorch implementation, which compilers and devices without kernels run."""
     return linear_attention_torch(query, key, value, feature_map, key_mask, feature_map.eps)
 
 

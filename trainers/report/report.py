@@ -230,7 +230,9 @@ def options_added(student: PreTrainedModel, config: RecipeConfig) -> list[str]:
     total = student.num_parameters()
     added = {part: f"{count:,} parameters ({count / total:.1%})" for part, count in numbers.items()}
     feature_map, mixing = in_words(config)
-    lines = [f"feature map {feature_map}: {added['.feature_map.']}", f"{mixing}: {added['.local_mixing.']}"]
+    lines = [f"feature map {feature_map}: {added['.feature_map.']}"]
+    if config.local_mixing:
+        lines.append(f"{mixing}: {added['.local_mixing.']}")
     kept = vision_config(student.config).softmax_layers
     if kept:
         chosen = "auto_softmax_layers" in config.attention_alignment
