@@ -24,7 +24,8 @@ from .common import Row, device, measure_all, parser, run_script
 from .methods import METHODS
 from .model import TINY
 from .protocols import PROTOCOLS, Protocol
-from .quality import SMOKE_BUDGET, SMOKE_IMAGES, budget_of, stages_of
+from .quality import SMOKE_BUDGET, SMOKE_IMAGES, rows_of
+from .students import Students
 from .training import random_teacher
 
 METHOD = "power + mixing"
@@ -66,16 +67,15 @@ def measure(name: str, protocol: Protocol, steps: dict[str, Any], seconds: float
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         if smoke:
-            protocol = with_settings(protocol, SMOKE_BUDGET, SMOKE_BUDGET)
+            protocol = protocol.with_settings(SMOKE_BUDGET, SMOKE_BUDGET)
             protocol = replace(protocol, teacher=tiny_teacher(folder, protocol))
         elif device() == "cuda":
-            protocol = with_settings(protocol, WORKERS, WORKERS)
-        opened = protocol.open(SMOKE_IMAGES if smoke else None)
+            protocol = protocol.with_settings(WORKERS, WORKERS)
+        teacher, data, evaluate = protocol.open(SMOKE_IMAGES if smoke else None)
 
         def run(counts: Sequence[int]) -> list[Row]:
-            fitted = with_settings(protocol, *({"max_steps": count} for count in counts))
-            budget = budget_of(fitted, METHODS[METHOD])
-            return list(stages_of(fitted, METHODS[METHOD], 0, budget, *opened, kept=Path(folder)))
+            fitted = protocol.with_settings(*({"max_steps": count} for count in counts))
+            return list(rows_of(Students(fitted, METHODS[METHOD], 0, teacher, data, Path(folder)), evaluate))
 
         for count in (1,) if smoke else TRIALS:
             begin = time.monotonic()
@@ -99,11 +99,6 @@ def tiny_teacher(folder: str, protocol: Protocol) -> str:
     processor: Any = load_image_processor(protocol.teacher)
     processor.save_pretrained(path)
     return path
-
-
-def with_settings(protocol: Protocol, one: dict[str, Any], two: dict[str, Any]) -> Protocol:
-    """Return a protocol with further settings of stages 1 and 2."""
-    return replace(protocol, stage_1=protocol.stage_1 | one, stage_2=protocol.stage_2 | two)
 
 
 if __name__ == "__main__":

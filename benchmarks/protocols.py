@@ -1,12 +1,12 @@
 """Protocols of benchmarks/quality.py: one teacher, one data set, one budget, one evaluation for every method."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from modeling_adala.conversion.loading import load_image_processor, load_teacher
+from modeling_adala.conversion.loading import load_config, load_image_processor, load_teacher
 from trainers.base_config import evaluation_dtype
 from trainers.data.data_config import DataConfig, DataModule
 from trainers.data.digits import DIGITS_TEACHER
@@ -48,7 +48,7 @@ class Protocol:
         labels (`list[str]`): Classes of the masks; empty for images without.
         evaluation (`Callable`): Called with teacher, data and the number of evaluation images, `None` for all; returns
             what is called with a student.
-        stage_1 (`dict`), stage_2 (`dict`): Steps, batch and learning rates.
+        stage_1 (`dict`), stage_2 (`dict`), stage_3 (`dict`): Steps, batch and learning rates.
     """
 
     metric: str
@@ -57,14 +57,30 @@ class Protocol:
     evaluation: Callable[[PreTrainedModel, DataModule, int | None], Evaluate]
     stage_1: dict[str, Any] = field(default_factory=dict)
     stage_2: dict[str, Any] = field(default_factory=dict)
+    stage_3: dict[str, Any] = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
 
     def open(self, eval_images: int | None = None) -> tuple[PreTrainedModel, DataModule, Evaluate]:
         """Return teacher, data and evaluation, which remembers the teacher's figures."""
-        teacher, processor = load_teacher(self.teacher).to(device()), load_image_processor(self.teacher)
-        images = DataConfig(**self.data), teacher.config, processor
-        data = SegmentationData(*images, labels=self.labels) if self.labels else DataModule(*images)
+        teacher = load_teacher(self.teacher).to(device())
+        data = self.open_data()
         return teacher, data, self.evaluation(teacher, data, eval_images)
+
+    def open_data(self, require_labels: bool = False) -> DataModule:
+        """Return the data, with labels for training if they are required; masks are always there."""
+        images = DataConfig(**self.data), load_config(self.teacher), load_image_processor(self.teacher)
+        if self.labels:
+            return SegmentationData(*images, labels=self.labels)
+        return DataModule(*images, require_labels=require_labels)
+
+    def with_settings(self, stage_1: dict[str, Any], stage_2: dict[str, Any]) -> "Protocol":
+        """Return a protocol with further settings of stages 1 and 2."""
+        return replace(self, stage_1=self.stage_1 | stage_1, stage_2=self.stage_2 | stage_2)
+
+    def scaled(self, factor: float) -> "Protocol":
+        """Return a protocol with `factor` times the steps in stages 1 and 2."""
+        one, two = ({"max_steps": round(factor * stage["max_steps"])} for stage in (self.stage_1, self.stage_2))
+        return self.with_settings(one, two)
 
 
 def budget(steps: int, images: int, learning_rate: float, **settings: Any) -> dict[str, Any]:
@@ -106,7 +122,8 @@ def camvid(size: str, steps: int) -> Protocol:
     folder = str(SHARED / "data" / "camvid")
     data = {"dataset": folder, "label_column": "label", "eval_split": "validation", "crop_scale": 0.5}
     one, two = budget(100, 8, 1e-3), budget(steps, 8, 1e-4, new_learning_rate=5e-4)
-    return Protocol("student_mean_iou", DINOV2, {**data, "image_size": size}, dense_figures, one, two, CAMVID_CLASSES)
+    three, data = budget(200, 8, 3e-5), {**data, "image_size": size}
+    return Protocol("student_mean_iou", DINOV2, data, dense_figures, one, two, three, CAMVID_CLASSES)
 
 
 PROTOCOLS = {
@@ -117,6 +134,7 @@ PROTOCOLS = {
         lambda teacher, data, count: image_figures(teacher, data, count, knn_images=count or 500, probe=False),
         budget(100, 32, 1e-3),
         budget(100, 32, 1e-4, new_learning_rate=5e-4),
+        budget(60, 32, 5e-5),
     ),
     "dense": camvid("168x224", 120),
     "dense-large": camvid("336x448", 150),
@@ -127,5 +145,6 @@ PROTOCOLS = {
         lambda teacher, data, count: image_figures(teacher, data, count or 1000),
         budget(300, 16, 1e-3),
         budget(400, 16, 1e-4, new_learning_rate=5e-4),
+        budget(300, 16, 3e-5),
     ),
 }

@@ -1,4 +1,4 @@
-"""Writes the tables and the picture of docs/quality.md from the files in benchmarks/results/quality.
+"""Writes the tables and pictures of docs/quality.md from the files in benchmarks/results.
 
 python -m benchmarks.quality_page
 """
@@ -11,29 +11,37 @@ from typing import Any
 
 from hub_cards.card import Markdown, table
 from hub_cards.records import write_text
-from trainers.report.pictures import new_figure, save_figure
 
 from .common import RESULTS, ROOT, load_result, replace_between
 from .methods import KINDS, METHODS, timed_as
+from .quality_pictures import curve_of, draw_curve, draw_speed
+from .students import ALONE, STAGES
 
-PAGE, PICTURE = ROOT / "docs" / "quality.md", ROOT / "docs" / "images" / "quality.png"
+PAGE, PICTURES = ROOT / "docs" / "quality.md", ROOT / "docs" / "images"
 START, END = "<!-- benchmarks.quality_page: do not edit by hand -->", "<!-- end of benchmarks.quality_page -->"
-ROWS, ALONE = ("converted", "stage 1", "stages 1+2"), "stage 2 alone"
 TITLES = {
     "digits": "Digits: accuracy of the teacher's own head, 28 px (196 patches)",
     "dense": "CamVid, 168x224 (192 patches): mean IoU of the frozen segmentation probe",
     "dense-large": "CamVid, 336x448 (768 patches): mean IoU of the frozen segmentation probe",
     "images": "CIFAR-10, 112 px (64 patches): accuracy of k-NN",
 }
+DEFAULT = "power + mixing"
 Cell = dict[str, Any]
 
 
 def main() -> None:
-    """Write the page and its picture."""
+    """Write the page and its pictures."""
     cells, latency = load_cells(RESULTS / "quality"), load_latency(RESULTS / "latency.json")
-    write_text(PAGE, replace_between(PAGE.read_text(), START, END, render(cells, latency)))
-    if latency and any(cell["protocol"] == "dense" for cell in cells):
-        draw(cells, latency)
+    tuned = load_cells(RESULTS / "finetuning")
+    write_text(PAGE, replace_between(PAGE.read_text(), START, END, render(cells, latency, tuned)))
+    dense = of_protocol(cells, "dense")
+    if latency:
+        plain = of_full_budget(dense)
+        teacher, metric = teacher_figure(plain), plain[0]["metric"]
+        figures = {name: final(plain, name, metric) / teacher for name in {cell["method"] for cell in plain}}
+        draw_speed({name: share for name, share in figures.items() if share}, latency, PICTURES / "quality.png")
+    if len(points := curve_of(of_default(dense))) > 1:
+        draw_curve(points, PICTURES / "training-time.png")
     print(PAGE)
 
 
@@ -51,26 +59,81 @@ def load_latency(path: Path) -> dict[str, dict[int, float]]:
     return {"softmax": speeds["softmax"], **same} if speeds else {}
 
 
-def render(cells: list[Cell], latency: dict[str, dict[int, float]]) -> str:
-    """Return a table for each protocol in Markdown, by kind of method, the best one first."""
+def render(cells: list[Cell], latency: dict[str, dict[int, float]], tuned: list[Cell]) -> str:
+    """Return the tables of each protocol in Markdown: the methods by kind, best one first, and what comes of them."""
     parts = []
     for protocol, title in TITLES.items():
-        found = [cell for cell in cells if cell["protocol"] == protocol]
-        if found:
-            parts += [f"### {title}", origin(found), table(rows_of(found, latency))]
+        found, points = of_protocol(cells, protocol), curve_of(of_default(of_protocol(cells, protocol)))
+        if plain := of_full_budget(found):
+            parts += [f"### {title}", origin(plain), table(rows_of(plain, latency))]
+        if len(points) > 1:
+            parts += [f"### {title.partition(':')[0]}: how much training is needed", table(rows_of_curve(points))]
+        if of_protocol(tuned, protocol):
+            subject, heading = title.partition(":")[0], "fine-tuned at equal steps"
+            parts += [f"### {subject}: {heading}", table(rows_of_tuned(of_protocol(tuned, protocol)))]
     return "\n\n".join(parts) + "\n"
+
+
+def of_protocol(cells: list[Cell], protocol: str) -> list[Cell]:
+    """Return the cells of a protocol."""
+    return [cell for cell in cells if cell["protocol"] == protocol]
+
+
+def of_full_budget(cells: list[Cell]) -> list[Cell]:
+    """Return the cells with the steps of the protocol."""
+    return [cell for cell in cells if "scale" not in cell]
+
+
+def of_default(cells: list[Cell]) -> list[Cell]:
+    """Return the cells of the default method, with both stages."""
+    return [cell for cell in cells if cell["method"] == DEFAULT and len(cell["rows"]) == len(STAGES)]
+
+
+def rows_of_curve(points: list[dict[str, float]]) -> list[list[str]]:
+    """Return a heading, and a row for each budget of training."""
+    lines = [["minutes", "images seen", *STAGES, "seeds"]]
+    for point in points:
+        shares = [f"{point[stage]:.1%}" for stage in STAGES]
+        lines.append([f"{point['minutes']:.0f}", f"{point['images']:,}", *shares, f"{point['seeds']}"])
+    return lines
+
+
+def rows_of_tuned(cells: list[Cell]) -> list[list[str]]:
+    """Return a heading, and a row for each method and stage: labels alone, and with the teacher beside them."""
+    metric = cells[0]["metric"]
+
+    def figures(method: str, stage: str, with_teacher: bool) -> list[float]:
+        wanted = method, stage, with_teacher
+        return [c["rows"][0][metric] for c in cells if (c["method"], c["stage"], c["with_teacher"]) == wanted]
+
+    softmax = figures("softmax", STAGES[-1], False)
+    lines = [["method", "fine-tuned after", "labels alone", "of the teacher", "with teacher term", "of the teacher"]]
+    for method, stage in sorted({(cell["method"], cell["stage"]) for cell in cells}, key=order_of_tuned):
+        line = [method, "" if method == "softmax" else stage]
+        for with_teacher in (False, True):
+            found = figures(method, stage, with_teacher)
+            line += [spread(found), f"{fmean(found) / fmean(softmax):.1%}" if found and softmax else ""]
+        lines.append(line)
+    return lines
+
+
+def order_of_tuned(row: tuple[str, str]) -> tuple[int, int]:
+    """Return the place of a method and stage in the table."""
+    method, stage = row
+    stages = [STAGES[0], STAGES[1], ALONE, STAGES[2]]
+    return ["softmax", *METHODS].index(method), stages.index(stage)
 
 
 def rows_of(cells: list[Cell], latency: dict[str, dict[int, float]]) -> list[list[str]]:
     """Return a heading, and a row for each method: its rank over all kinds, and means over its seeds."""
     metric, teacher = cells[0]["metric"], teacher_figure(cells)
     tokens = sorted({count for speeds in latency.values() for count in speeds})
-    stages = [*ROWS, *[ALONE] * bool(row_figures(cells, ALONE, metric))]
+    stages = [*STAGES, *[ALONE] * bool(row_figures(cells, ALONE, metric))]
     end = ["of the teacher", "cos CLS", "cos patches", "seeds", *(f"speed, {count:,} tokens" for count in tokens)]
     lines = [["", "", "", *stages, *end]]
-    own = [f"{teacher:.1%}" if stage == ROWS[-1] else "" for stage in stages]
+    own = [f"{teacher:.1%}" if stage == STAGES[-1] else "" for stage in stages]
     lines.append(["", "softmax", "the teacher", *own, "100.0%", "", "", "", *("1.00" for _ in tokens)])
-    methods = sorted({cell["method"] for cell in cells}, key=lambda name: -final(cells, name, metric))
+    methods = sorted({cell["method"] for cell in cells}, key=lambda name: (-final(cells, name, metric), name))
     for kind in KINDS:
         members = [name for name in methods if METHODS[name].kind == kind]
         if members:
@@ -78,9 +141,9 @@ def rows_of(cells: list[Cell], latency: dict[str, dict[int, float]]) -> list[lis
         for name in members:
             found = [cell for cell in cells if cell["method"] == name]
             figures = [spread(row_figures(found, row, metric)) for row in stages]
-            cosines = [row_figures(found, ROWS[-1], key) for key in ("cls_cosine", "patches_cosine")]
+            cosines = [row_figures(found, STAGES[-1], key) for key in ("cls_cosine", "patches_cosine")]
             rank = retained = ""
-            if row_figures(found, ROWS[-1], metric):
+            if row_figures(found, STAGES[-1], metric):
                 rank, retained = str(1 + methods.index(name)), f"{final(cells, name, metric) / teacher:.1%}"
             shown = [f"{fmean(values):.3f}" if values else "" for values in cosines]
             speeds = [f"{latency[name][count]:.2f}" if name in latency else "" for count in tokens]
@@ -97,7 +160,7 @@ def teacher_figure(cells: list[Cell]) -> float:
 
 def final(cells: list[Cell], method: str, metric: str) -> float:
     """Return a method's figure after stages 1 and 2, the mean over its seeds; 0 where only stage 2 alone has run."""
-    figures = row_figures([cell for cell in cells if cell["method"] == method], ROWS[-1], metric)
+    figures = row_figures([cell for cell in cells if cell["method"] == method], STAGES[-1], metric)
     return fmean(figures) if figures else 0.0
 
 
@@ -121,31 +184,6 @@ def origin(cells: list[Cell]) -> str:
     precision = "bf16" if cells[0]["bf16"] else "float32"
     dates = sorted({cell["date"].partition(" ")[0] for cell in cells})
     return f"{budget}; {precision}; {', '.join(machines)}; commits {', '.join(commits)}; {', '.join(dates)}."
-
-
-def draw(cells: list[Cell], latency: dict[str, dict[int, float]]) -> None:
-    """Draw quality over speed, for the protocol with masks and both numbers of tokens."""
-    found = [cell for cell in cells if cell["protocol"] == "dense"]
-    tokens = sorted(latency["softmax"])
-    figure = new_figure(7.2 * len(tokens), 6.4, layout="constrained")
-    axes = figure.subplots(1, len(tokens), sharey=True, squeeze=False)[0]
-    teacher = teacher_figure(found)
-    figures = {name: final(found, name, found[0]["metric"]) for name in {cell["method"] for cell in found}}
-    for axis, count in zip(axes, tokens, strict=True):
-        for color, kind in enumerate(KINDS):
-            names = [name for name in METHODS if METHODS[name].kind == kind and figures.get(name) and name in latency]
-            places = [(latency[name][count], 100 * figures[name] / teacher) for name in names]
-            horizontal, vertical = ([place[index] for place in places] for index in (0, 1))
-            axis.scatter(horizontal, vertical, s=22, color=f"C{color}", label=kind)
-            for name, place in zip(names, places, strict=True):
-                axis.annotate(name, place, fontsize=6.5, xytext=(4, 3), textcoords="offset points")
-        axis.axhline(100, color="gray", linewidth=0.8)
-        axis.axvline(1, color="gray", linewidth=0.8)
-        axis.set(title=f"{count:,} tokens", xlabel="speed, softmax = 1")
-        axis.margins(x=0.25)
-    axes[0].set(ylabel="mean IoU of the frozen probe, % of the teacher")
-    axes[0].legend(fontsize=7, loc="lower left")
-    save_figure(figure, PICTURE, dpi=130)
 
 
 if __name__ == "__main__":
