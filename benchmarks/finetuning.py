@@ -33,7 +33,7 @@ from .common import RESULTS, parser, run_script, write_result
 from .methods import METHODS
 from .protocols import PROTOCOLS, Protocol
 from .quality import SMOKE_BUDGET, SMOKE_IMAGES, run_all, slug
-from .students import ALONE, KEPT, QUIET, STAGES, Students, seconds_of
+from .students import ALONE, KEPT, QUIET, STAGES, Students, digest, seconds_of
 
 SOFTMAX = "softmax"
 CHOICES = [SOFTMAX, *(name for name, method in METHODS.items() if method.counterpart is None)]
@@ -79,7 +79,8 @@ def main() -> None:
     options.add_argument("--with-teacher", action="store_true", help="learn from the fine-tuned teacher, too")
     options.add_argument("--seeds", nargs="+", type=int, default=[0])
     options.add_argument("--jobs", type=int, default=1, help="processes of one thread each; 1 takes all threads")
-    run_all([partial(run_cell, cell) for cell in cells_of(options.parse_args())], options.parse_args().jobs)
+    arguments = options.parse_args()
+    run_all([partial(run_cell, cell) for cell in cells_of(arguments)], arguments.jobs)
 
 
 def cells_of(arguments: argparse.Namespace) -> list[Cell]:
@@ -134,7 +135,9 @@ def run_cell(cell: Cell) -> Path:
 def fine_tuned_teacher(protocol: Protocol, data: DataModule, seed: int) -> tuple[PreTrainedModel, float]:
     """Return the softmax model after fine-tuning, trained once and kept, and its seconds."""
     steps = protocol.stage_3["max_steps"]
-    folder = KEPT / "softmax" / f"{slug(Path(protocol.teacher).name)}-{slug(protocol.metric)}-{steps}-{seed}"
+    readable = f"{slug(Path(protocol.teacher).name)}-{slug(protocol.metric)}-{steps}-{seed}"
+    facts = [protocol.teacher, protocol.data, protocol.labels, protocol.stage_3, seed, has_fast_bf16()]
+    folder = KEPT / "softmax" / readable / digest(facts)
     folder.parent.mkdir(parents=True, exist_ok=True)
     clock = folder.with_suffix(".seconds")
     with FileLock(f"{folder}.lock"):

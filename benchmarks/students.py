@@ -83,8 +83,13 @@ class Students:
 
     def after(self, stage: str) -> Trained:
         """Return a student after a stage of `STAGES`, or after stage 2 alone."""
-        made = {ALONE: self.after_stage_2_alone, **dict(zip(STAGES[1:], (self.after_stage_1, self.after_stage_2)))}
-        return Trained(self.converted()) if stage == STAGES[0] else made[stage]()
+        made: dict[str, Callable[[], Trained]] = {
+            STAGES[0]: lambda: Trained(self.converted()),
+            STAGES[1]: self.after_stage_1,
+            STAGES[2]: self.after_stage_2,
+            ALONE: self.after_stage_2_alone,
+        }
+        return made[stage]()
 
     def converted(self, softmax_layers: list[int] | None = None) -> PreTrainedModel:
         """Return an untrained student."""
@@ -147,8 +152,7 @@ class Students:
         if self.method.counterpart is not None:
             rival = COUNTERPARTS[self.method.counterpart]
             facts += [self.method.counterpart, Path(inspect.getfile(rival)).read_text()]
-        key = hashlib.sha256(json.dumps([*facts, *further], sort_keys=True).encode()).hexdigest()[:16]
-        folder = self.kept / key
+        folder = self.kept / digest([*facts, *further])
         folder.mkdir(parents=True, exist_ok=True)
         record, weights = folder / "trained.json", str(folder / "model.safetensors")
         with FileLock(f"{folder}.lock"):
@@ -161,6 +165,11 @@ class Students:
             save_model(trained.student, weights)  # a rival has no place in a checkpoint of ours
             record.write_text(json.dumps({"seconds": trained.seconds, "chosen": trained.chosen}))
         return trained
+
+
+def digest(facts: list[Any]) -> str:
+    """Return a name for all that decides a training."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
