@@ -29,8 +29,9 @@ def main() -> None:
 
 
 def load_results(directory: Path) -> dict[str, dict[str, Any]]:
-    """Return the results by name, as `load_result` reads them."""
-    return {path.stem: load_result(path) for path in sorted(directory.glob("*.json"))}
+    """Return the results of `SECTIONS` by name, as `load_result` reads them; other files are not for this page."""
+    paths = {name: directory / f"{name}.json" for name in SECTIONS}
+    return {name: load_result(path) for name, path in paths.items() if path.exists()}
 
 
 def replace_tables(page: str, tables: str) -> str:
