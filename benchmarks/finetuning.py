@@ -102,12 +102,13 @@ def run_cell(cell: Cell) -> Path:
         protocol = protocol.with_settings(SMOKE_BUDGET, SMOKE_BUDGET)
         protocol = replace(protocol, stage_3=protocol.stage_3 | shorter)
     data = protocol.open_data(require_labels=True)
-    before = seconds = 0.0
+    before, budget = 0.0, {"stage_3": protocol.stage_3}
     if cell.method == SOFTMAX:
         model, seconds = fine_tuned_teacher(protocol, data, cell.seed)
     else:
         teacher = load_teacher(protocol.teacher)
-        trained = Students(protocol, METHODS[cell.method], cell.seed, teacher, data).after(cell.stage)
+        students = Students(protocol, METHODS[cell.method], cell.seed, teacher, data)
+        trained, budget = students.after(cell.stage), students.budget | budget
         fold_feature_maps(trained.student)  # as a run does after stage 2
         with tempfile.TemporaryDirectory() as folder:
             trained.student.save_pretrained(folder)
@@ -123,7 +124,7 @@ def run_cell(cell: Cell) -> Path:
         "with_teacher": cell.with_teacher,
         "seed": cell.seed,
         "metric": metric,
-        "budget": {stage: getattr(protocol, stage) for stage in ("stage_1", "stage_2", "stage_3")},
+        "budget": budget,
         "bf16": has_fast_bf16(),
     }
     output = None if cell.smoke else cell.path
