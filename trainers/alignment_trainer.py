@@ -77,8 +77,9 @@ class AlignmentTrainer(AdaLATrainer):
         return super().train(resume_from_checkpoint, **kwargs)
 
     def own_learning_rate(self) -> tuple[set, float | None]:
-        """Return the parameters that the teacher lacks, and `new_learning_rate`."""
-        new = {parameter for name, parameter in self.model.named_parameters() if is_new_parameter(name)}
+        """Return the parameters that the teacher lacks, all that train in PEFT's wrapper, and `new_learning_rate`."""
+        adapted = base_model(self.model) is not self.model
+        new = {p for name, p in self.model.named_parameters() if is_new_parameter(name) or adapted and p.requires_grad}
         return new, self.args.new_learning_rate
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):

@@ -16,10 +16,10 @@ class FeatureAlignmentConfig(AdaLATrainingArguments):
     r"""Settings of `FeatureAlignmentTrainer`, on top of `AdaLATrainingArguments`.
 
     Args:
-        learning_rate (`float`, *optional*, defaults to 1e-4): Peak of the schedule. The paper gives none; measured
-            in docs/experiments.md.
-        new_learning_rate (`float`, *optional*): Peak of the schedule for the parameters that the teacher lacks, those
-            of feature maps and local mixing. Default: five times `learning_rate`.
+        learning_rate (`float`, *optional*, defaults to 2e-5): Peak of the schedule. The paper gives none; measured
+            with DINOv2-small in docs/experiments.md. A model with few channels takes more.
+        new_learning_rate (`float`, *optional*, defaults to 5e-4): Peak of the schedule for the parameters that the
+            teacher lacks: feature maps, local mixing, and adapters. `None` for `learning_rate`.
         max_steps (`int`, *optional*, defaults to 400): Optimizer steps.
         warmup_steps (`float`, *optional*, defaults to 0.1): Longer than elsewhere: the first steps are rough.
         loss (`str`, *optional*, defaults to `"mse"`): `"mse"` (the paper) or `"cosine"` (cosine and smooth-L1).
@@ -42,7 +42,7 @@ class FeatureAlignmentConfig(AdaLATrainingArguments):
     Example:
 
     ```python
-    args = FeatureAlignmentConfig(output_dir="out/2", learning_rate=1e-4, new_learning_rate=5e-4)
+    args = FeatureAlignmentConfig(output_dir="out/2", learning_rate=1e-5, max_steps=1000)
     ```
     """
 
@@ -52,10 +52,9 @@ class FeatureAlignmentConfig(AdaLATrainingArguments):
     output_dir: str | None = field(
         default="out/2-feature-alignment", metadata={"help": "Folder for the model and all else that the run leaves."}
     )
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
     new_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Peak learning rate of feature maps and local mixing. Default: 5 x learning_rate."},
+        default=5e-4, metadata={"help": "Peak learning rate of feature maps, local mixing and adapters."}
     )
     max_steps: int = field(default=400, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: a share of the steps, or a number of them."})
@@ -85,8 +84,6 @@ class FeatureAlignmentConfig(AdaLATrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.new_learning_rate is None:
-            self.new_learning_rate = 5 * self.learning_rate
         if self.cls_weight + self.patch_weight == 0:
             raise UsageError("cls_weight=0 and patch_weight=0 leave nothing to learn; pass more than 0 for one.")
 

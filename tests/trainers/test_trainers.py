@@ -278,6 +278,8 @@ def test_stage_2_with_lora_moves_the_adapters_alone_and_merges_into_a_plain_stud
     adapters = names_with(("lora_",), before)
     assert moved(before, copy_state(trainer.model)) == adapters
     assert len(adapters) == 2 * 2 * 2
+    rates = {group["initial_lr"] for group in trainer.optimizer.param_groups if group["params"]}
+    assert rates == {trainer.args.new_learning_rate}  # not that of pretrained parameters
     pixels = torch.randn(2, 1, 28, 28)
     with torch.no_grad():
         adapted = trainer.model.eval()(pixels).logits
