@@ -79,7 +79,7 @@ class AlignmentTrainer(AdaLATrainer):
     def own_learning_rate(self) -> tuple[set, float | None]:
         """Return the parameters that the teacher lacks, all that train in PEFT's wrapper, and `new_learning_rate`."""
         adapted = base_model(self.model) is not self.model
-        new = {p for name, p in self.model.named_parameters() if is_new_parameter(name) or adapted and p.requires_grad}
+        new = {p for name, p in self.model.named_parameters() if adapted or is_new_parameter(name)}
         return new, self.args.new_learning_rate
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
