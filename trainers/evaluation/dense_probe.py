@@ -94,31 +94,27 @@ def extract_patches(
     return bank
 
 
-def dense_probe(
-    train: PatchBank, test: PatchBank, labels: list[str], *, iterations: int = 100, weight_decay: float = 1e-4
-) -> dict[str, float]:
-    """Fit batch norm and a 1x1 convolution on one bank, and score them on another at the resolution of its masks.
+def fit_probe(
+    train: PatchBank, classes: int, *, iterations: int = 100, weight_decay: float = 1e-4
+) -> nn.Sequential:
+    """Return batch norm and a 1x1 convolution, fitted to a bank.
 
     The target of a patch is the share that each class has of it. The problem is convex and is solved by L-BFGS, all
     patches at once: no learning rate, no order, the same figures every time.
 
     Args:
         train (`PatchBank`): To learn from.
-        test (`PatchBank`): To score on.
-        labels (`list[str]`): Class names.
+        classes (`int`): How many there are.
         iterations (`int`, *optional*, defaults to 100): L-BFGS iterations at most.
         weight_decay (`float`, *optional*, defaults to 1e-4): Weight of half the squared norm of the convolution.
-
-    Returns:
-        `dict[str, float]`: Those of `SegmentationMetrics`: `mean_iou` and the others.
     """
     channels = train.features.shape[1]
-    norm, convolution = nn.BatchNorm2d(channels, affine=False), nn.Conv2d(channels, len(labels), kernel_size=1)
+    norm, convolution = nn.BatchNorm2d(channels, affine=False), nn.Conv2d(channels, classes, kernel_size=1)
     norm.momentum = None  # its statistics are those of all patches
     with torch.no_grad():
         chunks = norm(train.features).split(CHUNK)
     norm.eval()
-    shares = train.class_shares(len(labels)).split(CHUNK)
+    shares = train.class_shares(classes).split(CHUNK)
     total = sum(share.sum() for share in shares)
     for parameter in convolution.parameters():
         nn.init.zeros_(parameter)
@@ -135,11 +131,12 @@ def dense_probe(
         return loss.detach()
 
     optimizer.step(closure)
-    return _score(nn.Sequential(norm, convolution), test, labels)
+    return nn.Sequential(norm, convolution)
 
 
 @torch.no_grad()
-def _score(probe: nn.Module, test: PatchBank, labels: list[str]) -> dict[str, float]:
+def score_probe(probe: nn.Module, test: PatchBank, labels: list[str]) -> dict[str, float]:
+    """Return the figures of `SegmentationMetrics`, `mean_iou` and the others, at the resolution of the masks."""
     metrics = SegmentationMetrics(labels)
     for features, mask in zip(test.features, test.masks, strict=True):
         metrics.metric.add_batch(predictions=score_masks(probe(features[None]), [mask])[1], references=[mask])
@@ -199,4 +196,4 @@ class DenseProbe:
         train, test = (
             extract_patches(model, loader or (), description=name, **self.options) for loader in self.splits
         )
-        return dense_probe(train, test, self.labels)
+        return score_probe(fit_probe(train, len(self.labels)), test, self.labels)
