@@ -94,9 +94,7 @@ def extract_patches(
     return bank
 
 
-def fit_probe(
-    train: PatchBank, classes: int, *, iterations: int = 100, weight_decay: float = 1e-4
-) -> nn.Sequential:
+def fit_probe(train: PatchBank, classes: int, *, iterations: int = 100, weight_decay: float = 1e-4) -> nn.Sequential:
     """Return batch norm and a 1x1 convolution, fitted to a bank.
 
     The target of a patch is the share that each class has of it. The problem is convex and is solved by L-BFGS, all
