@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
 from accelerate import AutocastKwargs
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import IterableDataset
 from transformers import PretrainedConfig, PreTrainedModel
 
 from modeling_adala.attention_interface import is_new_parameter
@@ -107,21 +105,10 @@ class AlignmentTrainer(AdaLATrainer):
         return loss.detach(), None, None
 
     def calibration_batches(self) -> Iterable[Tensor]:
-        """Yield the `pixel_values` of `calibration_images` training images, the same in every process and on resume.
-
-        They are drawn from the whole dataset, as many are sorted by class. Of a stream, they are the first: shuffle
-        it, as `DataModule` does.
-        """
-        dataset, count, size = self.train_dataset, self.args.calibration_images, self.args.per_device_train_batch_size
-        if hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(0)
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            examples = list(islice(iter(dataset), count))
-        else:
-            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed))
-            examples = [dataset[i] for i in order[:count].tolist()]
-        for start in range(0, len(examples), size):
-            yield self.data_collator(examples[start : start + size])["pixel_values"].to(self.args.device)
+        """Yield the `pixel_values` of `calibration_images` training images; see `sample_batches`."""
+        size = self.args.per_device_train_batch_size
+        for batch in self.sample_batches(self.args.calibration_images, size):
+            yield batch["pixel_values"].to(self.args.device)
 
     def run_as_forward(self, model: nn.Module, method: Callable[..., Any], *args: Any) -> Any:
         """Run `method(student, *args)` as the forward of the wrapped model, so that DDP's and FSDP's hooks fire.

@@ -51,6 +51,7 @@ RANGES = {
     "local_rank": Interval(-1),
     "calibration_images": COUNT,
     "auto_softmax_layers": Interval(0),
+    "head_fit_images": Interval(0),
     **dict.fromkeys(("new_learning_rate", "head_learning_rate"), LEARNING_RATE),
     **dict.fromkeys(("cls_weight", "register_weight", "patch_weight", "hidden_states_weight"), Interval(0)),
     **dict.fromkeys(("teacher_logits_weight", "teacher_features_weight"), Interval(0)),

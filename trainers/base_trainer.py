@@ -7,13 +7,15 @@ import logging
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import HubStrategy
@@ -93,6 +95,26 @@ class AdaLATrainer(Trainer):
         with self._cost.waiting():
             return super().get_batch_samples(*args, **kwargs)
 
+    def sample_batches(self, count: int, batch_size: int) -> Iterator[dict[str, Any]]:
+        """Yield batches of `count` training images, the same in every process and on resume.
+
+        They are drawn from the whole dataset, as many are sorted by class. Of a stream, they are the first: shuffle
+        it, as `DataModule` does.
+        """
+        dataset: Any = self.train_dataset
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(0)
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            examples = islice(iter(dataset), count)
+        else:
+            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed))
+            examples = (dataset[i] for i in order[:count].tolist())
+        while batch := list(islice(examples, batch_size)):
+            yield self.data_collator(batch)
+
+    def prepare_start(self) -> None:
+        """Do what comes before the first step of a run, and not again on resume."""
+
     def own_learning_rate(self) -> tuple[set, float | None]:
         """Return parameters that learn at a rate of their own, and the rate; `None` for that of all others."""
         return set(), None
@@ -129,6 +151,8 @@ class AdaLATrainer(Trainer):
             logger.warning("stage %s: resuming from step %d", self.stage, state.global_step)
             if self._has_finished(state):
                 return self._take_finished(resume_from_checkpoint, state)
+        else:
+            self.prepare_start()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _has_finished(self, state: TrainerState) -> bool:

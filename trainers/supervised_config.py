@@ -16,9 +16,11 @@ class SupervisedConfig(AdaLATrainingArguments):
 
     Args:
         learning_rate (`float`, *optional*, defaults to 3e-5): Peak of the schedule for what is pretrained.
-        head_learning_rate (`float`, *optional*, defaults to 1e-3): The same for the head, which starts at random.
+        head_learning_rate (`float`, *optional*, defaults to 1e-3): The same for the head.
         max_steps (`int`, *optional*, defaults to 500): Optimizer steps.
         weight_decay (`float`, *optional*, defaults to 0.05): As usual for fine-tuned ViTs.
+        head_fit_images (`int`, *optional*, defaults to 2000): Training images at most that a new head, one whose bias
+            is all zeros, is first fitted to while the backbone stands still; see `fit_head`. 0 leaves it at random.
         freeze_backbone (`bool`, *optional*, defaults to `False`): Train the head alone, a linear probe.
         teacher_logits_weight (`float`, *optional*): Weight of the teacher's class scores beside the labels, see
             `TeacherTerm`. Default: 1 with a teacher that has a head of these classes.
@@ -47,6 +49,9 @@ class SupervisedConfig(AdaLATrainingArguments):
     head_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the head."})
     max_steps: int = field(default=500, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
+    head_fit_images: int = field(
+        default=2000, metadata={"help": "Training images that a new head is first fitted to; 0 leaves it at random."}
+    )
     freeze_backbone: bool = field(default=False, metadata={"help": "Train the head alone."})
     teacher_logits_weight: float | None = field(
         default=None, metadata={"help": "Weight of the teacher's class scores. Default: 1 with a fitting teacher."}

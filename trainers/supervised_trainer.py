@@ -1,12 +1,15 @@
 """Stage 3: labels, and a teacher beside them where there is one. Plain `transformers.Trainer` does without it."""
 
 import copy
+import logging
+import time
 from collections.abc import Callable
 from os import PathLike, fspath
 from typing import Any, cast
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from modeling_adala.conversion.loading import load_classifier, load_config, load_student, load_teacher
@@ -19,8 +22,11 @@ from .data.labels import class_names
 from .data.segmentation_data import IGNORE_INDEX
 from .evaluation.metrics import MeanIoU, compute_accuracy
 from .evaluation.segmentation import SegmentationMetrics, is_segmenter, score_masks, segment
+from .head_fit import fit_head, head_layers, is_new
 from .supervised_config import SupervisedConfig
 from .teacher_term import TeacherTerm, forward_inputs
+
+logger = logging.getLogger(__name__)
 
 
 class SupervisedTrainer(AdaLATrainer):
@@ -92,6 +98,17 @@ class SupervisedTrainer(AdaLATrainer):
         if teacher_model is not None:
             self.teacher_term = _teacher_term(teacher_model, bare, args)
         super().__init__(model=model, args=args, compute_metrics=compute_metrics or compute_accuracy, **kwargs)
+
+    def prepare_start(self) -> None:
+        """Fit a new head to the features of the backbone, see `fit_head`."""
+        bare, start = base_model(self.model), time.perf_counter()
+        layers, count = head_layers(bare), self.args.head_fit_images
+        if layers is None or not is_new(layers[1]) or not count:
+            return
+        batches = self.sample_batches(count, self.args.per_device_train_batch_size)
+        shown = tqdm(batches, desc="fitting the head", leave=False, disable=self.args.disable_tqdm)
+        images = fit_head(bare, shown, autocast=self.compute_loss_context_manager())
+        logger.warning("stage 3: head fitted to %d images in %.0f s", images, time.perf_counter() - start)
 
     def own_learning_rate(self) -> tuple[set, float | None]:
         """Return the head's parameters, and `head_learning_rate`.

@@ -21,6 +21,7 @@ from modeling_adala.errors import AdaLAError, DataError
 from modeling_adala.inspection.towers import token_groups
 
 from ..data.segmentation_data import IGNORE_INDEX, SegmentationData
+from ..softmax_regression import fit_softmax_regression
 from .probes import evaluating, features_of
 from .segmentation import SegmentationMetrics, score_masks
 
@@ -43,17 +44,22 @@ class PatchBank:
     def __len__(self) -> int:
         return len(self.masks)
 
-    def class_shares(self, num_labels: int) -> Tensor:
-        """Return the share of each patch that each class covers, `(images, num_labels, rows, columns)`.
 
-        Patches without any class are all zeros.
-        """
-        rows, columns = self.features.shape[-2:]
-        shares = []
-        for mask in self.masks:
-            one_hot = F.one_hot(mask.where(mask != IGNORE_INDEX, num_labels), num_labels + 1)[..., :num_labels]
-            shares.append(F.adaptive_avg_pool2d(one_hot.permute(2, 0, 1).float(), (rows, columns)))
-        return torch.stack(shares)
+def class_shares(masks: Iterable[Tensor], num_labels: int, grid: tuple[int, ...]) -> Tensor:
+    """Return the share of each patch that each class covers, `(images, num_labels, rows, columns)`.
+
+    Patches without any class are all zeros.
+
+    Args:
+        masks (`Iterable[Tensor]`): Class indices, int64 `(height, width)` for each image.
+        num_labels (`int`): Number of classes.
+        grid (`tuple[int, int]`): Rows and columns of patches.
+    """
+    shares = []
+    for mask in masks:
+        one_hot = F.one_hot(mask.where(mask != IGNORE_INDEX, num_labels), num_labels + 1)[..., :num_labels]
+        shares.append(F.adaptive_avg_pool2d(one_hot.permute(2, 0, 1).float(), grid))
+    return torch.stack(shares)
 
 
 def extract_patches(
@@ -97,8 +103,7 @@ def extract_patches(
 def fit_probe(train: PatchBank, classes: int, *, iterations: int = 100, weight_decay: float = 1e-4) -> nn.Sequential:
     """Return batch norm and a 1x1 convolution, fitted to a bank.
 
-    The target of a patch is the share that each class has of it. The problem is convex and is solved by L-BFGS, all
-    patches at once: no learning rate, no order, the same figures every time.
+    The target of a patch is the share that each class has of it; see `fit_softmax_regression`.
 
     Args:
         train (`PatchBank`): To learn from.
@@ -112,23 +117,8 @@ def fit_probe(train: PatchBank, classes: int, *, iterations: int = 100, weight_d
     with torch.no_grad():
         chunks = norm(train.features).split(CHUNK)
     norm.eval()
-    shares = train.class_shares(classes).split(CHUNK)
-    total = sum(share.sum() for share in shares)
-    for parameter in convolution.parameters():
-        nn.init.zeros_(parameter)
-    optimizer = torch.optim.LBFGS(convolution.parameters(), max_iter=iterations, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = weight_decay / 2 * convolution.weight.square().sum()
-        loss.backward()
-        for features, share in zip(chunks, shares, strict=True):
-            part = -(share * convolution(features).log_softmax(dim=1)).sum() / total
-            part.backward()
-            loss = loss + part.detach()
-        return loss.detach()
-
-    optimizer.step(closure)
+    shares = class_shares(train.masks, classes, tuple(train.features.shape[-2:])).split(CHUNK)
+    fit_softmax_regression(convolution, chunks, shares, iterations=iterations, weight_decay=weight_decay)
     return nn.Sequential(norm, convolution)
 
 
