@@ -31,12 +31,21 @@ TINY = {
 QUIET = {"bf16": False, "use_cpu": True, "disable_tqdm": True, "report_to": "none"}
 
 
-def tiny_vit(layers: int = 2, head: bool = True, seed: int = 0, **config) -> PreTrainedModel:
-    """A random stock ViT for 28x28 gray images, with ten labels `"0"` to `"9"`, or headless with a pooler."""
+def tiny_vit(layers: int = 2, head: bool = True, seed: int = 0, new_head: bool = False, **config) -> PreTrainedModel:
+    """A random stock ViT for 28x28 gray images, with ten labels `"0"` to `"9"`, or headless with a pooler.
+
+    The bias of its head is random, too, unless that is new: stage 3 fits a new head first.
+    """
     torch.manual_seed(seed)
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: index for index, name in enumerate(LABELS)}}
     sizes = TINY | {"num_hidden_layers": layers, "intermediate_size": 64} | config
-    return ViTForImageClassification(ViTConfig(**sizes, **labels)) if head else ViTModel(ViTConfig(**sizes))
+    if not head:
+        return ViTModel(ViTConfig(**sizes))
+    model = ViTForImageClassification(ViTConfig(**sizes, **labels))
+    if not new_head:
+        bias = model.classifier.bias.data
+        bias.copy_(0.01 * torch.randn(bias.shape, generator=torch.Generator().manual_seed(seed)))
+    return model
 
 
 def tiny_dinov2(layers: int = 2, seed: int = 0) -> PreTrainedModel:

@@ -119,12 +119,11 @@ def collect(
             for batch in batches:
                 labels = batch.get("labels")
                 if not isinstance(labels, Tensor) or labels.is_floating_point():
-                    return [], []  # not classes, and the head's own loss knows what they are
+                    return [], []  # the head's own loss knows what these are
                 model(**forward_inputs(model, batch["pixel_values"].to(device)))
-                rows = features[-1].shape[2:]
-                targets.append(
-                    class_shares(labels.cpu(), classes, rows) if rows else F.one_hot(labels.cpu(), classes).float()
-                )
+                grid = features[-1].shape[2:]
+                labels = labels.cpu()
+                targets.append(class_shares(labels, classes, grid) if grid else F.one_hot(labels, classes).float())
                 if sum(part.numel() for part in features) >= LARGEST_BANK:
                     break
     finally:

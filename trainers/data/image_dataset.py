@@ -313,9 +313,10 @@ class StreamingImageDataset(ImageReader, torch.utils.data.IterableDataset):
 
 
 def collate_images(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a batch: `pixel_values` (B, C, H, W) and, where the examples have them, int64 `labels`.
+    """Return a batch: `pixel_values` (B, C, H, W) and, where the examples have them, `labels`.
 
-    Labels are (B,) class numbers, or (B, height, width) masks; masks that differ in size remain a list.
+    Labels are int64: (B,) class numbers, or (B, height, width) masks; masks that differ in size remain a list. Those
+    of floating point, such as several classes of an image, stay as they are.
 
     Example:
 
@@ -325,7 +326,8 @@ def collate_images(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """
     batch: dict[str, Any] = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
     if "labels" in examples[0]:
-        labels = [torch.as_tensor(example["labels"], dtype=torch.int64) for example in examples]
+        labels = [torch.as_tensor(example["labels"]) for example in examples]
+        labels = [label if label.is_floating_point() else label.long() for label in labels]
         same_size = len({label.shape for label in labels}) == 1
         batch["labels"] = torch.stack(labels) if same_size else labels
     return batch

@@ -12,7 +12,14 @@ from training_helpers import tiny_dinov2
 from modeling_adala import AdaLAError, DataError, convert
 from trainers.data.data_config import DataConfig
 from trainers.data.segmentation_data import SegmentationData
-from trainers.evaluation.dense_probe import DenseProbe, PatchBank, extract_patches, fit_probe, score_probe
+from trainers.evaluation.dense_probe import (
+    DenseProbe,
+    PatchBank,
+    class_shares,
+    extract_patches,
+    fit_probe,
+    score_probe,
+)
 from vit_adala.cli import main
 
 NAMES = ["left", "right", "sky"]
@@ -45,7 +52,7 @@ def test_features_that_hold_the_classes_give_nearly_all_of_them_and_noise_gives_
 
 def test_shares_are_those_of_the_pixels_that_count():
     masks = [torch.tensor([[0, 0, 1, 255], [0, 2, 255, 255]])]
-    shares = PatchBank(torch.zeros(1, 8, 1, 2), masks).class_shares(3)
+    shares = class_shares(masks, 3, (1, 2))
     assert shares[0, :, 0, 0].tolist() == [0.75, 0, 0.25]
     assert shares[0, :, 0, 1].tolist() == [0, 0.25, 0]
 
