@@ -144,7 +144,7 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         output projection is frozen and the teacher's own, so that the comparison can do without applying it.
         """
         modules, blocks, training = attention_modules(student), transformer_blocks(student), torch.is_grad_enabled()
-        grid = patch_grid(vision_config(student.config), pixel_values)  # which the teacher's blocks are not told
+        grid = patch_grid(vision_config(student.config), pixel_values)  # which a stock teacher's blocks are not told
         variances = dict(zip(self.layers, self.variances(), strict=True))
         grams = self.grams(student)
         scale = None if self.accelerator.scaler is None else self.accelerator.scaler.scale
@@ -153,11 +153,11 @@ class AttentionAlignmentTrainer(AlignmentTrainer):
         def loss_of(layer: int, tap: Tap) -> Tensor:
             module, gram = modules[layer], grams[layer]
             if gram is None:
-                output = module(*tap.args, **tap.kwargs, patch_grid=grid)[0]
+                output = module(*tap.args, **tap.kwargs | {"patch_grid": grid})[0]
                 error = attention_alignment_loss(output, tap.output, variances[layer])
             else:
                 with without_output_projection(module):
-                    context = module(*tap.args, **tap.kwargs, patch_grid=grid)[0]
+                    context = module(*tap.args, **tap.kwargs | {"patch_grid": grid})[0]
                 error = alignment_loss_before_projection(context, tap.context, gram, variances[layer])
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             return early_gradients(error, trained, scale)

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..attention_interface import is_new_parameter
 from ..configuration_adala import LinearAttentionConfig, from_stock_dict, vision_config
 from ..errors import AdaLAError, CheckpointError, UsageError
-from ..families import get_family
+from ..families import get_family, is_adala
 from ..inspection.towers import (
     attention_implementation,
     eval_mode,
@@ -74,8 +74,8 @@ def convert(
     The student is untrained: its features are of little use before stages 1 and 2.
 
     Args:
-        teacher (`str` or `PreTrainedModel`): Stock softmax model of a supported family: Hub id, local folder, or a
-            model, which is left as it is.
+        teacher (`str` or `PreTrainedModel`): Softmax model of a supported family: Hub id, local folder, or a model,
+            which is left as it is. Stock, or one of ours with softmax in every layer.
         config (`LinearAttentionConfig`, *optional*): Options of linear attention. Default: its defaults.
         head (`str`, *optional*): `"Model"`, `"ForImageClassification"`, `"Backbone"`, `"ForSemanticSegmentation"`, ...
             Default: the teacher's own. What the teacher has no weights for starts at random.
@@ -121,6 +121,9 @@ def student_config(
     """Return the AdaLA configuration of a teacher: every stock field, the linear-attention options, the provenance."""
     config_class = models_of(teacher_config)["Model"].config_class
     fields = copy.deepcopy(teacher_config.to_dict())
+    if is_adala(teacher_config):
+        for part in (fields, fields.get("vision_config", fields)):
+            part["model_type"] = get_family(part["model_type"]).stock
     for name in ("architectures", "transformers_version", "auto_map", "dtype"):
         fields.pop(name, None)
     options = dataclasses.asdict(_linear_config(config, options))

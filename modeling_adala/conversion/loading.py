@@ -117,7 +117,7 @@ def load_teacher_config(teacher: str) -> PretrainedConfig:
         DataError, CheckpointError: see `load_config`.
     """
     config = load_config(teacher)
-    _check_is_stock(config, teacher)
+    _check_is_softmax(config, teacher)
     return config
 
 
@@ -147,7 +147,9 @@ def load_teacher(
     config: PretrainedConfig | None = None,
     **kwargs,
 ) -> PreTrainedModel:
-    """Open a stock softmax model of a supported family, frozen, in float32 and in eval mode.
+    """Open a softmax model of a supported family, frozen, in float32 and in eval mode.
+
+    It is a stock model, or one of ours with softmax in every layer, such as a segmenter that stage 3 made of one.
 
     Args:
         teacher (`str` or `PreTrainedModel`): Hub id, local folder, or a model, which is frozen in place.
@@ -176,9 +178,9 @@ def load_teacher(
     if isinstance(teacher, str):
         if config is None:
             config = load_config(teacher, **{key: kwargs[key] for key in ("revision",) if key in kwargs})
-        _check_is_stock(config, teacher)
+        _check_is_softmax(config, teacher)
         kwargs = {"attn_implementation": "sdpa"} | kwargs
-        teacher_class = _stock_class(config, head)
+        teacher_class = _teacher_class(config, head)
         model = _open(teacher_class, teacher, config, "teacher", new_head=head is not None, finite=finite, **kwargs)
         model.config._commit_hash = commit_of(teacher, kwargs.get("revision"))
     else:
@@ -194,8 +196,8 @@ def check_teacher(model: PreTrainedModel, *, finite: bool = True) -> PreTrainedM
         CheckpointError: for weights that are NaN or infinite.
     """
     name = type(model).__name__
-    _check_is_stock(model.config, name)
-    if vision_tower(model).config._attn_implementation == "adala":
+    _check_is_softmax(model.config, name)
+    if not is_adala(model.config) and vision_tower(model).config._attn_implementation == "adala":
         raise UsageError("teacher has attn_implementation='adala'; a teacher attends with softmax: set it to 'sdpa'.")
     if finite:
         check_finite(model, f"teacher {model.config.name_or_path or name!r}")
@@ -409,17 +411,19 @@ def weights_of(name: str, config: PretrainedConfig) -> list[Path]:
 # --- which class -----------------------------------------------------------------------------------------------------
 
 
-def _check_is_stock(config: PretrainedConfig, name: str) -> None:
-    if is_adala(config):
+def _check_is_softmax(config: PretrainedConfig, name: str) -> None:
+    if is_adala(config) and vision_config(config).linear_layers:
         raise UsageError(f"teacher {name!r} is a linear-attention student; pass the softmax model it came from.")
     get_family(config.model_type)
 
 
-def _stock_class(config: PretrainedConfig, head: str | None) -> type[PreTrainedModel]:
+def _teacher_class(config: PretrainedConfig, head: str | None) -> type[PreTrainedModel]:
     models = models_of(config)
     head = head or head_of(config, saved_as(config)) or "Model"
     if head not in models:
         raise UsageError(f"head={head!r} does not exist for {config.model_type}; choose {', '.join(models)}.")
+    if is_adala(config):
+        return models[head]
     return stock_class(models[head]) or stock_class(models["Model"])  # type: ignore[return-value]
 
 
