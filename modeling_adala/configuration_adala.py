@@ -256,6 +256,11 @@ def vision_config(config: PretrainedConfig) -> PretrainedConfig:
     return getattr(config, "vision_config", config)
 
 
+def has_linear_layers(config: PretrainedConfig) -> bool:
+    """Return whether a model attends linearly anywhere: false for stock models, and for ours with softmax alone."""
+    return bool(getattr(vision_config(config), "linear_layers", None))
+
+
 def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     """Return `(height, width)` of a size in a configuration, which may be one number for both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -105,7 +105,7 @@ class AdaLATrainer(Trainer):
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(0)
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            examples = islice(iter(dataset), count)
+            examples: Iterator[Any] = islice(iter(dataset), count)
         else:
             order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.args.seed))
             examples = (dataset[i] for i in order[:count].tolist())

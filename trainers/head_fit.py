@@ -7,7 +7,7 @@ probing, then fine-tuning" (Kumar et al. 2022, arXiv 2202.10054). Linear student
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,24 +85,20 @@ def fit_head(
     if not together.isfinite().all():
         raise AdaLAError("the features that the head is fitted to are not finite; the backbone's training diverged.")
     shares = torch.cat(targets)
-    kind = nn.Linear if together.ndim == 2 else nn.Conv2d
-    fitted = kind(together.shape[1], shares.shape[1], *[1] * (together.ndim > 2))
-    decay = max(1e-4, 1 / (together.numel() / together.shape[1]))
+    channels, classes = together.shape[1], shares.shape[1]
+    fitted = nn.Linear(channels, classes) if together.ndim == 2 else nn.Conv2d(channels, classes, kernel_size=1)
+    decay = max(1e-4, channels / together.numel())  # of a row, as scikit-learn's default
     with torch.enable_grad():
         parts = together.split(CHUNK), shares.split(CHUNK)
         fit_softmax_regression(fitted, *parts, iterations=iterations, weight_decay=decay)
-    with torch.no_grad():
-        weight, bias = fitted.weight, fitted.bias
-        if norm is None:
-            weight = weight * scale.view(shape)
-            bias = bias - weight.flatten(1) @ mean
-        else:
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
-            nn.init.ones_(norm.weight)
-            nn.init.zeros_(norm.bias)
-        layer.weight.copy_(weight.view_as(layer.weight))
-        layer.bias.copy_(bias)
+    weight, bias = fitted.weight.detach(), cast(Tensor, fitted.bias).detach()
+    if norm is None:
+        weight = weight * scale.view(shape)
+        bias = bias - weight.flatten(1) @ mean
+    else:
+        running = {"running_mean": mean, "running_var": variance, "num_batches_tracked": torch.tensor(len(features))}
+        norm.load_state_dict({"weight": torch.ones_like(mean), "bias": torch.zeros_like(mean), **running})
+    layer.load_state_dict({"weight": weight.view_as(layer.weight), "bias": bias})
     return len(together)
 
 
@@ -121,9 +117,11 @@ def collect(
                 if not isinstance(labels, Tensor) or labels.is_floating_point():
                     return [], []  # the head's own loss knows what these are
                 model(**forward_inputs(model, batch["pixel_values"].to(device)))
-                grid = features[-1].shape[2:]
-                labels = labels.cpu()
-                targets.append(class_shares(labels, classes, grid) if grid else F.one_hot(labels, classes).float())
+                shape, labels = features[-1].shape, labels.cpu()
+                if len(shape) == 2:
+                    targets.append(F.one_hot(labels, classes).float())
+                else:
+                    targets.append(class_shares(labels, classes, (shape[2], shape[3])))
                 if sum(part.numel() for part in features) >= LARGEST_BANK:
                     break
     finally:

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from ..configuration_adala import vision_config
+from ..configuration_adala import has_linear_layers, vision_config
 from ..errors import CheckpointError, DataError, UsageError
 from ..families import get_family, is_adala
 from ..inspection.towers import vision_tower
@@ -412,7 +412,7 @@ def weights_of(name: str, config: PretrainedConfig) -> list[Path]:
 
 
 def _check_is_softmax(config: PretrainedConfig, name: str) -> None:
-    if is_adala(config) and vision_config(config).linear_layers:
+    if has_linear_layers(config):
         raise UsageError(f"teacher {name!r} is a linear-attention student; pass the softmax model it came from.")
     get_family(config.model_type)
 

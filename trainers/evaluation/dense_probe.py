@@ -45,7 +45,7 @@ class PatchBank:
         return len(self.masks)
 
 
-def class_shares(masks: Iterable[Tensor], num_labels: int, grid: tuple[int, ...]) -> Tensor:
+def class_shares(masks: Iterable[Tensor], num_labels: int, grid: tuple[int, int]) -> Tensor:
     """Return the share of each patch that each class covers, `(images, num_labels, rows, columns)`.
 
     Patches without any class are all zeros.
@@ -117,7 +117,8 @@ def fit_probe(train: PatchBank, classes: int, *, iterations: int = 100, weight_d
     with torch.no_grad():
         chunks = norm(train.features).split(CHUNK)
     norm.eval()
-    shares = class_shares(train.masks, classes, tuple(train.features.shape[-2:])).split(CHUNK)
+    grid = train.features.shape[-2], train.features.shape[-1]
+    shares = class_shares(train.masks, classes, grid).split(CHUNK)
     fit_softmax_regression(convolution, chunks, shares, iterations=iterations, weight_decay=weight_decay)
     return nn.Sequential(norm, convolution)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, set_seed
 
-from modeling_adala.configuration_adala import LinearAttentionConfig, vision_config
+from modeling_adala.configuration_adala import LinearAttentionConfig, has_linear_layers, vision_config
 from modeling_adala.conversion.convert import convert, student_config
 from modeling_adala.conversion.loading import (
     check_stage_directory,
@@ -17,7 +17,6 @@ from modeling_adala.conversion.loading import (
     load_teacher_config,
 )
 from modeling_adala.errors import UsageError
-from modeling_adala.families import is_adala
 from modeling_adala.inspection.towers import transformer_blocks
 from trainers.base_config import COUNT
 from trainers.data.data_config import DataConfig
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     name, models = model_args.model, [model_args.teacher, model_args.model]
     folder = open_folder("feature-alignment", args, data_args, models, **asdict(model_args) | asdict(linear))
     config = load_config(name)
-    is_student = is_adala(config)
+    is_student = has_linear_layers(config)
     _check_teacher(model_args, config, {key: getattr(linear, key) for key in LINEAR_ATTENTION if key in parser.given})
     width = vision_config(config).hidden_size
     if model_args.lora_r is not None and model_args.lora_r > width:
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _check_teacher(args: DistillArguments, config: PretrainedConfig, options: dict[str, Any]) -> None:
-    is_student, name = is_adala(config), args.model
+    is_student, name = has_linear_layers(config), args.model
     if is_student and args.teacher is None:
         recorded = getattr(vision_config(config), "teacher_name_or_path", None)
         origin = f" (converted from {recorded!r})" if recorded else ""
