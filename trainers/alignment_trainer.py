@@ -74,11 +74,11 @@ class AlignmentTrainer(AdaLATrainer):
             )
         return super().train(resume_from_checkpoint, **kwargs)
 
-    def own_learning_rate(self) -> tuple[set, float | None]:
+    def own_learning_rates(self) -> list[tuple[set, float]]:
         """Return the parameters that the teacher lacks, all that train in PEFT's wrapper, and `new_learning_rate`."""
         adapted = base_model(self.model) is not self.model
         new = {p for name, p in self.model.named_parameters() if adapted or is_new_parameter(name)}
-        return new, self.args.new_learning_rate
+        return [] if self.args.new_learning_rate is None else [(new, self.args.new_learning_rate)]
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -115,14 +115,14 @@ class AdaLATrainer(Trainer):
     def prepare_start(self) -> None:
         """Do what comes before the first step of a run, and not again on resume."""
 
-    def own_learning_rate(self) -> tuple[set, float | None]:
-        """Return parameters that learn at a rate of their own, and the rate; `None` for that of all others."""
-        return set(), None
+    def own_learning_rates(self) -> list[tuple[set, float]]:
+        """Return sets of parameters that learn at a rate of their own, each with its rate."""
+        return []
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            optimizer, (parameters, learning_rate) = super().create_optimizer(model), self.own_learning_rate()
-            if learning_rate is not None:
+            optimizer = super().create_optimizer(model)
+            for parameters, learning_rate in self.own_learning_rates():
                 _split_groups(optimizer, parameters, learning_rate)
         return self.optimizer
 

@@ -17,10 +17,14 @@ class SupervisedConfig(AdaLATrainingArguments):
     Args:
         learning_rate (`float`, *optional*, defaults to 3e-5): Peak of the schedule for what is pretrained.
         head_learning_rate (`float`, *optional*, defaults to 1e-3): The same for the head.
+        new_learning_rate (`float`, *optional*): The same for what a linear student has and its teacher lacks, such as
+            local mixing. Default: `learning_rate`.
         max_steps (`int`, *optional*, defaults to 500): Optimizer steps.
         weight_decay (`float`, *optional*, defaults to 0.05): As usual for fine-tuned ViTs.
         head_fit_images (`int`, *optional*, defaults to 2000): Training images at most that a new head, one whose bias
             is all zeros, is first fitted to while the backbone stands still; see `fit_head`. 0 leaves it at random.
+        refit_head (`bool`, *optional*, defaults to `False`): Fit a trained head, too, such as that of a fine-tuned
+            teacher, which has not seen the features of the student.
         freeze_backbone (`bool`, *optional*, defaults to `False`): Train the head alone, a linear probe.
         teacher_logits_weight (`float`, *optional*): Weight of the teacher's class scores beside the labels, see
             `TeacherTerm`. Default: 1 with a teacher that has a head of these classes.
@@ -31,7 +35,8 @@ class SupervisedConfig(AdaLATrainingArguments):
         stride (`int` or `str`, *optional*): Pixels from one window to the next. Default: half a window.
 
     Raises:
-        UsageError: For a stride that is 0, larger than the window, or without one.
+        UsageError: For a stride that is 0, larger than the window, or without one, and for `refit_head` without
+            images.
 
     Example:
 
@@ -47,10 +52,16 @@ class SupervisedConfig(AdaLATrainingArguments):
     )
     learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate of the backbone."})
     head_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of the head."})
+    new_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of what the teacher lacks. Default: the backbone's."}
+    )
     max_steps: int = field(default=500, metadata={"help": "Optimizer steps; -1 to go by num_train_epochs."})
     weight_decay: float = field(default=0.05, metadata={"help": "Decoupled weight decay."})
     head_fit_images: int = field(
         default=2000, metadata={"help": "Training images that a new head is first fitted to; 0 leaves it at random."}
+    )
+    refit_head: bool = field(
+        default=False, metadata={"help": "Fit a trained head, too: a teacher's has not seen the student's features."}
     )
     freeze_backbone: bool = field(default=False, metadata={"help": "Train the head alone."})
     teacher_logits_weight: float | None = field(
@@ -70,6 +81,8 @@ class SupervisedConfig(AdaLATrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         _ = self.windows
+        if self.refit_head and not self.head_fit_images:
+            raise UsageError("refit_head=True needs images; pass head_fit_images above 0, or leave refit_head out.")
 
     def check_teacher(self, given: bool) -> None:
         """Raise `UsageError` for weights of a teacher that is not there."""

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
+from modeling_adala.attention_interface import is_new_parameter
 from modeling_adala.conversion.loading import load_classifier, load_config, load_student, load_teacher
 from modeling_adala.errors import UsageError
 from modeling_adala.families import find_family, is_adala
@@ -100,22 +101,23 @@ class SupervisedTrainer(AdaLATrainer):
         super().__init__(model=model, args=args, compute_metrics=compute_metrics or compute_accuracy, **kwargs)
 
     def prepare_start(self) -> None:
-        """Fit a new head to the features of the backbone, see `fit_head`."""
+        """Fit a new head, or any with `refit_head`, to the features of the backbone; see `fit_head`."""
         bare, start = base_model(self.model), time.perf_counter()
         layers, count = head_layers(bare), self.args.head_fit_images
-        if layers is None or not is_new(layers[1]) or not count:
+        if layers is None or not count or not (self.args.refit_head or is_new(layers[1])):
             return
         batches = self.sample_batches(count, self.args.per_device_train_batch_size)
         shown = tqdm(batches, desc="fitting the head", leave=False, disable=self.args.disable_tqdm)
         images = fit_head(bare, shown, autocast=self.compute_loss_context_manager())
         logger.warning("stage 3: head fitted to %d images in %.0f s", images, time.perf_counter() - start)
 
-    def own_learning_rate(self) -> tuple[set, float | None]:
-        """Return the head's parameters, and `head_learning_rate`.
-
-        A new head on a pretrained backbone needs one that would wreck the backbone (docs/experiments.md).
-        """
-        return self.head, self.args.head_learning_rate
+    def own_learning_rates(self) -> list[tuple[set, float]]:
+        """Return the head's parameters and those that the teacher lacks, with the rates of `args`."""
+        rates = [(self.head, self.args.head_learning_rate)]
+        if self.args.new_learning_rate is not None:
+            new = {parameter for name, parameter in self.model.named_parameters() if is_new_parameter(name)}
+            rates.append((new, self.args.new_learning_rate))
+        return rates
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         bare, pixels = base_model(self.model), inputs["pixel_values"]

@@ -17,7 +17,7 @@ from training_helpers import (
     tiny_vit,
 )
 
-from modeling_adala import AdaLAError, convert
+from modeling_adala import AdaLAError, UsageError, convert
 from modeling_adala.conversion.loading import load_segmenter
 from trainers import SupervisedConfig, SupervisedTrainer
 from trainers.head_fit import fit_head, head_layers, is_new
@@ -68,8 +68,8 @@ def test_a_segmenter_standardizes_in_its_batch_norm_and_learns_the_masks(tmp_pat
         torch.testing.assert_close(model.batch_norm.running_var, features.var(dim=(0, 2, 3), correction=0))
         right = F.interpolate(model(pixels).logits, (28, 28), mode="nearest").argmax(dim=1) == masks
     assert right.float().mean() > 0.95
-    names = {"batch_norm.running_mean", "batch_norm.running_var", "classifier.weight", "classifier.bias"}
-    assert moved(before, copy_state(model)) == names
+    statistics = {f"batch_norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert moved(before, copy_state(model)) == statistics | {"classifier.weight", "classifier.bias"}
 
 
 @pytest.mark.parametrize(("name", "head"), HEADS)
@@ -84,6 +84,19 @@ def test_the_heads_of_all_families_are_known(name, head):
 def test_a_trained_head_stays_and_so_does_any_if_asked(tmp_path):
     assert start_of(tmp_path, tiny_vit(new_head=True), head_fit_images=0) == set()
     assert start_of(tmp_path, tiny_vit()) == set()
+
+
+def test_a_trained_head_is_fitted_on_request_from_anywhere(tmp_path):
+    heads = []
+    for seed in (0, 1):
+        model = tiny_vit()
+        model.classifier.weight.data.normal_(generator=torch.Generator().manual_seed(seed))
+        names = start_of(tmp_path, model, refit_head=True)
+        assert names == {"classifier.weight", "classifier.bias"}
+        heads.append(copy_state(model.classifier))
+    assert_same_tensors(*heads)
+    with pytest.raises(UsageError, match="refit_head=True needs images"):
+        SupervisedConfig(output_dir=str(tmp_path), refit_head=True, head_fit_images=0, **QUIET)
 
 
 def test_labels_that_are_no_classes_are_left_to_the_loss(tmp_path):

@@ -175,6 +175,20 @@ def test_stage_3_with_lora_trains_the_adapters_and_the_head_each_at_its_rate(tmp
     assert "eval_accuracy" in trainer.evaluate()
 
 
+def test_stage_3_has_rates_for_the_head_and_for_what_the_teacher_lacks(tmp_path, teacher):
+    model = convert(teacher, check_parity=False)
+    args = SupervisedConfig(output_dir=str(tmp_path), new_learning_rate=5e-4, **SETTINGS)
+    trainer = SupervisedTrainer(model, args, train_dataset=NoiseImages(8))
+    rates = {}
+    for group in trainer.create_optimizer().param_groups:
+        rates |= dict.fromkeys(map(id, group["params"]), group["lr"])
+    expected = {"classifier.": args.head_learning_rate, "local_mixing.": 5e-4, "feature_map.": 5e-4}
+    found = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    for name, rate in found.items():
+        assert rate == next((r for part, r in expected.items() if part in name), args.learning_rate), name
+    assert len(set(found.values())) == 3
+
+
 def test_stage_3_with_lora_leaves_a_plain_checkpoint(tmp_path, teacher):
     model = convert(teacher, check_parity=False)
     names, args = model.state_dict().keys(), SupervisedConfig(output_dir=str(tmp_path / "3"), **SETTINGS)
