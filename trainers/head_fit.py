@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from transformers import PreTrainedModel
 
 from modeling_adala.errors import AdaLAError
@@ -26,7 +25,7 @@ from .teacher_term import forward_inputs
 LARGEST_BANK = 2**28
 
 
-def head_layers(model: PreTrainedModel) -> tuple[BatchNorm | None, nn.Linear | nn.Conv2d] | None:
+def head_layers(model: PreTrainedModel) -> tuple[nn.BatchNorm2d | None, nn.Linear | nn.Conv2d] | None:
     """Return the trained layers of a linear head, a batch norm if there is one; `None` for any other head."""
     tower = vision_tower(model)
     inside = set(tower.modules())
@@ -35,7 +34,7 @@ def head_layers(model: PreTrainedModel) -> tuple[BatchNorm | None, nn.Linear | n
         for module in model.modules()
         if module not in inside and any(p.requires_grad for p in module.parameters(recurse=False))
     ]
-    norm = layers.pop(0) if layers and isinstance(layers[0], BatchNorm) else None
+    norm = layers.pop(0) if layers and isinstance(layers[0], nn.BatchNorm2d) else None
     if len(layers) != 1 or not isinstance(layers[0], nn.Linear | nn.Conv2d):
         return None
     fits = layers[0].weight.shape[0] == model.config.num_labels > 1 and layers[0].weight[0, 0].numel() == 1
