@@ -49,9 +49,7 @@ def is_new(layer: nn.Linear | nn.Conv2d) -> bool:
     return layer.bias is not None and not layer.bias.is_meta and not layer.bias.any()
 
 
-def fit_head(
-    model: PreTrainedModel, batches: Iterable[dict[str, Any]], *, autocast: Any = None, iterations: int = 100
-) -> int:
+def fit_head(model: PreTrainedModel, batches: Iterable[dict[str, Any]], *, autocast: Any = None) -> int:
     """Fit a linear head to features of the model, and return the number of images that it took.
 
     The loss is the cross-entropy of the classes: of an image, or of a patch as the share that each class has of it.
@@ -63,7 +61,6 @@ def fit_head(
         batches (`Iterable`): With `pixel_values`, and `labels` as int64 of shape `(batch,)` or `(batch, height,
             width)`. As many are taken as 1 GiB of features allows.
         autocast (*optional*): Context of the forward passes.
-        iterations (`int`, *optional*, defaults to 100): L-BFGS iterations at most.
 
     Raises:
         AdaLAError: If the features are not finite.
@@ -89,7 +86,7 @@ def fit_head(
     decay = max(1e-4, channels / together.numel())  # of a row, as scikit-learn's default
     with torch.enable_grad():
         parts = together.split(CHUNK), shares.split(CHUNK)
-        fit_softmax_regression(fitted, *parts, iterations=iterations, weight_decay=decay)
+        fit_softmax_regression(fitted, *parts, weight_decay=decay)
     weight, bias = fitted.weight.detach(), cast(Tensor, fitted.bias).detach()
     if norm is None:
         weight = weight * scale.view(shape)
